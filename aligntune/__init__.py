@@ -1,0 +1,1 @@
+"""aligntune: post-training for language models on interchangeable backends."""

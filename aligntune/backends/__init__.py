@@ -1,0 +1,1 @@
+"""The backends: engines that build a trainer for a job."""

@@ -1,0 +1,1 @@
+"""Backend "trl": Hugging Face TRL as it is."""

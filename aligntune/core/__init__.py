@@ -1,0 +1,1 @@
+"""Configuration, registries, factories and what a run leaves behind."""
