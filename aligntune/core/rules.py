@@ -1,0 +1,155 @@
+"""What must hold between options: required ones, contradictions, and the arithmetic of online batches."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from aligntune.algorithms.base import AlgorithmSpec
+
+Values = dict[str, Any]
+Origin = dict[str, str]
+
+
+def world_size() -> int:
+    """Processes of this run, as the launcher set them."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    return int(text) if text.isdigit() and int(text) > 0 else 1
+
+
+def check(values: Values, origin: Origin, spec: AlgorithmSpec, faults: list[str], notices: list[str]) -> None:
+    """Add every contradiction to `faults`; settle what may be settled and say so in `notices`."""
+    if faults:  # values may have the wrong types; what is wrong already is told first
+        return
+    _required(values, spec, faults)
+    _backend(values, faults)
+    _lora(values, origin, faults, notices)
+    _evaluation(values, faults)
+    if spec.online:
+        _lengths(values, origin, faults, notices)
+        _batch(values, origin, faults, notices, world_size())
+        _rewards(values, faults)
+    if values["warmup_steps"] is not None and origin["warmup_ratio"] in ("argument", "config"):
+        faults.append("train.warmup_steps and train.warmup_ratio: give one of the two")
+
+
+def _required(values: Values, spec: AlgorithmSpec, faults: list[str]) -> None:
+    for name in ("model_name", "dataset_name"):
+        if values[name] is None or (isinstance(values[name], str) and not values[name].strip()):
+            faults.append(f"{name}: none given; a hub id, a local path, 'builtin:NAME' or an object is wanted")
+    if spec.needs_reward and not values["reward_functions"] and values["reward_model_name"] is None:
+        faults.append(f"rewards: {spec.name} needs reward_functions or reward_model_name")
+
+
+def _backend(values: Values, faults: list[str]) -> None:
+    from aligntune.backends import BACKENDS
+    from aligntune.errors import ConfigError
+
+    name = getattr(values["backend"], "value", values["backend"])
+    if name == "unsloth":
+        faults.append("backend = 'unsloth': aligntune's own fast engine is backend='fast'")
+    elif name != "auto":
+        try:
+            values["backend"] = BACKENDS.resolve(name)
+        except ConfigError as error:
+            faults.append(f"backend: {error} 'auto' chooses.")
+
+
+def _lora(values: Values, origin: Origin, faults: list[str], notices: list[str]) -> None:
+    if values["quantization"] == "nf4" and not values["use_peft"]:
+        if origin["use_peft"] in ("argument", "config"):
+            faults.append("lora.use_peft = False with quantization = 'nf4': a 4-bit base cannot be trained whole; "
+                          "use_peft=True trains adapters on it")
+        else:
+            values["use_peft"] = True
+            notices.append("quantization 'nf4': LoRA is turned on (a 4-bit base cannot be trained whole)")
+    targets = values["lora_target_modules"]
+    whole = [name for name in ("embed_tokens", "lm_head") if isinstance(targets, list) and name in targets]
+    if values["use_peft"] and whole:
+        values["lora_target_modules"] = [name for name in targets if name not in whole]
+        values["modules_to_save"] = [*(values["modules_to_save"] or []), *whole]
+        notices.append(f"{' and '.join(whole)} in lora_target_modules: trained whole, as modules_to_save")
+    given = [name for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora",
+                               "lora_init", "lora_bias", "modules_to_save")
+             if origin.get(name) == "argument"]
+    if given and not values["use_peft"]:
+        faults.append(f"lora.{given[0]} is given, but lora.use_peft is false: nothing would read it; "
+                      "pass use_peft=True for LoRA")
+
+
+def _evaluation(values: Values, faults: list[str]) -> None:
+    sources = [name for name in ("eval_dataset_name", "eval_split") if values[name] is not None]
+    if values["val_split_ratio"] is not None and sources:
+        faults.append(f"evaluation.val_split_ratio and evaluation.{sources[0]}: give one source of evaluation data")
+    if values["eval_steps"] is not None and not sources and values["val_split_ratio"] is None:
+        faults.append("evaluation.eval_steps: no evaluation data; give eval_dataset_name, eval_split or val_split_ratio")
+
+
+def _lengths(values: Values, origin: Origin, faults: list[str], notices: list[str]) -> None:
+    total, completion = values["max_seq_length"], values["max_completion_length"]
+    if completion < total:
+        return
+    given = {name for name in ("max_seq_length", "max_completion_length") if origin[name] in ("argument", "config")}
+    if given == {"max_seq_length"}:
+        values["max_completion_length"] = max(1, total // 2)
+        notices.append(f"max_seq_length {total} holds prompt and completion: max_completion_length becomes {total // 2}")
+    elif given == {"max_completion_length"}:
+        values["max_seq_length"] = completion + 1024
+        notices.append(f"max_completion_length {completion}: max_seq_length becomes {completion + 1024}")
+    else:
+        faults.append(f"rollout.max_completion_length = {completion}: must be below data.max_seq_length = {total}, "
+                      "which holds prompt and completion")
+
+
+def _batch(values: Values, origin: Origin, faults: list[str], notices: list[str], processes: int) -> None:
+    """batch_size x accumulation x processes must divide by num_generations (one group is never split)."""
+    batch, group = values["batch_size"], values["num_generations"]
+    # What one round of generation makes: steps_per_generation micro-steps, by default one optimizer step's.
+    steps_name = "steps_per_generation" if values["steps_per_generation"] else "gradient_accumulation_steps"
+    steps = values[steps_name]
+    product = batch * steps * processes
+    if product % group == 0:
+        return
+    explicit = {name for name in ("batch_size", "num_generations", steps_name) if origin[name] in ("argument", "config")}
+    if "num_generations" in explicit and "batch_size" not in explicit:
+        values["batch_size"] = group
+        notices.append(f"num_generations {group}: batch_size becomes {group}")
+    elif "num_generations" not in explicit:
+        divisor = next((g for g in range(min(8, product), 1, -1) if product % g == 0), None)
+        if divisor:
+            values["num_generations"] = divisor
+            notices.append(f"batch_size {batch} x {steps_name} {steps} x processes {processes} = {product} does not "
+                           f"divide by {group}: num_generations becomes {divisor}")
+        elif steps_name not in explicit:
+            values[steps_name] = 8
+            notices.append(f"batch_size {batch} x processes {processes} holds no group: {steps_name} becomes 8")
+            if batch * 8 * processes % group:
+                _batch(values, {**origin, steps_name: "argument"}, faults, notices, processes)
+        else:
+            faults.append(_pairs(batch, steps, processes, group, steps_name))
+    else:
+        faults.append(_pairs(batch, steps, processes, group, steps_name))
+
+
+def _pairs(batch: int, steps: int, processes: int, group: int, steps_name: str) -> str:
+    product = batch * steps * processes
+    groups = [g for g in range(2, product + 1) if product % g == 0]
+    near_group = min(groups, key=lambda g: (abs(g - group), g), default=None)
+    unit = steps * processes
+    batches = [b for b in range(1, batch + group + 1) if b * unit % group == 0]
+    near_batch = min(batches, key=lambda b: (abs(b - batch), b), default=group)
+    near = ([f"batch_size {batch} with num_generations {near_group}"] if near_group else [])
+    near.append(f"batch_size {near_batch} with num_generations {group}")
+    return (f"train.batch_size = {batch} and rollout.num_generations = {group}: batch_size x {steps_name} x processes "
+            f"({batch} x {steps} x {processes} = {product}) must divide by num_generations; nearest: {' or '.join(near)}")
+
+
+def _rewards(values: Values, faults: list[str]) -> None:
+    functions, weights = values["reward_functions"], values["reward_function_weights"]
+    if functions is not None and not isinstance(functions, (list, tuple)):
+        values["reward_functions"] = functions = [functions]
+    if weights is not None:
+        # A reward model is one more reward, after the functions.
+        count = len(functions or []) + (values["reward_model_name"] is not None)
+        if len(weights) != count:
+            faults.append(f"rewards.reward_function_weights: {len(weights)} weights for {count} rewards")
