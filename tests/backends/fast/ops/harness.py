@@ -215,7 +215,7 @@ def _read_binary(binary: Path, dynamic_shared: int) -> dict[str, Any]:
     widths: dict[str, dict[int, int]] = {"LDG": {}, "STG": {}}
     for op, suffix in instructions:
         if op in widths:
-            bits = next((int(part[-2:] if part != "128" else 128) for part in suffix.split(".")
+            bits = next((int(part.lstrip("US")) for part in suffix.split(".")
                          if re.fullmatch(r"128|64|[US](8|16)", part)), 32)  # fmt: skip
             widths[op][bits] = widths[op].get(bits, 0) + 1
     return {
