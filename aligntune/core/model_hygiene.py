@@ -1,0 +1,79 @@
+"""Models without the `forward` that a trainer left on them.
+
+TRL installs its fused head by putting a function into the model instance's `__dict__["forward"]`. That function holds
+the ORIGINAL's bound forward in its closure, and `copy.deepcopy` copies no closures: a copy's plain forward would run,
+and follow, the model it was copied from; a second trainer would wrap the wrapper.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# `_original_forward` is where accelerate's mixed precision keeps the forward it wrapped: the same closure.
+_NAMES = ("forward", "_original_forward")
+
+
+def _patched(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    for module in model.modules():
+        for name in _NAMES:
+            # accelerate's device hooks are partials over the module, which deepcopy follows; they stay.
+            if name in vars(module) and not isinstance(vars(module)[name], functools.partial):
+                yield module, name
+
+
+def forget_patched_forward(model: nn.Module) -> int:
+    """Remove every instance-level `forward` under `model` for good; returns how many there were.
+
+    For a model that is handed to another trainer. One that still trains wants `plain_forward`.
+    """
+    found = list(_patched(model))
+    for module, name in found:
+        del vars(module)[name]
+    return len(found)
+
+
+@contextlib.contextmanager
+def plain_forward(model: Model) -> Iterator[Model]:
+    """`model` with its class's own `forward` in every module, for the block; what was there is put back after."""
+    removed = [(module, name, vars(module).pop(name)) for module, name in list(_patched(model))]
+    try:
+        yield model
+    finally:
+        for module, name, value in removed:
+            vars(module)[name] = value
+
+
+def copy_model(model: Model, *, device: str | torch.device | None = None) -> Model:
+    """A copy of `model` that shares nothing with it: plain `forward`, frozen, in eval mode.
+
+    Args:
+        model: a model of any state; a quantised base and adapters are copied as they are.
+        device: where the copy's tensors go as they are copied (no second copy on the model's own device);
+            None keeps each where it is.
+    """
+    memo: dict[int, Any] = {}
+    if device is not None:
+        for tensor in (*model.parameters(), *model.buffers()):
+            memo[id(tensor)] = _moved(tensor, torch.device(device))
+    with plain_forward(model):
+        clone = copy.deepcopy(model, memo)
+    clone.requires_grad_(False)
+    return clone.eval()
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if not isinstance(tensor, nn.Parameter):
+        return tensor.detach().to(device, copy=True)
+    if type(tensor) is nn.Parameter:
+        return nn.Parameter(tensor.detach().to(device, copy=True), requires_grad=tensor.requires_grad)
+    # bitsandbytes' parameters carry a quantisation state: their own deepcopy and `.to` know how to move it.
+    return copy.deepcopy(tensor).to(device)
