@@ -6,6 +6,7 @@ Precedence: explicit argument > config > algorithm default > the default written
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
@@ -63,8 +64,8 @@ class DataSection:
         objects="a datasets.Dataset or a list of dicts",
     )
     dataset_config: str | None = option(None, "Configuration name of a hub dataset ('main' of gsm8k).")
-    split: str | None = option(None, "Split to train on, slices allowed ('train[:10%]'); null is train, or the only one.")
-    max_samples: int | None = option(None, "Train on the first N rows (after the split); null is all.", ge=1)
+    split: str | None = option(None, "Split to train on, slices too ('train[:10%]'); null is train, or the only one.")
+    max_samples: int | None = option(None, "Train on the first N rows (of the split); null is all.", ge=1)
     column_mapping: dict[str, Any] | None = option(None, "{column in the file: column that is meant}.")
     text_field: str | None = option(None, "The column that holds plain text, where it is not called 'text'.")
     system_prompt: str | None = option(None, "System turn put before rows that have none.")
@@ -214,7 +215,9 @@ SECTIONS: dict[str, type] = {
     "model": ModelSection, "data": DataSection, "lora": LoraSection, "train": TrainSection,
     "rollout": RolloutSection, "rewards": RewardsSection, "evaluation": EvaluationSection, "logging": LoggingSection,
 }
-"""YAML sections in the order they are written; `loss`, the algorithm's own, stands after `train`."""
+
+YAML_ORDER = ("model", "data", "lora", "train", "loss", "rollout", "rewards", "evaluation", "logging")
+"""Sections in the order they are written; `loss` holds the algorithm's own options."""
 
 
 def common_options() -> list[OptionInfo]:
@@ -225,27 +228,19 @@ def common_options() -> list[OptionInfo]:
     return rows
 
 
-def structured_root(loss: type) -> Any:
-    """The structured OmegaConf config of a job whose algorithm has the options `loss`, all at their defaults."""
+def structured_root(rows: Iterable[OptionInfo]) -> Any:
+    """The structured OmegaConf config that holds the options `rows`, each at its default, in their sections."""
     from omegaconf import OmegaConf
 
-    fields = _fields(RunSection, "")
-    for section, cls in SECTIONS.items():
-        fields.append(_section_field(section, cls))
-        if section == "train":
-            fields.append(_section_field("loss", loss))
-    return OmegaConf.structured(make_dataclass("JobConfig", fields))
-
-
-def _section_field(section: str, cls: type) -> tuple[str, Any, Any]:
-    plain = make_dataclass(cls.__name__, _fields(cls, section))
-    return section, plain, field(default_factory=plain)
-
-
-def _fields(cls: type, section: str) -> list[tuple[str, Any, Any]]:
-    """Fields as OmegaConf takes them: it knows no union that holds a list or a mapping, our validator does."""
-    fields = []
-    for row in infos(cls, section):
+    fields: dict[str, list[tuple[str, Any, Any]]] = {name: [] for name in ("", *YAML_ORDER)}
+    for row in rows:
+        # OmegaConf knows no union that holds a list or a mapping; our validator does.
         free = row.objects or ({list, dict} & set(row.kinds) and len(set(row.kinds) - {type(None)}) > 1)
-        fields.append((row.name, Any if free else row.type, field(default_factory=lambda value=row.default: value)))
-    return fields
+        default = field(default_factory=lambda value=row.default: value)
+        fields[row.section].append((row.name, Any if free else row.type, default))
+    root = fields.pop("")
+    for section, members in fields.items():
+        if members:
+            cls = make_dataclass(section.capitalize(), members)
+            root.append((section, cls, field(default_factory=cls)))
+    return OmegaConf.structured(make_dataclass("JobConfig", root))

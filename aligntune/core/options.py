@@ -120,8 +120,8 @@ class OptionInfo:
                     continue
                 words.append({int: "an integer", float: "a number"}[kind] + self._range())
             elif kind is list:
-                item = {str: " of strings", float: " of numbers" + self._range(), int: " of integers"}.get(self.item, "")
-                words.append("a list" + item)
+                items = {str: " of strings", float: " of numbers" + self._range(), int: " of integers"}
+                words.append("a list" + items.get(self.item, ""))
             else:
                 words.append({bool: "true or false", str: "a string", dict: "a mapping", types.NoneType: "null"}
                              .get(kind, "any value"))

@@ -96,7 +96,7 @@ class Registry(Generic[T]):
         for key in (name, *aliases):
             owner = self._aliases.get(key, key if key in self._entries else None)
             if owner is not None and not (replace and owner == name):
-                raise ConfigError(f"{self.what} {key!r} is registered already (as {owner!r}); pass replace=True to replace")
+                raise ConfigError(f"{self.what} {key!r} is registered already, as {owner!r} (replace=True replaces it)")
         if name in self._entries:
             self._aliases = {alias: owner for alias, owner in self._aliases.items() if owner != name}
         self._entries[name] = Entry(name, target, aliases, summary, install)

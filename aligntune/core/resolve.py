@@ -47,6 +47,7 @@ class Job:
         options: flat names to values, Python objects included.
         origin: flat names to the layer that set them: "argument", "config", "algorithm default" or "default".
         objects: the Python objects among the values (models, datasets, callables), by flat name.
+        sections: flat names to the section of the tree ("" at its top).
         notices: choices and changes made on the user's behalf, in words.
     """
 
@@ -55,11 +56,23 @@ class Job:
     options: SimpleNamespace
     origin: dict[str, str]
     objects: dict[str, Any]
+    sections: dict[str, str]
     notices: list[str] = field(default_factory=list)
 
     @property
     def backend(self) -> str:
         return self.options.backend
+
+    def set(self, name: str, value: Any) -> None:
+        """Settle an option that only the machine or the checkpoint could decide; config.yaml shows the outcome."""
+        from omegaconf import OmegaConf, open_dict
+
+        setattr(self.options, name, value)
+        section = self.sections[name]
+        OmegaConf.set_readonly(self.config, False)
+        with open_dict(self.config):
+            OmegaConf.update(self.config, f"{section}.{name}" if section else name, _escaped(_as_text(value)))
+        OmegaConf.set_readonly(self.config, True)
 
     def given(self, name: str) -> bool:
         """Whether the user set the option, by argument or config."""
@@ -156,7 +169,9 @@ def resolve(
     if faults:
         raise ConfigError.from_faults(faults, what or "the configuration")
     objects = {name: value for name, value in values.items() if _has_object(value) or _is_rows(name, value)}
-    return Job(_tree(values, spec, table, objects), spec, SimpleNamespace(**values), origin, objects, notices)
+    sections = {name: row.section for name, row in table.items()}
+    tree = _tree(values, table)
+    return Job(tree, spec, SimpleNamespace(**values), origin, objects, sections, notices)
 
 
 def _algorithm(layers: dict[str, dict[str, Any]], allowed: tuple[str, ...], what: str, faults: list[str]) -> str | None:
@@ -187,7 +202,7 @@ def _flatten(
         name, value = _translate(key, value, everything, notices)
         section = path.rpartition(".")[0]
         if name not in everything:
-            faults.append(_unknown(path, key, section, table))
+            faults.append(_unknown(path, key, value, section, table))
         elif name not in table:
             faults.append(f"{path}: {algorithm} does not take this option; {', '.join(takers(name))} do")
         elif section and table[name].section != section:
@@ -236,16 +251,11 @@ def _translate(key: str, value: Any, everything: dict[str, OptionInfo], notices:
     return name, value
 
 
-def _unknown(path: str, key: str, section: str, table: dict[str, OptionInfo]) -> str:
-    sections = {*SECTIONS, "loss"}
-    if "." in path and not section:
-        section = path.partition(".")[0]
-    inside = [row.name for row in table.values() if row.section == section] if section in sections else list(table)
+def _unknown(path: str, key: str, value: Any, section: str, table: dict[str, OptionInfo]) -> str:
+    if isinstance(value, Mapping) and not section and (close := nearest(key, {*SECTIONS, "loss"})):
+        return f"{path}: unknown section; did you mean {close!r}?"
+    inside = [row.name for row in table.values() if not section or row.section == section]
     close = nearest(key, inside) or nearest(key, table)
-    if close is None and not section:
-        close_section = nearest(key, sections)
-        if close_section:
-            return f"{path}: unknown option; did you mean the section {close_section!r}?"
     hint = f"; did you mean {table[close].path!r}?" if close else "; `aligntune explain` lists the options"
     return f"{path}: unknown option{hint}"
 
@@ -292,35 +302,27 @@ def object_label(value: Any) -> str:
     return f"<object: {label}>"
 
 
-def _tree(values: dict[str, Any], spec: AlgorithmSpec, table: dict[str, OptionInfo], objects: dict[str, Any]) -> Any:
-    """The structured config of the job; options that the algorithm does not take are left out of the tree."""
+def _tree(values: dict[str, Any], table: dict[str, OptionInfo]) -> Any:
+    """The structured config of the job: the options that its algorithm takes, in their sections."""
     from omegaconf import OmegaConf
-
-    def shown(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(key): shown(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [shown(item) for item in value]
-        return object_label(value) if _has_object(value) else _plainly(value)
 
     nested: dict[str, Any] = {}
     for name, row in table.items():
-        value = object_label(values[name]) if _is_rows(name, values[name]) else shown(values[name])
-        if name in objects and name == "trainer_options":
-            value = {key: shown(item) for key, item in values[name].items()}
+        value = object_label(values[name]) if _is_rows(name, values[name]) else _as_text(values[name])
         (nested.setdefault(row.section, {}) if row.section else nested)[name] = value
-    root = structured_root(spec.options)
-    # A literal "${HOME}" in an argument is text, not an interpolation: values are set one by one, escaped.
-    tree = OmegaConf.merge(root, _escaped(nested))
-    OmegaConf.set_struct(tree, False)
-    for section in (*SECTIONS, "loss"):
-        keep = nested.get(section, {})
-        for name in [name for name in tree[section] if name not in keep]:
-            del tree[section][name]
-        if not tree[section]:
-            del tree[section]
+    # A literal "${HOME}" in an argument is text, not an interpolation, so it is escaped.
+    tree = OmegaConf.merge(structured_root(table.values()), _escaped(nested))
     OmegaConf.set_readonly(tree, True)
     return tree
+
+
+def _as_text(value: Any) -> Any:
+    """A value as config.yaml holds it: plain, with Python objects by their labels."""
+    if isinstance(value, Mapping):
+        return {str(key): _as_text(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_text(item) for item in value]
+    return object_label(value) if _has_object(value) else _plainly(value)
 
 
 def _escaped(value: Any) -> Any:

@@ -69,12 +69,15 @@ def _lora(values: Values, origin: Origin, faults: list[str], notices: list[str])
         values["lora_target_modules"] = [name for name in targets if name not in whole]
         values["modules_to_save"] = [*(values["modules_to_save"] or []), *whole]
         notices.append(f"{' and '.join(whole)} in lora_target_modules: trained whole, as modules_to_save")
-    given = [name for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora",
-                               "lora_init", "lora_bias", "modules_to_save")
-             if origin.get(name) == "argument"]
-    if given and not values["use_peft"]:
-        faults.append(f"lora.{given[0]} is given, but lora.use_peft is false: nothing would read it; "
-                      "pass use_peft=True for LoRA")
+    idle = [name for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora",
+                              "lora_init", "lora_bias", "modules_to_save")
+            if origin.get(name) in ("argument", "config")]
+    if idle and not values["use_peft"]:
+        if origin["use_peft"] in ("argument", "config"):
+            notices.append(f"use_peft is false: {', '.join(idle)} are not used")
+        else:
+            faults.append(f"lora.{idle[0]} is given and lora.use_peft is not: pass use_peft=True for LoRA, or "
+                          "use_peft=False for full training")
 
 
 def _evaluation(values: Values, faults: list[str]) -> None:
@@ -82,7 +85,7 @@ def _evaluation(values: Values, faults: list[str]) -> None:
     if values["val_split_ratio"] is not None and sources:
         faults.append(f"evaluation.val_split_ratio and evaluation.{sources[0]}: give one source of evaluation data")
     if values["eval_steps"] is not None and not sources and values["val_split_ratio"] is None:
-        faults.append("evaluation.eval_steps: no evaluation data; give eval_dataset_name, eval_split or val_split_ratio")
+        faults.append("evaluation.eval_steps: no evaluation data: eval_dataset_name, eval_split or val_split_ratio")
 
 
 def _lengths(values: Values, origin: Origin, faults: list[str], notices: list[str]) -> None:
@@ -92,7 +95,7 @@ def _lengths(values: Values, origin: Origin, faults: list[str], notices: list[st
     given = {name for name in ("max_seq_length", "max_completion_length") if origin[name] in ("argument", "config")}
     if given == {"max_seq_length"}:
         values["max_completion_length"] = max(1, total // 2)
-        notices.append(f"max_seq_length {total} holds prompt and completion: max_completion_length becomes {total // 2}")
+        notices.append(f"max_seq_length {total} holds the prompt too: max_completion_length becomes {total // 2}")
     elif given == {"max_completion_length"}:
         values["max_seq_length"] = completion + 1024
         notices.append(f"max_completion_length {completion}: max_seq_length becomes {completion + 1024}")
@@ -110,7 +113,8 @@ def _batch(values: Values, origin: Origin, faults: list[str], notices: list[str]
     product = batch * steps * processes
     if product % group == 0:
         return
-    explicit = {name for name in ("batch_size", "num_generations", steps_name) if origin[name] in ("argument", "config")}
+    names = ("batch_size", "num_generations", steps_name)
+    explicit = {name for name in names if origin[name] in ("argument", "config")}
     if "num_generations" in explicit and "batch_size" not in explicit:
         values["batch_size"] = group
         notices.append(f"num_generations {group}: batch_size becomes {group}")
@@ -123,8 +127,6 @@ def _batch(values: Values, origin: Origin, faults: list[str], notices: list[str]
         elif steps_name not in explicit:
             values[steps_name] = 8
             notices.append(f"batch_size {batch} x processes {processes} holds no group: {steps_name} becomes 8")
-            if batch * 8 * processes % group:
-                _batch(values, {**origin, steps_name: "argument"}, faults, notices, processes)
         else:
             faults.append(_pairs(batch, steps, processes, group, steps_name))
     else:
@@ -141,7 +143,8 @@ def _pairs(batch: int, steps: int, processes: int, group: int, steps_name: str) 
     near = ([f"batch_size {batch} with num_generations {near_group}"] if near_group else [])
     near.append(f"batch_size {near_batch} with num_generations {group}")
     return (f"train.batch_size = {batch} and rollout.num_generations = {group}: batch_size x {steps_name} x processes "
-            f"({batch} x {steps} x {processes} = {product}) must divide by num_generations; nearest: {' or '.join(near)}")
+            f"({batch} x {steps} x {processes} = {product}) must divide by num_generations; "
+            f"nearest: {' or '.join(near)}")
 
 
 def _rewards(values: Values, faults: list[str]) -> None:

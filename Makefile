@@ -1,0 +1,45 @@
+# Everything a newcomer needs; each target makes .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help quickstart test test-full test-gpu lint docs clean
+
+help:
+	@echo "make quickstart   SFT, then GRPO, on the embedded model and data (about 5 minutes on two cores)"
+	@echo "make test         the tests (no GPU, no network but the package registry)"
+	@echo "make test-full    the long tests too; writes tests/reports/full.txt"
+	@echo "make test-gpu     the tests that need an NVIDIA GPU"
+	@echo "make lint         ruff and mypy"
+	@echo "make docs         the documentation site, in site/"
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "aligntune needs Python 3.11 or later (PYTHON=python3.12 make ...)")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+quickstart: $(STAMP)
+	$(BIN)/aligntune train quickstart
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+test-full: $(STAMP)
+	$(BIN)/python -m tests.full_report $(PYTEST_ARGS)
+
+test-gpu:
+	$(PYTHON) -m pytest -q -m gpu $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .mypy_cache

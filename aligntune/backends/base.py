@@ -1,0 +1,88 @@
+"""What a backend is: it says what it can do here, and builds a trainer for a resolved job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from aligntune.core.registry import Support
+from aligntune.errors import BackendUnavailableError, UnsupportedAlgorithmError
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from aligntune.core.resolve import Job
+
+
+@dataclass(frozen=True)
+class Gate:
+    """An option value that a backend does not run although it runs the algorithm."""
+
+    option: str
+    values: tuple[Any, ...]
+    reason: str
+
+
+@dataclass
+class Prepared:
+    """What stands before the backend's work: the tokenizer and the data the model will see."""
+
+    tokenizer: Any
+    train: Any
+    eval: Any
+    report: Any = None
+
+
+@dataclass
+class Built:
+    """A trainer ready to train, and how to ask what really ran in it."""
+
+    trainer: Trainer
+    attestation: Callable[[], dict[str, Any]] | None = None
+    notices: list[str] = field(default_factory=list)
+
+
+class Backend(Protocol):
+    """One engine. `supports` and `gates` are data and import nothing heavy; `available` may look at the machine."""
+
+    name: str
+    support: Mapping[str, Support]
+    gates: tuple[Gate, ...]
+
+    def available(self) -> Support: ...
+
+    def build(self, job: Job, prepared: Prepared) -> Built: ...
+
+
+def supports(backend: Backend, algorithm: str) -> Support:
+    """Whether `backend` runs `algorithm` on a machine that suits it."""
+    return backend.support.get(algorithm, Support("unsupported", f"backend {backend.name!r} has no {algorithm!r}"))
+
+
+def gate_of(backend: Backend, options: Mapping[str, Any]) -> Gate | None:
+    """The gate that these option values meet, or None."""
+    for gate in backend.gates:
+        if options.get(gate.option) in gate.values:
+            return gate
+    return None
+
+
+def require(backend: Backend, algorithm: str, options: Mapping[str, Any]) -> None:
+    """Raise unless `backend` runs this algorithm with these options here; what is decided comes before what is absent.
+
+    Raises:
+        UnsupportedAlgorithmError: by decision, GPU or not.
+        BackendUnavailableError: this machine lacks something; says what would help.
+    """
+    verdict = supports(backend, algorithm)
+    if verdict.status == "unsupported":
+        raise UnsupportedAlgorithmError(f"backend={backend.name!r}, algorithm={algorithm!r}: {verdict.reason}")
+    gate = gate_of(backend, options)
+    if gate is not None:
+        raise UnsupportedAlgorithmError(
+            f"backend={backend.name!r}, {gate.option}={options[gate.option]!r}: {gate.reason}"
+        )
+    for state in (verdict, backend.available()):
+        if not state:
+            raise BackendUnavailableError(f"backend={backend.name!r} {state}")

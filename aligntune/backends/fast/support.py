@@ -1,0 +1,62 @@
+"""What backend "fast" runs, as data; and whether this machine can run it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from aligntune.backends.base import Built, Gate, Prepared
+from aligntune.core.registry import Support
+
+if TYPE_CHECKING:
+    from aligntune.core.resolve import Job
+
+_SEQUENCE_RATIOS = (
+    "the fast online trainer covers token-level ratios; sequence-ratio GRPO is not in its parity suite; "
+    "backend='trl' runs it"
+)
+_REQUIRES = "an NVIDIA GPU of compute capability 8.0 or later with a CUDA build of torch"
+
+
+class FastBackend:
+    """TRL's trainers over our kernels."""
+
+    name = "fast"
+    support = {
+        "sft": Support("supported"),
+        "dpo": Support("supported"),
+        "grpo": Support("supported"),
+        "dapo": Support("supported"),
+        "dr_grpo": Support("supported"),
+        "gspo": Support("unsupported", _SEQUENCE_RATIOS),
+    }
+    gates = (
+        Gate("importance_sampling_level", ("sequence",), _SEQUENCE_RATIOS),
+        Gate("loss_type", ("luspo", "vespo"), _SEQUENCE_RATIOS),
+    )
+
+    def available(self) -> Support:
+        """Whether a GPU is here; with TRITON_INTERPRET=1 it runs without one, for tests."""
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return Support("supported", "TRITON_INTERPRET=1: kernels are interpreted, for tests, about 1000x slower")
+        import torch
+
+        if not torch.cuda.is_available():
+            built = torch.version.cuda
+            reason = "torch sees no CUDA GPU" if built else f"this torch ({torch.__version__}) is built without CUDA"
+            return Support("unavailable", reason + "; backend='trl' runs here", _REQUIRES)
+        major, minor = torch.cuda.get_device_capability()
+        if major < 8:
+            name = torch.cuda.get_device_name()
+            return Support("unavailable", f"{name} has compute capability {major}.{minor}; backend='trl' runs here",
+                           _REQUIRES)
+        return Support("supported", torch.cuda.get_device_name())
+
+    def build(self, job: Job, prepared: Prepared) -> Built:
+        """A TRL trainer for the job, with our kernels attached to its model."""
+        from aligntune.backends.fast.build import build
+
+        return build(job, prepared)
+
+
+BACKEND = FastBackend()

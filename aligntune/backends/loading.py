@@ -1,0 +1,198 @@
+"""Device, precision, tokenizer, model and adapter configuration: the same for every backend."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from aligntune.errors import AlignTuneError, BackendUnavailableError, ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+
+    from aligntune.core.resolve import Job
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Arithmetic of the step: `name` is bf16, fp16 or fp32; `device` is cpu or cuda; `why` says who chose."""
+
+    name: str
+    device: str
+    why: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        return getattr(torch, DTYPES[self.name])
+
+
+def precision_of(job: Job) -> Precision:
+    """The device and precision of the job.
+
+    Raises:
+        BackendUnavailableError: device='cuda' without a GPU.
+        ConfigError: fp16 on CPU, which has no kernels for it in training.
+    """
+    import torch
+
+    wanted = job.options.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailableError("device='cuda': torch sees no CUDA GPU here; device='auto' takes what is there")
+    device = "cuda" if torch.cuda.is_available() and wanted != "cpu" else "cpu"
+    name = job.options.precision
+    if name == "auto":
+        if device == "cpu":
+            return Precision("fp32", device, "fp32 on CPU")
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Precision("bf16", device, f"bf16 on {torch.cuda.get_device_name()}")
+        return Precision("fp16", device, f"fp16: {torch.cuda.get_device_name()} has no bf16")
+    if name == "fp16" and device == "cpu":
+        raise ConfigError("model.precision = 'fp16': CPU trains in fp32 or bf16")
+    return Precision(name, device, f"{name} as asked, on {device}")
+
+
+def load_tokenizer(job: Job) -> Any:
+    """The job's tokenizer: the object given, the one named, or the model's own; with a pad token.
+
+    Raises:
+        AlignTuneError: none can be loaded; says how to name one.
+    """
+    from transformers import AutoTokenizer
+
+    options = job.options
+    source = options.tokenizer_name if options.tokenizer_name is not None else options.model_name
+    if not isinstance(source, str):
+        if hasattr(source, "encode"):
+            tokenizer = source
+            source = None
+        else:
+            source = source.config._name_or_path
+            if not source:
+                raise ConfigError("tokenizer_name: the model object names no checkpoint to take a tokenizer from; "
+                                  "pass tokenizer_name=<a tokenizer or where to load one>")
+    if source is not None:
+        source = _local(source)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, revision=options.model_revision, trust_remote_code=options.trust_remote_code
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise AlignTuneError(f"no tokenizer can be loaded from {source!r}: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        job.notices.append(f"the tokenizer has no pad token: {tokenizer.eos_token!r} pads (masks go by position, so "
+                           "the end of turn still trains)")
+    return tokenizer
+
+
+def _local(name: str) -> str:
+    from aligntune.builtin import is_builtin, model_path
+
+    return str(model_path(name)) if is_builtin(name) else name
+
+
+def load_model(job: Job, precision: Precision) -> Any:
+    """The job's model on its device: the object given as it is, or loaded in the storage type the job asks for.
+
+    Raises:
+        AlignTuneError: it cannot be loaded; the message keeps the loader's reason.
+        ConfigError: quantization contradicts the checkpoint, or a 4-bit base would train whole.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = job.options
+    if not isinstance(options.model_name, str):
+        model = options.model_name
+        _settle_quantization(job, getattr(model.config, "quantization_config", None))
+        return model.to(precision.device) if _movable(model) else model
+    source = _local(options.model_name)
+    try:
+        config = AutoConfig.from_pretrained(
+            source, revision=options.model_revision, trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise AlignTuneError(f"no model can be loaded from {options.model_name!r}: {error}") from error
+    quantized = _settle_quantization(job, getattr(config, "quantization_config", None))
+    kwargs: dict[str, Any] = {
+        "dtype": _storage_dtype(job, precision, quantized),
+        "revision": options.model_revision, "trust_remote_code": options.trust_remote_code,
+    }
+    if options.attn_implementation:
+        kwargs["attn_implementation"] = options.attn_implementation
+    if quantized == "nf4":
+        kwargs["quantization_config"] = nf4_config(precision)
+    if quantized or precision.device == "cuda":
+        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0)) if precision.device == "cuda" else "cpu"}
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        raise AlignTuneError(f"{options.model_name!r} cannot be loaded: {error}") from error
+
+
+def nf4_config(precision: Precision) -> Any:
+    """bitsandbytes NF4 with double quantisation (Dettmers et al. 2023, arXiv 2305.14314)."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=precision.dtype, bnb_4bit_quant_storage="uint8")
+
+
+def _movable(model: Any) -> bool:
+    return getattr(model, "hf_device_map", None) is None and not getattr(model, "is_loaded_in_4bit", False)
+
+
+def _settle_quantization(job: Job, checkpoint: Any) -> str | None:
+    """None, "nf4" (we quantise) or "checkpoint" (it is quantised already); turns LoRA on where it must be."""
+    options = job.options
+    if checkpoint is None:
+        return "nf4" if options.quantization == "nf4" else None
+    method = _field(checkpoint, "quant_method")
+    kind = _field(checkpoint, "bnb_4bit_quant_type")
+    label = f"{getattr(method, 'value', method)}{f' {kind}' if kind else ''}"
+    if job.given("quantization") and options.quantization is None:
+        raise ConfigError(f"model.quantization = None: the checkpoint is quantised ({label}); leave it at 'auto'")
+    if options.quantization == "nf4" and kind != "nf4":
+        raise ConfigError(f"model.quantization = 'nf4': the checkpoint is stored as {label}; leave it at 'auto'")
+    if not options.use_peft and not hasattr(options.model_name, "peft_config"):
+        if job.given("use_peft"):
+            raise ConfigError(f"lora.use_peft = False: the checkpoint is quantised ({label}) and cannot be trained "
+                              "whole; use_peft=True trains adapters on it")
+        job.set("use_peft", True)
+        job.notices.append(f"the checkpoint is quantised ({label}): LoRA is turned on")
+    return "checkpoint"
+
+
+def _field(config: Any, name: str) -> Any:
+    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+
+
+def _storage_dtype(job: Job, precision: Precision, quantized: str | None) -> Any:
+    import torch
+
+    if job.options.model_dtype != "auto":
+        return getattr(torch, DTYPES[job.options.model_dtype])
+    # Full training keeps fp32 weights under autocast: bf16 weights lose updates below 1/256 of their size.
+    return precision.dtype if job.options.use_peft or quantized else torch.float32
+
+
+def lora_config(job: Job) -> LoraConfig | None:
+    """peft's configuration for the job, or None where it trains no adapters or the model has some already."""
+    options = job.options
+    if not options.use_peft or hasattr(options.model_name, "peft_config"):
+        return None
+    from peft import LoraConfig, TaskType
+
+    init = {"default": True}.get(options.lora_init, options.lora_init)
+    alpha = options.lora_alpha
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM, r=options.lora_r,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        lora_dropout=options.lora_dropout, target_modules=options.lora_target_modules, bias=options.lora_bias,
+        modules_to_save=options.modules_to_save, use_dora=options.use_dora, use_rslora=options.use_rslora,
+        init_lora_weights=init,
+    )

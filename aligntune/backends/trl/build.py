@@ -1,0 +1,110 @@
+"""Builds a TRL trainer from a resolved job and prepared data."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from aligntune.backends._compat import warn_untested
+from aligntune.backends.base import Built, Prepared
+from aligntune.backends.loading import Precision, load_model, lora_config, precision_of
+from aligntune.backends.trl.options import trl_config
+from aligntune.backends.trl.trainers import TRAINERS, reference_from_memory
+from aligntune.core.model_hygiene import copy_model, forget_patched_forward
+from aligntune.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from aligntune.core.resolve import Job
+
+
+def build(job: Job, prepared: Prepared) -> Built:
+    """A TRL trainer for the job; TRL's own code trains, saves and evaluates.
+
+    Raises:
+        ConfigError, DataError: what the job asks for and TRL would do otherwise, or in silence.
+    """
+    warn_untested()
+    precision = precision_of(job)
+    job.notices.append(f"precision: {precision.why}")
+    model = load_model(job, precision)
+    # Another trainer's patched forward would stay under this one's, and follow that trainer's model.
+    forget_patched_forward(model)
+    rewards = _rewards(job) if job.spec.online else []
+    args = trl_config(job, precision, eval_rows=len(prepared.eval) if prepared.eval is not None else 0)
+    peft_config = lora_config(job)
+    kwargs: dict[str, Any] = {
+        "model": model, "args": args, "train_dataset": prepared.train, "eval_dataset": prepared.eval,
+        "processing_class": prepared.tokenizer, "peft_config": peft_config,
+    }
+    reference: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if job.spec.name == "sft" and job.options.packing:
+        kwargs["train_dataset"] = _packed(job, prepared.train)
+    elif job.spec.name == "dpo":
+        kwargs["ref_model"] = _dpo_reference(job, model, precision, peft_config is not None)
+    elif job.spec.online:
+        _enough_prompts(args, prepared.train)
+        kwargs["reward_funcs"] = rewards
+        if args.beta and peft_config is None and not hasattr(model, "peft_config"):
+            reference = reference_from_memory(model)
+    try:
+        with reference:
+            trainer = TRAINERS[job.spec.name](**kwargs)
+    except ValueError as error:
+        raise ConfigError(f"{TRAINERS[job.spec.name].__mro__[2].__name__}: {error}") from error
+    return Built(trainer, notices=[])
+
+
+def _packed(job: Job, rows: Any) -> Any:
+    from trl import pack_dataset
+
+    packed = pack_dataset(rows.select_columns(["input_ids", "labels"]), job.options.max_seq_length, "bfd")
+    tokens = sum(len(ids) for ids in rows["input_ids"])
+    step = job.options.batch_size * job.options.gradient_accumulation_steps
+    job.notices.append(
+        f"packing: {len(rows)} rows of {tokens} tokens fill {len(packed)} sequences of up to "
+        f"{job.options.max_seq_length}; a step of {step} sequences holds about {len(rows) * step / len(packed):.1f} "
+        f"rows and {tokens * step / len(packed):.0f} tokens a device"
+    )
+    return packed
+
+
+def _dpo_reference(job: Job, model: PreTrainedModel, precision: Precision, adapters: bool) -> Any:
+    """The reference model, from memory; None where TRL takes the base with adapters off."""
+    source = job.options.ref_model_name
+    if source is not None and not isinstance(source, str):
+        return copy_model(source) if source is model else source
+    if source is not None:
+        import copy
+
+        other = copy.copy(job)
+        other.options = copy.copy(job.options)
+        other.options.model_name, other.options.model_revision = source, None
+        return load_model(other, precision)
+    if adapters or hasattr(model, "peft_config") or job.options.precompute_ref_log_probs:
+        return None
+    return copy_model(model)
+
+
+def _rewards(job: Job) -> list[Any]:
+    """Reward functions, then the reward model; their weights go back into the job, one each."""
+    from aligntune.rewards import resolve_rewards
+
+    given, weights = list(job.options.reward_functions or []), job.options.reward_function_weights
+    model = job.options.reward_model_name
+    functions, own = resolve_rewards(given, weights[: len(given)] if weights else None)
+    last = [] if model is None else [weights[-1] if weights else 1.0]
+    job.set("reward_function_weights", [*map(float, own or [1.0] * len(functions)), *last])
+    return [*functions, *([model] if model is not None else [])]
+
+
+def _enough_prompts(args: Any, rows: Any) -> None:
+    """TRL's sampler drops what does not fill a round of generation: too few prompts would be zero steps."""
+    needed = args.generation_batch_size // args.num_generations
+    if len(rows) < needed:
+        raise DataError(
+            f"{len(rows)} prompts, but one round of generation takes {needed} "
+            f"(batch_size {args.per_device_train_batch_size} x {args.steps_per_generation} micro-steps x processes, "
+            f"{args.num_generations} completions each): give more prompts or a smaller batch_size"
+        )

@@ -1,0 +1,140 @@
+"""From our options to the fields of TRL's config classes: one table, and what an algorithm fixes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+from trl import DPOConfig, GRPOConfig, SFTConfig
+
+from aligntune.backends._compat import config_kwargs
+from aligntune.core.rules import world_size
+from aligntune.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from aligntune.backends.loading import Precision
+    from aligntune.core.resolve import Job
+
+CONFIGS: dict[str, type] = {
+    "sft": SFTConfig, "dpo": DPOConfig, "grpo": GRPOConfig, "gspo": GRPOConfig, "dapo": GRPOConfig,
+    "dr_grpo": GRPOConfig,
+}
+
+SAME_FIELD: dict[str, str] = {
+    "output_dir": "output_dir", "seed": "seed", "num_epochs": "num_train_epochs", "max_steps": "max_steps",
+    "batch_size": "per_device_train_batch_size", "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "learning_rate": "learning_rate", "lr_scheduler": "lr_scheduler_type", "weight_decay": "weight_decay",
+    "adam_beta1": "adam_beta1", "adam_beta2": "adam_beta2", "adam_epsilon": "adam_epsilon",
+    "max_grad_norm": "max_grad_norm", "dataloader_num_workers": "dataloader_num_workers",
+    "logging_steps": "logging_steps", "save_total_limit": "save_total_limit", "report_to": "report_to",
+    "run_name": "run_name", "trust_remote_code": "trust_remote_code",
+    # an algorithm's own
+    "beta": "beta", "loss_type": "loss_type", "label_smoothing": "label_smoothing", "loss_weights": "loss_weights",
+    "precompute_ref_log_probs": "precompute_ref_log_probs", "use_weighting": "use_weighting",
+    "epsilon": "epsilon", "epsilon_high": "epsilon_high", "scale_rewards": "scale_rewards",
+    "importance_sampling_level": "importance_sampling_level", "sync_ref_model": "sync_ref_model",
+    "mask_truncated_completions": "mask_truncated_completions",
+    # rollouts
+    "num_generations": "num_generations", "max_completion_length": "max_completion_length",
+    "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty", "num_iterations": "num_iterations",
+    "steps_per_generation": "steps_per_generation", "reward_function_weights": "reward_weights",
+}
+
+FIXED: dict[str, dict[str, Any]] = {
+    "grpo": {"use_bias_correction_kl": False},
+    # "grpo" counts each sequence once, as GSPO's equation 5 does; TRL's default would weight it by its length.
+    "gspo": {"importance_sampling_level": "sequence", "loss_type": "grpo", "use_bias_correction_kl": False},
+    "dapo": {"loss_type": "dapo", "use_bias_correction_kl": False},
+    "dr_grpo": {"loss_type": "dr_grpo", "use_bias_correction_kl": False},
+}
+"""What makes the algorithm that algorithm: no option of ours changes it, `trainer_options` may not either."""
+
+OPTIMIZERS = {"adamw": "adamw_torch", "adamw_fused": "adamw_torch_fused"}
+_NEVER = 10**9
+
+
+def trl_config(job: Job, precision: Precision, *, eval_rows: int) -> Any:
+    """The TRL config object of a job.
+
+    Raises:
+        ConfigError: `trainer_options` holds a field that the class lacks or that another option already sets.
+    """
+    options, name = job.options, job.spec.name
+    cls = CONFIGS[name]
+    fields = {item.name for item in dataclasses.fields(cls)}
+    values = vars(options)
+    kwargs = {field: values[ours] for ours, field in SAME_FIELD.items() if ours in values and field in fields}
+    kwargs |= _shared(job, precision, eval_rows)
+    if name == "sft":
+        # Rows are cut in preparation. A number here would make TRL refuse padding_free; the collator cuts nothing.
+        kwargs |= {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}, "packing": options.packing,
+                   "padding_free": options.padding_free is True}
+        if options.packing:
+            kwargs["max_length"] = options.max_seq_length
+    elif name == "dpo":
+        kwargs["max_length"] = options.max_seq_length
+        loss = options.loss_type
+        kwargs["loss_type"] = [loss] if isinstance(loss, str) else list(loss)
+    else:
+        kwargs |= _rollout(job)
+    kwargs |= FIXED.get(name, {})
+    _pass_through(job, cls, fields, kwargs)
+    try:
+        return cls(**config_kwargs(cls, kwargs))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{cls.__name__}: {error}") from error
+
+
+def _shared(job: Job, precision: Precision, eval_rows: int) -> dict[str, Any]:
+    options = job.options
+    checkpointing = options.gradient_checkpointing
+    evaluating = options.eval_steps is not None and eval_rows > 0
+    kwargs: dict[str, Any] = {
+        "bf16": precision.name == "bf16", "fp16": precision.name == "fp16", "use_cpu": precision.device == "cpu",
+        "gradient_checkpointing": precision.device == "cuda" if checkpointing == "auto" else bool(checkpointing),
+        # transformers reads a number below 1 as a share of the steps.
+        "warmup_steps": options.warmup_steps if options.warmup_steps is not None else options.warmup_ratio,
+        "optim": OPTIMIZERS.get(options.optimizer, options.optimizer),
+        # "steps" with a number that is never reached still saves at the end of training; "no" would not.
+        "save_strategy": "steps", "save_steps": options.save_steps or _NEVER,
+        "eval_strategy": "steps" if evaluating else "no",
+        "per_device_eval_batch_size": options.eval_batch_size or options.batch_size,
+        "logging_first_step": True, "logging_strategy": "steps", "disable_tqdm": True,
+    }
+    if evaluating:
+        kwargs["eval_steps"] = options.eval_steps
+    if isinstance(options.report_to, str):
+        kwargs["report_to"] = [options.report_to]
+    return kwargs
+
+
+def _rollout(job: Job) -> dict[str, Any]:
+    options = job.options
+    evaluation_batch = (options.eval_batch_size or options.batch_size) * world_size()
+    return {
+        # TRL wants whole groups in an evaluation batch too.
+        "num_generations_eval": math.gcd(evaluation_batch, options.num_generations),
+        "use_vllm": options.rollout_engine == "vllm", "log_completions": False,
+    }
+
+
+def _pass_through(job: Job, cls: type, fields: set[str], kwargs: dict[str, Any]) -> None:
+    """Add `trainer_options`, after checking each against the real config class and against our own options."""
+    name = job.spec.name
+    ours = {field: option for option, field in SAME_FIELD.items() if option in vars(job.options)}
+    faults = []
+    for field, value in job.options.trainer_options.items():
+        path = f"train.trainer_options.{field}"
+        if field not in fields:
+            close = nearest(field, fields)
+            faults.append(f"{path}: {cls.__name__} has no such field" + (f"; did you mean {close!r}?" if close else ""))
+        elif field in FIXED.get(name, {}) and FIXED[name][field] != value:
+            faults.append(f"{path} = {value!r}: {name} is defined by {FIXED[name][field]!r}; another algorithm fits")
+        elif field in ours and job.given(ours[field]):
+            faults.append(f"{path}: {ours[field]} is given too; give one of the two")
+        else:
+            kwargs[field] = value
+    if faults:
+        raise ConfigError.from_faults(faults, "trainer_options")

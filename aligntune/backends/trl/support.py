@@ -1,0 +1,37 @@
+"""What backend "trl" runs, as data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aligntune.backends.base import Built, Gate, Prepared
+from aligntune.core.registry import Support
+
+if TYPE_CHECKING:
+    from aligntune.core.resolve import Job
+
+_YES = Support("supported")
+
+
+class TRLBackend:
+    """Hugging Face TRL, unmodified: its trainers and losses, with options set and data prepared by us."""
+
+    name = "trl"
+    support = dict.fromkeys(("sft", "dpo", "grpo", "gspo", "dapo", "dr_grpo"), _YES)
+    gates = (
+        Gate("rollout_engine", ("fast",), "this engine belongs to backend='fast'; here 'hf' and 'vllm' run"),
+        Gate("gradient_checkpointing", ("offload",), "offloading to host memory belongs to backend='fast'"),
+    )
+
+    def available(self) -> Support:
+        """Everything it needs is a dependency of the package."""
+        return Support("supported", "runs on CPU and GPU")
+
+    def build(self, job: Job, prepared: Prepared) -> Built:
+        """A TRL trainer for the job."""
+        from aligntune.backends.trl.build import build
+
+        return build(job, prepared)
+
+
+BACKEND = TRLBackend()

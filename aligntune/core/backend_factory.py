@@ -1,0 +1,232 @@
+"""The factories: one call makes a trainer, a string picks the engine."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from aligntune.algorithms import ALGORITHMS
+from aligntune.backends import BACKENDS
+from aligntune.backends.base import Backend, Prepared, gate_of, require, supports
+from aligntune.core.config import common_options
+from aligntune.core.options import UNSET, Unset, describe, infos
+from aligntune.core.resolve import Job, resolve
+
+if TYPE_CHECKING:
+    from aligntune.core.trainer import AlignTrainer
+
+logger = logging.getLogger("aligntune")
+
+RL_ALGORITHMS = tuple(name for name in ALGORITHMS.names() if name not in ("sft", "reward"))
+
+
+class BackendType(enum.StrEnum):
+    """The backends as an enum, for code that prefers one to a string."""
+
+    TRL = "trl"
+    FAST = "fast"
+
+
+def create_sft_trainer(
+    model_name: Any = UNSET,
+    dataset_name: Any = UNSET,
+    *,
+    backend: str | BackendType | Unset = UNSET,
+    output_dir: str | os.PathLike[str] | None | Unset = UNSET,
+    num_epochs: float | Unset = UNSET,
+    max_steps: int | Unset = UNSET,
+    batch_size: int | Unset = UNSET,
+    learning_rate: float | Unset = UNSET,
+    max_seq_length: int | Unset = UNSET,
+    max_samples: int | None | Unset = UNSET,
+    system_prompt: str | None | Unset = UNSET,
+    config: Any = None,
+    callbacks: list[Any] | None = None,
+    **options: Any,
+) -> AlignTrainer:
+    """A trainer for supervised fine-tuning.
+
+    Args:
+        model_name: hub id, local folder, "builtin:NAME", or a model object.
+        dataset_name: hub id, local json/jsonl/csv/parquet file, folder, "builtin:NAME", a `datasets.Dataset`, or a
+            list of dicts: text, messages, Alpaca rows, prompt-completion pairs, ...
+        config: YAML path, mapping or OmegaConf config; explicit arguments win over it.
+        callbacks: transformers callbacks to add.
+        **options: any other option, by its flat name; the list stands below.
+
+    Returns:
+        An `AlignTrainer`; `train()` trains.
+
+    Raises:
+        ConfigError: every unknown name, wrong type, value out of range and contradiction, all at once.
+        DataError: the dataset cannot be read, is of another kind, or has bad rows.
+        BackendUnavailableError, UnsupportedAlgorithmError: an explicit backend never falls back.
+    """
+    explicit = {
+        "model_name": model_name, "dataset_name": dataset_name, "backend": backend, "output_dir": output_dir,
+        "num_epochs": num_epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate,
+        "max_seq_length": max_seq_length, "max_samples": max_samples, "system_prompt": system_prompt, **options,
+    }
+    return build_trainer(resolve(explicit, config, algorithms=("sft",), what="create_sft_trainer"), callbacks)
+
+
+def create_rl_trainer(
+    model_name: Any = UNSET,
+    dataset_name: Any = UNSET,
+    *,
+    algorithm: str | Unset = UNSET,
+    backend: str | BackendType | Unset = UNSET,
+    output_dir: str | os.PathLike[str] | None | Unset = UNSET,
+    num_epochs: float | Unset = UNSET,
+    max_steps: int | Unset = UNSET,
+    batch_size: int | Unset = UNSET,
+    learning_rate: float | Unset = UNSET,
+    max_seq_length: int | Unset = UNSET,
+    max_samples: int | None | Unset = UNSET,
+    system_prompt: str | None | Unset = UNSET,
+    reward_functions: Any = UNSET,
+    reward_function_weights: list[float] | None | Unset = UNSET,
+    reward_model_name: Any = UNSET,
+    config: Any = None,
+    callbacks: list[Any] | None = None,
+    **options: Any,
+) -> AlignTrainer:
+    """A trainer for preference or reinforcement learning; `algorithm` names it.
+
+    Args:
+        model_name: hub id, local folder, "builtin:NAME", or a model object.
+        dataset_name: as for `create_sft_trainer`: preference pairs, or prompts with what the rewards read.
+        algorithm: one of `aligntune.list_algorithms()`.
+        reward_functions: names ("math"), callables f(prompts, completions, **columns) -> list[float], or
+            {name, weight, options}; online algorithms need one of these or `reward_model_name`.
+        reward_function_weights: one weight a reward.
+        reward_model_name: a sequence-classification model that scores completions.
+        config: YAML path, mapping or OmegaConf config; explicit arguments win over it.
+        callbacks: transformers callbacks to add.
+        **options: any other option, by its flat name; the list stands below.
+
+    Returns:
+        An `AlignTrainer`; `train()` trains.
+
+    Raises:
+        ConfigError: every unknown name, wrong type, value out of range and contradiction, all at once.
+        DataError: the dataset cannot be read, is of another kind, or has bad rows.
+        BackendUnavailableError, UnsupportedAlgorithmError: an explicit backend never falls back.
+    """
+    explicit = {
+        "model_name": model_name, "dataset_name": dataset_name, "algorithm": algorithm, "backend": backend,
+        "output_dir": output_dir, "num_epochs": num_epochs, "max_steps": max_steps, "batch_size": batch_size,
+        "learning_rate": learning_rate, "max_seq_length": max_seq_length, "max_samples": max_samples,
+        "system_prompt": system_prompt, "reward_functions": reward_functions,
+        "reward_function_weights": reward_function_weights, "reward_model_name": reward_model_name, **options,
+    }
+    return build_trainer(resolve(explicit, config, algorithms=RL_ALGORITHMS, what="create_rl_trainer"), callbacks)
+
+
+def create_trainer(config: Any, overrides: Mapping[str, Any] | None = None, **options: Any) -> AlignTrainer:
+    """A trainer for whatever algorithm the config names; what `aligntune train` calls.
+
+    Args:
+        config: YAML path, mapping or OmegaConf config.
+        overrides: options by flat name or `section.name`; they win over the config.
+        **options: the same, as keywords.
+    """
+    return build_trainer(resolve({**(overrides or {}), **options}, config, what="the recipe"))
+
+
+def choose_backend(job: Job) -> Backend:
+    """The job's backend; for "auto" the first of fast and trl that runs it here, with the reason in the notices.
+
+    Raises:
+        UnsupportedAlgorithmError, BackendUnavailableError: an explicit backend that cannot run this job.
+    """
+    options = vars(job.options)
+    if job.backend != "auto":
+        backend = BACKENDS.load(job.backend)
+        require(backend, job.spec.name, options)
+        return backend
+    fast = BACKENDS.load("fast")
+    verdict = supports(fast, job.spec.name)
+    gate = gate_of(fast, options)
+    if not verdict:
+        why = f"fast does not run {job.spec.name} ({verdict.reason})"
+    elif gate is not None:
+        why = f"fast does not run {gate.option}={options[gate.option]!r}"
+    elif options["device"] == "cpu":
+        why = "device='cpu' was asked for"
+    elif os.environ.get("TRITON_INTERPRET") == "1" or not (here := fast.available()):
+        # Interpreted kernels are for tests: nobody means them by "auto".
+        why = f"fast is not available here ({here.reason})" if os.environ.get("TRITON_INTERPRET") != "1" else (
+            "TRITON_INTERPRET=1 is for tests of fast, which must be named to run")
+    else:
+        job.notices.append(f"backend: fast ({here.reason} runs {job.spec.name})")
+        job.set("backend", "fast")
+        return fast
+    job.notices.append(f"backend: trl, because {why}")
+    job.set("backend", "trl")
+    trl = BACKENDS.load("trl")
+    require(trl, job.spec.name, options)
+    return trl
+
+
+def data_request(job: Job) -> Any:
+    """What the data layer is asked to prepare for this job."""
+    from aligntune.data import DataRequest
+
+    options, names = job.options, vars(job.options)
+    shared = ("dataset_config", "split", "max_samples", "column_mapping", "system_prompt", "chat_template",
+              "assistant_turns", "completion_only", "max_seq_length", "max_completion_length", "on_bad_row",
+              "eval_split", "max_eval_samples", "val_split_ratio", "seed", "trust_remote_code", "text_field")
+    return DataRequest(
+        algorithm=job.spec.name, takes=job.spec.takes, dataset=options.dataset_name,
+        eval_dataset=options.eval_dataset_name, **{name: names[name] for name in shared if name in names},
+    )
+
+
+def build_trainer(job: Job, callbacks: list[Any] | None = None) -> AlignTrainer:
+    """Data, backend and run folder of a resolved job, in that order: nothing is written before the data is sound."""
+    backend = choose_backend(job)
+    from omegaconf import OmegaConf
+
+    from aligntune.backends.loading import load_tokenizer
+    from aligntune.core.run_dir import RunDir
+    from aligntune.core.trainer import AlignTrainer
+    from aligntune.data import prepare
+
+    tokenizer = load_tokenizer(job)
+    data = prepare(data_request(job), tokenizer)
+    run_dir = RunDir.for_job(job)
+    job.set("output_dir", str(run_dir.path))
+    built = backend.build(job, Prepared(data.tokenizer, data.train, data.eval, data.report))
+    for notice in (*job.notices, *built.notices):
+        logger.info("%s", notice)
+    for callback in callbacks or []:
+        built.trainer.add_callback(callback)
+    return AlignTrainer(
+        built.trainer, config=job.config, run_dir=run_dir, tokenizer=data.tokenizer, backend=backend.name,
+        algorithm=job.spec.name, attestation=built.attestation, data_report=data.report,
+        config_yaml=OmegaConf.to_yaml(job.config), notices=[*job.notices, *built.notices], resume=job.options.resume,
+    )
+
+
+def _document() -> None:
+    """Append the options to the factories' docstrings, from the table: `help()` shows every default."""
+    rows = common_options()
+    shared = [row for row in rows if row.audience in ("all", "offline")]
+    sft = [row for row in rows if row.audience == "sft"]
+    online = [row for row in rows if row.audience == "online"]
+    own = infos(ALGORITHMS.load("sft").options, "loss")
+    create_sft_trainer.__doc__ = f"{create_sft_trainer.__doc__}\n    Options:\n\n{describe([*shared, *sft, *own])}\n"
+    text = f"{create_rl_trainer.__doc__}\n    Options:\n\n{describe(shared)}\n\n    Online algorithms:\n\n"
+    text += describe(online)
+    for name in RL_ALGORITHMS:
+        spec = ALGORITHMS.load(name)
+        text += f"\n\n    {name} ({spec.title}), own options and defaults:\n\n{describe(infos(spec.options, 'loss'))}"
+        text += "".join(f"\n    {option} defaults to {value!r}" for option, value in spec.defaults.items())
+    create_rl_trainer.__doc__ = text + "\n"
+
+
+_document()
