@@ -19,11 +19,14 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from aligntune.backends.fast.ops import _runtime
 
 REPO = Path(__file__).resolve().parents[4]
 SM90_SHARED_LIMIT = 227 * 1024
@@ -60,7 +63,7 @@ def assert_close_to_truth(
         assert not truth.any(), f"{what}: the truth was said to be 0 and is not"
         assert not ours.any(), f"{what}: should be exactly 0"
         return 0.0
-    assert float(truth.norm()) > 0, f"{what}: the truth is 0 everywhere, so the comparison shows nothing"
+    assert float(truth.detach().norm()) > 0, f"{what}: the truth is 0 everywhere, so the comparison shows nothing"
     error, error_of_eager = relative_error(ours, truth), relative_error(eager, truth)
     bound = 2 * error_of_eager + eps
     assert error < bound, f"{what}: error {error:.3e}, eager's is {error_of_eager:.3e}, the bound {bound:.3e}"
@@ -83,6 +86,16 @@ def far_rows(rows: int, cols: int, dtype: torch.dtype, device: str, *, stride: i
     return torch.frombuffer(memory, dtype=dtype).as_strided((rows, cols), (stride, 1), middle)
 
 
+def launches(fn: Callable[[], Any]) -> dict[str, int]:
+    """Run `fn` under the profiler and count the launches of our kernels by name (on a GPU, of the kernels themselves)."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if not _runtime.interpreting():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as trace:
+        fn()
+    return {event.key: event.count for event in trace.key_averages() if event.key in _runtime.KERNELS}
+
+
 # --------------------------------------------------------------------------------------------- the sm_90 compile check
 
 
@@ -95,6 +108,7 @@ class Case:
     constexprs: tuple[tuple[str, Any], ...]
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +132,12 @@ _results: dict[Case, Resources] = {}
 
 
 def sm90_case(
-    kernel: Any, signature: dict[str, str | int], constexprs: dict[str, Any], num_warps: int = 4, num_stages: int = 3
+    kernel: Any,
+    signature: dict[str, str | int],
+    constexprs: dict[str, Any],
+    num_warps: int = 4,
+    num_stages: int = 3,
+    maxnreg: int | None = None,
 ) -> Case:
     """Register a compile of `kernel` (a kernel object or "module:name") and return its key for `resources`.
 
@@ -127,7 +146,7 @@ def sm90_case(
     divisible, 2^31 and more are i64. Pointers are taken as 16-byte aligned.
     """
     name = kernel if isinstance(kernel, str) else f"{kernel.fn.__module__}:{kernel.fn.__name__}"
-    case = Case(name, tuple(signature.items()), tuple(constexprs.items()), num_warps, num_stages)
+    case = Case(name, tuple(signature.items()), tuple(constexprs.items()), num_warps, num_stages, maxnreg)
     if case not in _results and case not in _pending:
         _pending.append(case)
     return case
@@ -151,10 +170,15 @@ def resources(case: Case) -> Resources:
 
 
 def compile_sm90(
-    kernel: Any, signature: dict[str, str | int], constexprs: dict[str, Any], num_warps: int = 4, num_stages: int = 3
+    kernel: Any,
+    signature: dict[str, str | int],
+    constexprs: dict[str, Any],
+    num_warps: int = 4,
+    num_stages: int = 3,
+    maxnreg: int | None = None,
 ) -> Resources:
     """`sm90_case` and `resources` in one; prefer a case at module level, so that many share one subprocess."""
-    return resources(sm90_case(kernel, signature, constexprs, num_warps, num_stages))
+    return resources(sm90_case(kernel, signature, constexprs, num_warps, num_stages, maxnreg))
 
 
 def assert_fits(case: Case, *, load_bits: int | None = None, spills: int = 0) -> Resources:
@@ -192,7 +216,7 @@ def _compile(case: dict[str, Any], workdir: str) -> dict[str, Any]:
             attrs[(index,)] = [["tt.divisibility", 16]]
         signature[arg] = value
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    options = {"num_warps": case["num_warps"], "num_stages": case["num_stages"]}
+    options = {key: case[key] for key in ("num_warps", "num_stages", "maxnreg")}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     binary = Path(workdir) / "kernel.cubin"
     binary.write_bytes(compiled.asm["cubin"])
