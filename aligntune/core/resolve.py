@@ -7,6 +7,7 @@ OmegaConf alone stops at the first one, takes 7 for a bool and "8" for an int, a
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -42,22 +43,29 @@ class Job:
     """One resolved job.
 
     Args:
-        config: the OmegaConf tree as config.yaml shows it.
         spec: the algorithm.
         options: flat names to values, Python objects included.
         origin: flat names to the layer that set them: "argument", "config", "algorithm default" or "default".
-        objects: the Python objects among the values (models, datasets, callables), by flat name.
-        sections: flat names to the section of the tree ("" at its top).
         notices: choices and changes made on the user's behalf, in words.
     """
 
-    config: Any
     spec: AlgorithmSpec
     options: SimpleNamespace
     origin: dict[str, str]
-    objects: dict[str, Any]
-    sections: dict[str, str]
     notices: list[str] = field(default_factory=list)
+    _config: Any = field(default=None, repr=False)
+
+    @property
+    def config(self) -> Any:
+        """The OmegaConf tree as config.yaml shows it, read-only; Python objects stand there by their labels."""
+        if self._config is None:
+            self._config = _tree(vars(self.options), option_table(self.spec.name))
+        return self._config
+
+    @property
+    def objects(self) -> dict[str, Any]:
+        """The options whose values are Python objects; a run with any cannot be re-run from its YAML."""
+        return {name: value for name, value in vars(self.options).items() if _has_object(value) or _is_rows(name, value)}
 
     @property
     def backend(self) -> str:
@@ -65,20 +73,16 @@ class Job:
 
     def set(self, name: str, value: Any) -> None:
         """Settle an option that only the machine or the checkpoint could decide; config.yaml shows the outcome."""
-        from omegaconf import OmegaConf, open_dict
-
+        assert hasattr(self.options, name), name
         setattr(self.options, name, value)
-        section = self.sections[name]
-        OmegaConf.set_readonly(self.config, False)
-        with open_dict(self.config):
-            OmegaConf.update(self.config, f"{section}.{name}" if section else name, _escaped(_as_text(value)))
-        OmegaConf.set_readonly(self.config, True)
+        self._config = None
 
     def given(self, name: str) -> bool:
         """Whether the user set the option, by argument or config."""
         return self.origin[name] in ("argument", "config")
 
 
+@functools.cache
 def option_table(algorithm: str | None) -> dict[str, OptionInfo]:
     """Flat names to the options that `algorithm` takes (None: to those of any algorithm)."""
     names = [algorithm] if algorithm else ALGORITHMS.names()
@@ -168,10 +172,7 @@ def resolve(
         rules.check(values, origin, spec, faults, notices)
     if faults:
         raise ConfigError.from_faults(faults, what or "the configuration")
-    objects = {name: value for name, value in values.items() if _has_object(value) or _is_rows(name, value)}
-    sections = {name: row.section for name, row in table.items()}
-    tree = _tree(values, table)
-    return Job(tree, spec, SimpleNamespace(**values), origin, objects, sections, notices)
+    return Job(spec, SimpleNamespace(**values), origin, notices)
 
 
 def _algorithm(layers: dict[str, dict[str, Any]], allowed: tuple[str, ...], what: str, faults: list[str]) -> str | None:
@@ -226,7 +227,7 @@ def _leaves(layer: Mapping[str, Any], sections: set[str], faults: list[str]) -> 
     for key, value in layer.items():
         if not isinstance(key, str):
             faults.append(f"{key!r}: option names are strings")
-        elif key in sections:
+        elif key in sections and not (key in OLD_NAMES and not isinstance(value, Mapping | None)):
             if value is None:
                 continue
             if not isinstance(value, Mapping):

@@ -1,0 +1,338 @@
+"""Layers, precedence and faults, over every option of every algorithm."""
+
+from __future__ import annotations
+
+import math
+from types import NoneType
+
+import pytest
+from omegaconf import OmegaConf
+
+from aligntune.algorithms import ALGORITHMS
+from aligntune.core.options import UNSET, OptionInfo
+from aligntune.core.resolve import OLD_NAMES, option_table, read_config, resolve
+from aligntune.errors import ConfigError
+
+BASE = {"model_name": "m", "dataset_name": "d"}
+REWARD = {"reward_functions": ["exact_match"]}
+ALGORITHM_NAMES = ALGORITHMS.names()
+
+
+def needs(algorithm: str) -> dict:
+    return {**BASE, "algorithm": algorithm, **(REWARD if ALGORITHMS.load(algorithm).needs_reward else {})}
+
+
+def two_values(row: OptionInfo) -> tuple:
+    """Two valid values of the option, neither its default."""
+    special = {
+        "algorithm": None, "backend": ("trl", "fast"), "reward_functions": (["math"], ["format"]),
+        "reward_function_weights": ([2.0], [3.0]), "num_generations": (4, 2), "batch_size": (16, 32),
+        "steps_per_generation": (2, 4), "gradient_accumulation_steps": (2, 4), "max_completion_length": (11, 12),
+        "max_seq_length": (5000, 6000), "loss_type": None, "warmup_steps": (3, 4), "eval_steps": (3, 4),
+        "val_split_ratio": (0.1, 0.2), "trainer_options": ({"a": 1}, {"b": 2}),
+    }
+    if row.name in special and special[row.name]:
+        return special[row.name]
+    candidates: list = []
+    if row.choices:
+        candidates = [c for c in row.choices if c != row.default]
+    kinds = row.kinds
+    if bool in kinds:
+        candidates += [True, False]
+    if int in kinds:
+        low = int(row.ge if row.ge is not None else (row.gt or 0) + 1)
+        candidates += [low + 1, low + 2, low + 3]
+    if float in kinds:
+        high = row.lt if row.lt is not None else (row.le if row.le is not None else 1.0)
+        candidates += [high * 0.25, high * 0.4, high * 0.3]
+    if str in kinds and not row.choices:
+        candidates += ["one", "two"]
+    if list in kinds:
+        candidates += [[1.0], [2.0]] if row.item is float else [["a"], ["b"]]
+    if dict in kinds:
+        candidates += [{"a": "b"}, {"c": "d"}]
+    if NoneType in kinds and row.default is not None:
+        candidates.append(None)
+    found = [c for i, c in enumerate(candidates) if c != row.default and c not in candidates[:i]]
+    if len(found) == 1:
+        found.append(row.default)
+    return found[0], found[1]
+
+
+def around(name: str) -> dict:
+    """What must stand beside an option for it to be valid."""
+    if name.startswith("lora_") or name in ("modules_to_save", "use_dora", "use_rslora"):
+        return {"use_peft": True}
+    if name == "eval_steps":
+        return {"val_split_ratio": 0.1}
+    return {}
+
+
+EVERY = [(algorithm, row) for algorithm in ALGORITHM_NAMES for row in option_table(algorithm).values()
+         if row.name != "algorithm"]
+
+
+@pytest.mark.parametrize(("algorithm", "row"), EVERY, ids=[f"{a}-{r.name}" for a, r in EVERY])
+def test_explicit_beats_config_beats_algorithm_default_beats_default(algorithm: str, row: OptionInfo) -> None:
+    spec = ALGORITHMS.load(algorithm)
+    base = {key: value for key, value in needs(algorithm).items() if key != row.name} | around(row.name)
+    required = {key: value for key, value in needs(algorithm).items() if key == row.name}
+    first, second = two_values(row)
+    assert first != second
+    plain = resolve({**base, **required}).options
+    default = spec.defaults.get(row.name, row.default)
+    if not required and not around(row.name):
+        assert getattr(plain, row.name) == default
+    nested = {row.section: {row.name: first}} if row.section else {row.name: first}
+    if row.name == "backend":
+        assert resolve({**base, "backend": second}, nested).options.backend == second
+        return
+    for config in (nested, {row.name: first}, {row.path: first}):
+        job = resolve(base, config)
+        assert getattr(job.options, row.name) == first
+        assert job.origin[row.name] == "config"
+    job = resolve({**base, row.name: second}, nested)
+    assert getattr(job.options, row.name) == second
+    assert job.origin[row.name] == "argument"
+    written = OmegaConf.to_container(OmegaConf.select(job.config, row.section) if row.section else job.config)
+    assert written[row.name] == second
+    if row.default is not None or row.name not in ("model_name", "dataset_name"):
+        if row.name in ("reward_functions", "model_name", "dataset_name"):
+            return
+        # The default value, said out loud, beats another value in the YAML.
+        stated = resolve({**base, row.name: default}, nested)
+        assert getattr(stated.options, row.name) == default
+        assert stated.origin[row.name] == "argument"
+
+
+def test_unset_counts_as_not_given() -> None:
+    job = resolve({**BASE, "algorithm": "sft", "batch_size": UNSET}, {"batch_size": 3})
+    assert job.options.batch_size == 3
+
+
+def test_every_fault_is_told_at_once_with_its_path_and_the_nearest_name() -> None:
+    config = {"data": {"max_seq_lenght": 3, "learning_rate": 2.0}, "trainn": {"x": 1}, "lora": 7,
+              "train": {"max_steps": True}}
+    explicit = {"model_name": "m", "lerning_rate": 3, "algorithm": "grpo", "model.strct": True, "batch_size": "8",
+                "beta": math.nan, "temperature": 0}
+    with pytest.raises(ConfigError) as caught:
+        resolve(explicit, config)
+    text = str(caught.value)
+    for expected in (
+        "data.max_seq_lenght: unknown option; did you mean 'data.max_seq_length'?",
+        "data.learning_rate: belongs to section train: train.learning_rate",
+        "trainn: unknown section; did you mean 'train'?",
+        "lora = 7: a section is a mapping",
+        "lerning_rate: unknown option; did you mean 'train.learning_rate'?",
+        "model.strct: unknown option; did you mean 'model.strict'?",
+        "train.batch_size = '8': must be an integer >= 1 (write 8 without quotes)",
+        "loss.beta = nan: must be a number >= 0",
+        "rollout.temperature = 0.0: must be a number > 0",
+        "train.max_steps = True: must be an integer >= -1",
+    ):
+        assert expected in text
+    assert len(caught.value.faults) == 10
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("use_peft", 1), ("use_peft", "true"), ("max_steps", 2.5), ("max_steps", "8"), ("learning_rate", "1e-4"),
+    ("learning_rate", math.inf), ("learning_rate", -1e-4), ("precision", "bf-16"), ("lora_dropout", 1.0),
+    ("column_mapping", ["a"]), ("batch_size", 0), ("seed", -1), ("modules_to_save", [3]), ("packing", "yes"),
+])
+def test_a_wrong_type_or_range_names_option_value_and_what_is_allowed(name: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve({**BASE, "algorithm": "sft", name: value})
+    assert name in str(caught.value)
+    assert "must be" in str(caught.value)
+
+
+def test_an_option_of_another_algorithm_says_so() -> None:
+    with pytest.raises(ConfigError, match=r"num_generations: sft does not take this option; grpo, gspo, dapo"):
+        resolve({**BASE, "algorithm": "sft", "num_generations": 4})
+    with pytest.raises(ConfigError, match=r"packing: dpo does not take this option; sft do"):
+        resolve({**BASE, "algorithm": "dpo", "packing": True})
+
+
+def test_algorithm_names() -> None:
+    assert resolve({**needs("dr_grpo"), "algorithm": "DrGRPO"}).spec.name == "dr_grpo"
+    assert resolve({**needs("dr_grpo"), "algorithm": "dr-grpo"}).spec.name == "dr_grpo"
+    with pytest.raises(ConfigError, match=r"unknown algorithm 'grpoo'; did you mean 'grpo'\?"):
+        resolve({**BASE, "algorithm": "grpoo"})
+    with pytest.raises(ConfigError, match="create_sft_trainer makes sft"):
+        resolve({**BASE}, {"algorithm": "dpo"}, algorithms=("sft",), what="create_sft_trainer")
+    with pytest.raises(ConfigError, match="none given"):
+        resolve(BASE)
+
+
+def test_backend_unsloth_is_named_fast() -> None:
+    with pytest.raises(ConfigError, match="backend='fast'"):
+        resolve({**BASE, "algorithm": "sft", "backend": "unsloth"})
+    with pytest.raises(ConfigError, match="did you mean 'fast'"):
+        resolve({**BASE, "algorithm": "sft", "backend": "fsat"})
+
+
+@pytest.mark.parametrize("old", sorted(OLD_NAMES))
+def test_names_of_old_scripts_are_known_and_said(old: str) -> None:
+    new = OLD_NAMES[old]
+    algorithm = "dpo" if new == "ref_model_name" else ("grpo" if new.startswith("reward") else "sft")
+    row = option_table(algorithm)[new]
+    value = True if old == "load_in_4bit" else two_values(row)[0]
+    base = {key: item for key, item in needs(algorithm).items() if key != new} | around(new)
+    job = resolve({**base, old: value})
+    assert getattr(job.options, new) == ("nf4" if old == "load_in_4bit" else value)
+    assert any(old in notice and new in notice for notice in job.notices)
+
+
+def test_an_option_given_twice_by_two_names_is_a_fault() -> None:
+    with pytest.raises(ConfigError, match="given twice"):
+        resolve({**BASE, "algorithm": "sft", "max_seq_length": 5, "max_length": 6})
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ({}, (8, 8, 1)),
+    ({"batch_size": 16}, (16, 8, 1)),
+    ({"batch_size": 4}, (4, 4, 1)),
+    ({"batch_size": 6}, (6, 6, 1)),
+    ({"batch_size": 9}, (9, 3, 1)),
+    ({"batch_size": 1}, (1, 8, 8)),
+    ({"batch_size": 11}, (11, 8, 8)),
+    ({"batch_size": 1, "gradient_accumulation_steps": 4}, (1, 4, 4)),
+    ({"num_generations": 5}, (5, 5, 1)),
+    ({"num_generations": 4, "batch_size": 12}, (12, 4, 1)),
+])
+def test_online_batches_hold_whole_groups(given: dict, expected: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    job = resolve({**needs("grpo"), **given})
+    options = job.options
+    assert (options.batch_size, options.num_generations, options.gradient_accumulation_steps) == expected
+    changed = expected[:2] != (given.get("batch_size", 8), given.get("num_generations", 8)) or expected[2] != given.get(
+        "gradient_accumulation_steps", 1)
+    assert bool(job.notices) == changed
+
+
+def test_processes_count_in_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    options = resolve({**needs("grpo"), "batch_size": 2}).options
+    assert (options.batch_size, options.num_generations) == (2, 8)
+
+
+def test_two_explicit_incompatible_values_name_the_nearest_pairs() -> None:
+    with pytest.raises(ConfigError, match=r"nearest: batch_size 6 with num_generations 3 or batch_size 8 with"):
+        resolve({**needs("grpo"), "batch_size": 6, "num_generations": 4})
+
+
+def test_four_bit_turns_lora_on_and_says_so_but_never_against_the_user() -> None:
+    job = resolve({**BASE, "algorithm": "sft", "quantization": "nf4"})
+    assert job.options.use_peft is True
+    assert any("LoRA is turned on" in notice for notice in job.notices)
+    with pytest.raises(ConfigError, match="use_peft = False with quantization"):
+        resolve({**BASE, "algorithm": "sft", "quantization": "nf4", "use_peft": False})
+
+
+def test_lora_options_without_lora_are_a_fault() -> None:
+    with pytest.raises(ConfigError, match="pass use_peft=True"):
+        resolve({**BASE, "algorithm": "sft", "lora_r": 4})
+    assert resolve({**BASE, "algorithm": "sft", "lora_r": 4, "use_peft": False}).notices
+
+
+def test_embeddings_among_the_targets_become_modules_to_save() -> None:
+    job = resolve({**BASE, "algorithm": "sft", "use_peft": True,
+                   "lora_target_modules": ["q_proj", "embed_tokens", "lm_head"]})
+    assert job.options.lora_target_modules == ["q_proj"]
+    assert job.options.modules_to_save == ["embed_tokens", "lm_head"]
+    assert job.config.lora.modules_to_save == ["embed_tokens", "lm_head"]
+    assert any("trained whole" in notice for notice in job.notices)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"eval_steps": 5}, "no evaluation data"),
+    ({"val_split_ratio": 0.1, "eval_split": "test"}, "one source of evaluation data"),
+    ({"warmup_steps": 5, "warmup_ratio": 0.1}, "one of the two"),
+    ({"model_name": ""}, "model_name: none given"),
+])
+def test_contradictions(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve({**BASE, "algorithm": "sft", **options})
+
+
+def test_lengths_of_online_methods() -> None:
+    assert resolve({**needs("grpo"), "max_seq_length": 100}).options.max_completion_length == 50
+    assert resolve({**needs("grpo"), "max_completion_length": 2000}).options.max_seq_length == 3024
+    with pytest.raises(ConfigError, match="must be below"):
+        resolve({**needs("grpo"), "max_completion_length": 200, "max_seq_length": 200})
+
+
+def test_rewards_are_required_and_weights_counted() -> None:
+    with pytest.raises(ConfigError, match="grpo needs reward_functions or reward_model_name"):
+        resolve({**BASE, "algorithm": "grpo"})
+    with pytest.raises(ConfigError, match="2 weights for 1 rewards"):
+        resolve({**needs("grpo"), "reward_function_weights": [1.0, 2.0]})
+    assert resolve({**needs("grpo"), "reward_model_name": "rm", "reward_function_weights": [1, 2]})
+
+
+def test_objects_are_kept_and_shown_by_label() -> None:
+    def my_reward(prompts: list, completions: list, **columns: object) -> list:
+        return [0.0] * len(prompts)
+
+    rows = [{"prompt": "a"}]
+    job = resolve({"model_name": "m", "dataset_name": rows, "algorithm": "grpo", "reward_functions": my_reward})
+    assert job.options.dataset_name is rows
+    assert job.options.reward_functions == [my_reward]
+    assert job.config.data.dataset_name == "<object: 1 rows>"
+    assert job.config.rewards.reward_functions == ["<object: my_reward>"]
+    assert set(job.objects) == {"dataset_name", "reward_functions"}
+
+
+def test_an_object_where_none_is_taken_is_a_fault() -> None:
+    with pytest.raises(ConfigError, match="learning_rate"):
+        resolve({**BASE, "algorithm": "sft", "learning_rate": object()})
+
+
+def test_yaml_interpolates_and_arguments_are_literal(tmp_path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("algorithm: sft\nmodel: {model_name: m}\ndata: {dataset_name: d, system_prompt: 'use ${model.model_name}'}\n"
+                    "train: {learning_rate: 1e-4}\n")
+    job = resolve({}, path)
+    assert job.options.system_prompt == "use m"
+    assert job.options.learning_rate == 1e-4
+    literal = resolve({"system_prompt": "${model.model_name}"}, path)
+    assert literal.options.system_prompt == "${model.model_name}"
+    again = tmp_path / "again.yaml"
+    again.write_text(OmegaConf.to_yaml(literal.config))
+    assert resolve({}, again).options.system_prompt == "${model.model_name}"
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("- a\n- b\n", "a mapping of options is wanted"), ("a: [1, 2\n", "job.yaml"), ("x: ${nope}\n", "nope"),
+])
+def test_a_broken_yaml_file_is_named(tmp_path, text: str, message: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_config(path)
+
+
+def test_a_missing_file_and_a_recipe_with_stages(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="no file"):
+        read_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="has stages"):
+        resolve({}, {"stages": []})
+
+
+def test_the_resolved_yaml_resolves_to_itself(tmp_path) -> None:
+    for algorithm in ALGORITHM_NAMES:
+        job = resolve({**needs(algorithm), "max_samples": 3})
+        path = tmp_path / f"{algorithm}.yaml"
+        path.write_text(OmegaConf.to_yaml(job.config))
+        again = resolve({}, path)
+        assert vars(again.options) == vars(job.options)
+
+
+def test_set_reaches_options_and_tree() -> None:
+    job = resolve({**BASE, "algorithm": "sft"})
+    assert job.config.lora.use_peft is False
+    job.set("use_peft", True)
+    assert job.options.use_peft is True
+    assert job.config.lora.use_peft is True
+    with pytest.raises(Exception, match="read-only"):
+        job.config.lora.use_peft = False
