@@ -65,7 +65,8 @@ class Job:
     @property
     def objects(self) -> dict[str, Any]:
         """The options whose values are Python objects; a run with any cannot be re-run from its YAML."""
-        return {name: value for name, value in vars(self.options).items() if _has_object(value) or _is_rows(name, value)}
+        values = vars(self.options)
+        return {name: value for name, value in values.items() if _has_object(value) or _is_rows(name, value)}
 
     @property
     def backend(self) -> str:

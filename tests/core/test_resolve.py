@@ -217,7 +217,7 @@ def test_processes_count_in_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_explicit_incompatible_values_name_the_nearest_pairs() -> None:
-    with pytest.raises(ConfigError, match=r"nearest: batch_size 6 with num_generations 3 or batch_size 8 with"):
+    with pytest.raises(ConfigError, match=r"nearest: batch_size 6 with num_generations 3 or batch_size 4 with"):
         resolve({**needs("grpo"), "batch_size": 6, "num_generations": 4})
 
 
@@ -290,8 +290,8 @@ def test_an_object_where_none_is_taken_is_a_fault() -> None:
 
 def test_yaml_interpolates_and_arguments_are_literal(tmp_path) -> None:
     path = tmp_path / "job.yaml"
-    path.write_text("algorithm: sft\nmodel: {model_name: m}\ndata: {dataset_name: d, system_prompt: 'use ${model.model_name}'}\n"
-                    "train: {learning_rate: 1e-4}\n")
+    path.write_text("algorithm: sft\nmodel: {model_name: m}\ntrain: {learning_rate: 1e-4}\n"
+                    "data: {dataset_name: d, system_prompt: 'use ${model.model_name}'}\n")
     job = resolve({}, path)
     assert job.options.system_prompt == "use m"
     assert job.options.learning_rate == 1e-4
