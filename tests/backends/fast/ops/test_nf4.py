@@ -17,6 +17,7 @@ from aligntune.backends.fast.ops.nf4 import (
     nf4_dequant_kernel,
 )
 from aligntune.errors import ConfigError
+from tests.backends.fast.ops.far import far_flat, first_program
 from tests.backends.fast.ops.harness import assert_fits, sm90_case
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -200,6 +201,22 @@ def test_what_it_refuses(device):
             dequantize_nf4(good, out=out)
     with pytest.raises(ConfigError, match="not to torch.float64"):
         dequantize_nf4(good, dtype=torch.float64)
+
+
+@pytest.mark.skipif(not _runtime.interpreting(), reason="steps a grid by hand")
+def test_offsets_past_int32():
+    far, numel, per_program = 2**31, 2**31 + 128, 8 * LAUNCH.units
+    out, packed = far_flat(numel, torch.bfloat16), far_flat(numel // 8, torch.int32)
+    absmax = far_flat(numel // 64, torch.float32)
+    packed.view(torch.uint8)[far // 2 :] = 0xF0
+    absmax[far // 64 :] = torch.tensor([2.0, 4.0])
+    code = torch.tensor(CODE)
+    with first_program(far // per_program):
+        nf4_dequant_kernel[(1,)](
+            packed, absmax, code, code, code, code, out, numel, BLOCKSIZE=64, NESTED_BLOCKSIZE=256, NESTED=False,
+            PER_UNIT=8, UNITS=LAUNCH.units,
+        )  # fmt: skip
+    assert out[far:].tolist() == [2.0, -2.0] * 32 + [4.0, -4.0] * 32
 
 
 SIGNATURE = {
