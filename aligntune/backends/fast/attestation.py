@@ -1,0 +1,149 @@
+"""What ran: kernel names and counts from a profiler trace of one step, held against what the attachment promises.
+
+On a GPU the trace's CUDA kernels are counted, graph replays included. Triton's interpreter leaves no kernels in
+a trace; there each interpreted kernel opens a `record_function` of its name at the launch itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from aligntune.backends.fast import ledger
+from aligntune.backends.fast.ops._runtime import KERNELS, interpreting
+from aligntune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from aligntune.backends.fast.attach import Attachment, Line
+
+
+@dataclass(frozen=True)
+class Attestation:
+    """One step of one attached model.
+
+    `kernels`: name -> launches in the trace; `promised`: name -> the least number that the table promises for the calls
+    of this step. `problems`: promises that the trace does not bear out. `lines`: the attachment's report at that time.
+    """
+
+    interpreter: bool
+    device: str
+    backward: bool
+    replayed: bool
+    kernels: dict[str, int]
+    promised: dict[str, int]
+    problems: tuple[str, ...]
+    lines: tuple[Line, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True if every promise was kept; lines that say "eager" are no broken promises."""
+        return not self.problems
+
+    @property
+    def eager(self) -> tuple[str, ...]:
+        """The lines of the report that say what does not run through an op, and why."""
+        return tuple(str(line) for line in self.lines if line.eager)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, for JSON."""
+        return {**asdict(self), "ok": self.ok, "summary": [str(line) for line in self.lines]}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        where = f"{self.device}, Triton's interpreter" if self.interpreter else self.device
+        rows = [f"{name}: {count} (promised {self.promised.get(name, 0)})" for name, count in self.kernels.items()]
+        verdict = ["every promise was kept"] if self.ok else [f"PROBLEM: {problem}" for problem in self.problems]
+        return "\n".join([f"kernels in one step, on {where}:", *rows, *map(str, self.lines), *verdict])
+
+
+def attest(attachment: Attachment, step: Callable[[], Any]) -> Attestation:
+    """Run `step` once, traced, and say what ran.
+
+    Args:
+        attachment: what `attach` returned for the model that `step` trains.
+        step: forward and backward of one step (an optimizer step may follow); it is run exactly once.
+    Raises:
+        ConfigError: the attachment is strict, and a promise was broken or something ran eager.
+    """
+    with ledger.writing() as promises:
+        observed, backward = trace(step)
+    replayed = not promises.entries
+    if replayed:
+        promises = _static(attachment)
+    promised = promises.launches(backward=backward)
+    problems = [
+        f"{kernel}: the table promises {least} launches in this step, the trace shows {observed[kernel]}"
+        for kernel, least in sorted(promised.items())
+        if observed[kernel] < least
+    ]
+    problems += _untouched(attachment, promises)
+    result = Attestation(
+        interpreter=interpreting(),
+        device=_device(attachment.model),
+        backward=backward,
+        replayed=replayed,
+        kernels=dict(sorted(observed.items())),
+        promised=dict(sorted(promised.items())),
+        problems=tuple(problems),
+        lines=tuple(attachment.report),
+    )
+    if attachment.strict and (result.problems or result.eager):
+        raise ConfigError.from_faults([*result.problems, *result.eager], where="the attested step (strict=True)")
+    return result
+
+
+def trace(step: Callable[[], Any]) -> tuple[Counter[str], bool]:
+    """Launches of our kernels during `step`, by name, and whether a backward ran in it."""
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiler:
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    observed: Counter[str] = Counter()
+    backward = False
+    for event in profiler.events():
+        if event.name in KERNELS and (interpreting() or event.device_type == DeviceType.CUDA):
+            observed[event.name] += 1
+        elif event.name.startswith("autograd::engine::evaluate_function"):
+            backward = True
+    # A replayed graph runs no autograd engine: there a backward shows as the backward's own kernels.
+    return observed, backward or any("backward" in name for name in observed)
+
+
+def _static(attachment: Attachment) -> ledger.Ledger:
+    """The promises of a step whose Python forwards did not run (a replayed graph): one call of each module."""
+    promises = ledger.Ledger()
+    for patch in attachment.patches:
+        for op in patch.static_ops:
+            promises.entries[id(patch.module), op] = ledger.Entry(calls=1, with_grad=0)
+    return promises
+
+
+def _untouched(attachment: Attachment, promises: ledger.Ledger) -> list[str]:
+    """Modules that have an op and did not use it, by path."""
+    called = promises.modules()
+    problems = []
+    for patch in attachment.patches:
+        if not patch.in_place():
+            problems.append(f"{patch.path}: its forward has been replaced since attach; attach again")
+        elif patch.static_ops and id(patch.module) not in called:
+            problems.append(f"{patch.path}: did not call {', '.join(patch.static_ops)} in this step")
+    return problems
+
+
+def _device(model: torch.nn.Module) -> str:
+    parameter = next(model.parameters(), None)
+    if parameter is None or parameter.device.type != "cuda":
+        return str(parameter.device) if parameter is not None else "none"
+    return torch.cuda.get_device_name(parameter.device)

@@ -1,0 +1,228 @@
+"""The forwards that `attach` sets on module instances: a family's own arithmetic, with our ops in it.
+
+Each is a plain function of the module, bound to the instance with `types.MethodType`. It reaches weights and children
+through `self` alone, so a deep copy of an attached module runs on the copy's own weights. What differs between families
+is in the spec that `attach` leaves beside the forward, under `KEY`.
+
+A forward hands its tensors to the op or raises; where this call cannot go through the op (a hook was put on a module
+that the op would pass by) it calls the modules and says so in `spec.eager`, which the report shows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from aligntune.backends.fast.families import Family, modeling_module
+from aligntune.backends.fast.ledger import WITH_ITS_NEIGHBOUR, promise
+from aligntune.backends.fast.lora import hooked, instance_forward, project
+from aligntune.backends.fast.ops.glu import glu
+from aligntune.backends.fast.ops.rms_norm import rms_norm
+from aligntune.backends.fast.ops.rope import qk_norm_rope, rope
+from aligntune.errors import ConfigError
+
+KEY = "_aligntune"
+
+
+@dataclass
+class Spec:
+    """What a module's forward needs to know beside the module. `eager`: reason -> calls that did not take the op."""
+
+    kind: str
+    strict: bool = False
+    eager: dict[str, int] = field(default_factory=dict)
+
+    def fall_out(self, reason: str) -> None:
+        """Record that this call runs the modules themselves; under strict an error."""
+        if self.strict:
+            raise ConfigError(f"strict=True: {self.kind} would run eager in this call: {reason}")
+        self.eager[reason] = self.eager.get(reason, 0) + 1
+
+
+@dataclass
+class NormSpec(Spec):
+    eps: float = 0.0
+    convention: str = "llama"
+
+
+@dataclass
+class MlpSpec(Spec):
+    activation: str = "silu"
+    packed: bool = False
+
+
+@dataclass
+class AttentionSpec(Spec):
+    family: Family | None = None
+
+
+@dataclass
+class LayerSpec(Spec):
+    family: Family | None = None
+    checkpoints: bool = False
+
+
+def norm_op(weight: torch.Tensor) -> str:
+    """The ledger's name of a norm: with a weight that trains its backward launches one kernel more."""
+    return "rms_norm, trained" if weight.requires_grad else "rms_norm"
+
+
+def passing_by_is_wrong(module: nn.Module, forward: Callable[..., Any]) -> bool:
+    """True if calling `module` would do more than the instance forward `forward` that `attach` gave it."""
+    return hooked(module) or getattr(instance_forward(module), "__func__", None) is not forward
+
+
+# --------------------------------------------------------------------------------------------------------------- norm
+
+
+def norm_forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """RMSNorm."""
+    spec: NormSpec = self.__dict__[KEY]
+    promise(self, norm_op(self.weight), hidden_states, self.weight)
+    return rms_norm(hidden_states, self.weight, eps=spec.eps, convention=spec.convention)
+
+
+def add_norm(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(norm(residual + x), residual + x)`, in one launch where `norm` is attached."""
+    spec: NormSpec | None = norm.__dict__.get(KEY)
+    if spec is None or passing_by_is_wrong(norm, norm_forward):
+        if spec is not None:
+            spec.fall_out("not fused with the add before it: it has hooks, or another forward was put on it")
+        residual = residual + x
+        return norm(residual), residual
+    promise(norm, norm_op(norm.weight), x, residual, norm.weight)
+    return rms_norm(x, norm.weight, eps=spec.eps, convention=spec.convention, residual=residual)
+
+
+# ---------------------------------------------------------------------------------------------------------------- MLP
+
+
+def mlp_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`down(act(gate(x)) * up(x))`, the gate and up projections apart or packed."""
+    spec: MlpSpec = self.__dict__[KEY]
+    if spec.packed:
+        gate, up = project(self, ("gate_up_proj",), x)[0].chunk(2, dim=-1)
+    else:
+        gate, up = project(self, ("gate_proj", "up_proj"), x)
+    promise(self, "glu", gate, up)
+    return self.down_proj(glu(gate, up, activation=spec.activation))
+
+
+# ---------------------------------------------------------------------------------------------------------- attention
+
+
+def attention_forward(
+    self: nn.Module,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention: projections, (norms and) rotary embedding in one launch, then the model's own attention function."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    family: Family = self.__dict__[KEY].family
+    input_shape = hidden_states.shape[:-1]
+    query, key, value = _rotated(self, family, hidden_states, position_embeddings)
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, self.layer_idx)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+        self.config._attn_implementation, modeling_module(self).eager_attention_forward
+    )
+    options = {name: _attribute(self, path) for name, path in family.attention_options}
+    output, weights = attend(
+        self,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=self.attention_dropout if self.training else 0.0,
+        scaling=self.scaling,
+        **options,
+        **kwargs,
+    )
+    return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    if path.startswith("config."):
+        return getattr(module.config, path.removeprefix("config."), None)
+    return getattr(module, path)
+
+
+def _rotated(
+    self: nn.Module, family: Family, x: torch.Tensor, position_embeddings: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value as (batch, heads, seq, head_dim), q and k normed and rotated as the family does it."""
+    if family.attention == "packed":
+        packed = project(self, ("qkv_proj",), x)[0]
+        kv_width = self.config.num_key_value_heads * self.head_dim
+        q, k, v = packed.split((packed.shape[-1] - 2 * kv_width, kv_width, kv_width), dim=-1)
+    else:
+        q, k, v = project(self, ("q_proj", "k_proj", "v_proj"), x)
+    if family.qk_norm == "row":
+        q, k = self.q_norm(q), self.k_norm(k)
+    shape = (*x.shape[:-1], -1, self.head_dim)
+    q, k, v = (t.view(shape).transpose(1, 2) for t in (q, k, v))
+    if family.optional_rope is not None and not getattr(self, family.optional_rope):
+        return q, k, v
+    cos, sin = position_embeddings
+    norms: tuple[NormSpec | None, ...] = ()
+    if family.qk_norm == "head":
+        norms = (self.q_norm.__dict__.get(KEY), self.k_norm.__dict__.get(KEY))
+        if None not in norms and not any(passing_by_is_wrong(n, norm_forward) for n in (self.q_norm, self.k_norm)):
+            promise(self, "qk_norm_rope", q, k, self.q_norm.weight, self.k_norm.weight)
+            promise(self.q_norm, WITH_ITS_NEIGHBOUR)
+            promise(self.k_norm, WITH_ITS_NEIGHBOUR)
+            q, k = qk_norm_rope(
+                q, k, self.q_norm.weight, self.k_norm.weight, cos, sin, eps=norms[0].eps, convention=norms[0].convention
+            )
+            return q, k, v
+        self.__dict__[KEY].fall_out("q_norm and k_norm run apart from the rotary embedding: they have hooks")
+        q, k = self.q_norm(q), self.k_norm(k)
+    promise(self, "rope", q, k)
+    q, k = rope(q, k, cos, sin)
+    return q, k, v
+
+
+# ------------------------------------------------------------------------------------------------------ decoder layer
+
+
+def layer_forward(self: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A decoder layer whose second norm takes the residual add with it; checkpointed as the class would be."""
+    spec: LayerSpec = self.__dict__[KEY]
+    if spec.checkpoints and self.gradient_checkpointing and self.training:
+        # A cache would be written twice, by the forward and by its recomputation.
+        kwargs.update({name: off for name, off in (("use_cache", False), ("past_key_values", None)) if name in kwargs})
+        return self._gradient_checkpointing_func(functools.partial(_layer, self, **kwargs), *args)
+    return _layer(self, *args, **kwargs)
+
+
+def _layer(self: nn.Module, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    family: Family = self.__dict__[KEY].family
+    sandwich = family.layer == "sandwich"
+    residual = hidden_states
+    x, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+    if sandwich:
+        x = self.post_attention_layernorm(x)
+    second = self.pre_feedforward_layernorm if sandwich else self.post_attention_layernorm
+    x, residual = add_norm(second, _branch(self, family, x, 0), residual)
+    x = self.mlp(x)
+    if sandwich:
+        x = self.post_feedforward_layernorm(x)
+    return residual + _branch(self, family, x, 1)
+
+
+def _branch(self: nn.Module, family: Family, x: torch.Tensor, which: int) -> torch.Tensor:
+    """A branch's output as it is added: through its dropout, times its multiplier."""
+    if family.branch_dropouts is not None:
+        x = getattr(self, family.branch_dropouts[which])(x)
+    if family.residual_scale is not None:
+        x = x * getattr(self, family.residual_scale)
+    return x

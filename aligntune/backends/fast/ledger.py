@@ -1,0 +1,94 @@
+"""What the seam promises a step will launch, written down while `attest` watches; held against the trace afterwards.
+
+The instance forwards write here when they hand work to an op. Whether the op's kernels ran is not taken from here: the
+trace says that. Outside `attest` there is no ledger and nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+# A module whose work another module's op does in this call.
+WITH_ITS_NEIGHBOUR = "with its neighbour"
+
+# op -> kernels that one call launches at least once: in its forward, and in the backward of that call.
+PROMISES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    WITH_ITS_NEIGHBOUR: ((), ()),
+    "rms_norm": (("rms_norm_forward",), ("rms_norm_backward",)),
+    "rms_norm, trained": (("rms_norm_forward",), ("rms_norm_backward", "norm_weight_grad")),
+}
+
+
+@dataclass
+class Entry:
+    """Calls of one op by one module; `recomputed` are those made while a backward was running (checkpointing)."""
+
+    calls: int = 0
+    with_grad: int = 0
+    recomputed_with_grad: int = 0
+
+    @property
+    def backwards(self) -> int:
+        """Backward passes these calls lead to: a checkpointed call and its recomputation share one."""
+        return max(self.with_grad, self.recomputed_with_grad)
+
+
+@dataclass
+class Ledger:
+    """Entries by (module, op)."""
+
+    entries: dict[tuple[int, str], Entry] = field(default_factory=dict)
+
+    def write(self, module: nn.Module, op: str, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        """`module` is about to call `op` on `tensors` (whose gradients decide whether a backward follows)."""
+        entry = self.entries.setdefault((id(module), op), Entry())
+        entry.calls += 1
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            # Inside a running backward this is a recomputation: non-reentrant checkpointing calls twice with grad.
+            if torch._C._current_graph_task_id() == -1:
+                entry.with_grad += 1
+            else:
+                entry.recomputed_with_grad += 1
+
+    def modules(self) -> set[int]:
+        """`id` of every module that called an op."""
+        return {module for module, _ in self.entries}
+
+    def launches(self, *, backward: bool) -> Counter[str]:
+        """The least number of launches of each kernel that these calls lead to."""
+        least: Counter[str] = Counter()
+        for (_, op), entry in self.entries.items():
+            in_forward, in_backward = PROMISES[op]
+            for kernel in in_forward:
+                least[kernel] += entry.calls
+            for kernel in in_backward if backward else ():
+                least[kernel] += entry.backwards
+        return +least
+
+
+_open: list[Ledger] = []
+
+
+@contextmanager
+def writing() -> Iterator[Ledger]:
+    """A ledger that every attached module of this process writes into, in any thread (backward has its own)."""
+    if _open:
+        raise RuntimeError("a step is being attested already; attest one at a time")
+    ledger = Ledger()
+    _open.append(ledger)
+    try:
+        yield ledger
+    finally:
+        _open.clear()
+
+
+def promise(module: nn.Module, op: str, *tensors: torch.Tensor | None) -> None:
+    """Written by an instance forward next to the call of an op; does nothing unless a step is being attested."""
+    if _open:
+        _open[0].write(module, op, tensors)
