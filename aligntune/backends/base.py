@@ -17,11 +17,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gate:
-    """An option value that a backend does not run although it runs the algorithm."""
+    """Option values that a backend does not run although it runs the algorithm; None stands for any but null."""
 
     option: str
-    values: tuple[Any, ...]
+    values: tuple[Any, ...] | None
     reason: str
+
+    def meets(self, options: Mapping[str, Any]) -> bool:
+        """Whether these option values are gated."""
+        value = options.get(self.option)
+        if self.values is None:
+            return value is not None
+        values = value if isinstance(value, list) else [value]
+        return any(item in self.values for item in values)
 
 
 @dataclass
@@ -63,7 +71,7 @@ def supports(backend: Backend, algorithm: str) -> Support:
 def gate_of(backend: Backend, options: Mapping[str, Any]) -> Gate | None:
     """The gate that these option values meet, or None."""
     for gate in backend.gates:
-        if options.get(gate.option) in gate.values:
+        if gate.meets(options):
             return gate
     return None
 

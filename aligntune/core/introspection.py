@@ -10,6 +10,7 @@ from aligntune.backends import BACKENDS
 from aligntune.backends.base import supports
 from aligntune.core.options import OptionInfo, infos
 from aligntune.core.registry import Support
+from aligntune.core.resolve import option_table
 from aligntune.errors import ConfigError
 
 
@@ -83,9 +84,10 @@ def explain(backend: str, algorithm: str) -> Explanation:
     spec = ALGORITHMS.load(algorithm)
     verdict = supports(engine, spec.name)
     own = tuple(infos(spec.options, "loss"))
-    names = {row.name for row in own} | set(spec.defaults) | {"gradient_checkpointing"}
-    gates = tuple(f"{gate.option} in {', '.join(map(repr, gate.values))}: {gate.reason}"
-                  for gate in engine.gates if gate.option in names or (spec.online and gate.option == "rollout_engine"))
+    gates = tuple(
+        (f"{gate.option} in {', '.join(map(repr, gate.values))}" if gate.values else gate.option) + f": {gate.reason}"
+        for gate in engine.gates if gate.option in option_table(spec.name)
+    )
     return Explanation(
         engine.name, spec.name, spec.title, spec.paper, verdict, engine.available() if verdict else verdict,
         TAKES[spec.takes], gates, own, dict(spec.defaults), spec.differs,

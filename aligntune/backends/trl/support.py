@@ -21,6 +21,8 @@ class TRLBackend:
     gates = (
         Gate("rollout_engine", ("fast",), "this engine belongs to backend='fast'; here 'hf' and 'vllm' run"),
         Gate("gradient_checkpointing", ("offload",), "offloading to host memory belongs to backend='fast'"),
+        Gate("memory_budget_gib", None, "planning recompute by memory belongs to backend='fast'"),
+        Gate("embedding_learning_rate", None, "a rate of its own for embeddings belongs to backend='fast'"),
     )
 
     def available(self) -> Support:

@@ -1,0 +1,245 @@
+"""Backend trl on prepared rows: what arrives in TRL's trainers, and that they train."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from aligntune.backends.base import Prepared, require
+from aligntune.backends.trl.build import build
+from aligntune.backends.trl.support import BACKEND
+from aligntune.core.resolve import Job, resolve
+from aligntune.errors import ConfigError, DataError, UnsupportedAlgorithmError
+from tests.core import tiny
+
+ONLINE = ("grpo", "gspo", "dapo", "dr_grpo")
+ALGORITHMS = ("sft", "dpo", *ONLINE)
+SFT_LOSS = 5.6252174
+DPO_LOSS = 1.1806706
+"""First losses of the seeded model on the rows below, as first computed (torch 2.13, fp32)."""
+
+
+def longest(prompts: list, completions: list, **columns: Any) -> list[float]:
+    """Different completions of one prompt get different rewards, so advantages are not all zero."""
+    return [float(len(set(text))) for text in completions]
+
+
+def rows(algorithm: str, count: int = 16) -> Dataset:
+    tokenizer = tiny.tokenizer()
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    if algorithm == "sft":
+        made = [{"input_ids": ids(f"ask {i}: ") + ids(f"say {i * i}") + [2],
+                 "labels": [-100] * len(ids(f"ask {i}: ")) + ids(f"say {i * i}") + [2]} for i in range(count)]
+    elif algorithm == "dpo":
+        made = [{"prompt_ids": ids(f"say {i}"), "chosen_ids": ids(f" {i}" * (i % 3 + 1)) + [2],
+                 "rejected_ids": ids(" no" * (i % 2 + 1)) + [2]} for i in range(count)]
+    else:
+        made = [{"prompt": f"count to {i}:", "answer": str(i)} for i in range(count)]
+    return Dataset.from_list(made)
+
+
+def job_of(algorithm: str, tmp_path: Any, model: Any = None, **options: Any) -> Job:
+    given: dict[str, Any] = {
+        "model_name": model if model is not None else tiny.llama(), "dataset_name": "in memory",
+        "algorithm": algorithm, "backend": "trl", "output_dir": str(tmp_path), "max_steps": 3, "batch_size": 4,
+        "learning_rate": 1e-3, "logging_steps": 1, "report_to": "none", "tokenizer_name": tiny.tokenizer(),
+    }
+    if algorithm in ONLINE:
+        given |= {"reward_functions": [longest], "num_generations": 4, "max_completion_length": 6,
+                  "max_seq_length": 64}
+    return resolve({**given, **options})
+
+
+def trainer_of(algorithm: str, tmp_path: Any, model: Any = None, count: int = 16, **options: Any) -> Any:
+    job = job_of(algorithm, tmp_path, model, **options)
+    return build(job, Prepared(tiny.tokenizer(), rows(algorithm, count), None)).trainer
+
+
+def parameters(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_each_algorithm_trains_three_steps(algorithm: str, adapters: bool, tmp_path: Any) -> None:
+    options: dict[str, Any] = {"use_peft": True, "lora_r": 4} if adapters else {}
+    trainer = trainer_of(algorithm, tmp_path, **options)
+    before = parameters(trainer.model)
+    out = trainer.train()
+    assert out.global_step == 3
+    assert torch.isfinite(torch.tensor(out.training_loss))
+    moved = [name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])]
+    assert moved
+    assert all(("lora_" in name) == adapters for name in moved)
+    assert (tmp_path / "checkpoint-3").is_dir()
+
+
+def test_seven_changed_values_of_a_yaml_arrive(tmp_path: Any) -> None:
+    config = {"train": {"learning_rate": 3e-4, "gradient_accumulation_steps": 3, "lr_scheduler": "cosine",
+                        "weight_decay": 0.07, "adam_beta2": 0.97, "max_grad_norm": 0.4},
+              "logging": {"save_total_limit": 5}}
+    job = resolve({"model_name": tiny.llama(), "dataset_name": "d", "algorithm": "sft", "report_to": "none",
+                   "output_dir": str(tmp_path)}, config)
+    args = build(job, Prepared(tiny.tokenizer(), rows("sft"), None)).trainer.args
+    assert args.learning_rate == 3e-4
+    assert args.gradient_accumulation_steps == 3
+    assert args.lr_scheduler_type == "cosine"
+    assert args.weight_decay == 0.07
+    assert args.adam_beta2 == 0.97
+    assert args.max_grad_norm == 0.4
+    assert args.save_total_limit == 5
+
+
+def test_one_epoch_of_eight_rows_at_batch_four_is_two_steps(tmp_path: Any) -> None:
+    assert trainer_of("sft", tmp_path, count=8, max_steps=-1).train().global_step == 2
+
+
+@pytest.mark.parametrize(("algorithm", "expected"), [
+    ("grpo", {"loss_type": "grpo", "importance_sampling_level": "token", "beta": 0.04, "epsilon": 0.2,
+              "scale_rewards": "group", "use_bias_correction_kl": False}),
+    ("gspo", {"loss_type": "grpo", "importance_sampling_level": "sequence", "beta": 0.0, "epsilon": 3e-4,
+              "epsilon_high": 4e-4, "steps_per_generation": 4}),
+    ("dapo", {"loss_type": "dapo", "importance_sampling_level": "token", "beta": 0.0, "epsilon": 0.2,
+              "epsilon_high": 0.28, "mask_truncated_completions": True}),
+    ("dr_grpo", {"loss_type": "dr_grpo", "importance_sampling_level": "token", "beta": 0.0, "scale_rewards": "none"}),
+])
+def test_published_constants_reach_trl(algorithm: str, expected: dict, tmp_path: Any) -> None:
+    args = trainer_of(algorithm, tmp_path).args
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_cpu_runs_in_fp32_without_recompute(tmp_path: Any) -> None:
+    args = trainer_of("sft", tmp_path).args
+    assert (args.bf16, args.fp16, args.gradient_checkpointing, args.use_cpu) == (False, False, False, True)
+
+
+def test_sft_loss_is_pinned(tmp_path: Any) -> None:
+    """The first loss on fixed weights and rows; a change of masking, shift or reduction moves it."""
+    trainer = trainer_of("sft", tmp_path, max_steps=1, batch_size=16, learning_rate=0.0)
+    trainer.train()
+    logged = trainer.state.log_history[0]["loss"]
+    model, total, count = tiny.llama(), 0.0, 0
+    for row in rows("sft"):
+        logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].float()
+        labels = torch.tensor(row["labels"][1:])
+        losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+        total, count = total + losses.sum().item(), count + int((labels != -100).sum())
+    assert logged == pytest.approx(total / count, rel=1e-5)
+    assert logged == pytest.approx(SFT_LOSS, rel=1e-4)
+
+
+def test_dpo_loss_is_pinned_with_beta_and_a_moved_policy(tmp_path: Any) -> None:
+    """The policy is moved away from the reference first: at the start the loss is log 2 whatever beta is."""
+    reference = tiny.llama()
+    policy = copy.deepcopy(reference)
+    with torch.no_grad():
+        for index, value in enumerate(policy.parameters()):
+            value.add_(0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(index)))
+    trainer = trainer_of("dpo", tmp_path, policy, max_steps=1, batch_size=16, learning_rate=0.0, beta=0.3,
+                         ref_model_name=reference)
+    trainer.train()
+    logged = trainer.state.log_history[0]["loss"]
+
+    def log_prob(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1].float()
+        return torch.log_softmax(logits, -1).gather(1, torch.tensor(answer)[:, None]).sum()
+
+    losses = []
+    with torch.no_grad():
+        for row in rows("dpo"):
+            margin = sum(
+                sign * (log_prob(policy, row["prompt_ids"], row[key]) - log_prob(reference, row["prompt_ids"], row[key]))
+                for sign, key in ((1, "chosen_ids"), (-1, "rejected_ids")))
+            losses.append(-torch.nn.functional.logsigmoid(0.3 * margin))
+    expected = torch.stack(losses).mean().item()
+    assert abs(expected - 0.6931) > 0.01
+    assert logged == pytest.approx(expected, rel=1e-4)
+    assert logged == pytest.approx(DPO_LOSS, rel=1e-3)
+
+
+def test_the_dpo_reference_of_an_in_memory_model_is_a_copy_that_stays(tmp_path: Any) -> None:
+    model = tiny.llama(seed=5)
+    trainer = trainer_of("dpo", tmp_path, model)
+    reference = trainer.ref_model
+    assert reference is not None and reference is not model
+    before = parameters(reference)
+    assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
+    trainer.train()
+    assert all(torch.equal(before[name], value) for name, value in reference.named_parameters())
+    assert any(not torch.equal(before[name], value) for name, value in trainer.model.named_parameters())
+
+
+def test_the_grpo_reference_comes_from_memory_and_kl_grows(tmp_path: Any) -> None:
+    model = tiny.llama(seed=6)
+    model.config._name_or_path = "no/such-checkpoint"
+    trainer = trainer_of("grpo", tmp_path, model, beta=0.1, learning_rate=1e-2)
+    assert model.config._name_or_path == "no/such-checkpoint"
+    before = parameters(tiny.llama(seed=6))
+    assert all(torch.equal(before[name], value) for name, value in trainer.ref_model.named_parameters())
+    trainer.train()
+    kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    assert kl[0] == pytest.approx(0.0, abs=1e-6)
+    assert kl[-1] > 1e-5
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "dpo", "grpo"])
+def test_a_model_on_loan_from_another_trainer_trains_as_a_fresh_one(algorithm: str, tmp_path: Any) -> None:
+    used = tiny.llama()
+    trainer_of("sft", tmp_path / "a", used, learning_rate=0.0).train()
+    fresh = trainer_of(algorithm, tmp_path / "b")
+    again = trainer_of(algorithm, tmp_path / "c", used)
+    fresh.train()
+    again.train()
+    for (name, one), (_, two) in zip(fresh.model.named_parameters(), again.model.named_parameters(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_nothing_is_reported_to_the_hub(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import trl.trainer.base_trainer as base
+
+    def caught(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("telemetry was sent")
+
+    monkeypatch.setattr(base, "send_telemetry", caught)
+    for algorithm in ("sft", "dpo", "grpo"):
+        trainer_of(algorithm, tmp_path / algorithm)
+
+
+def test_trainer_options_are_checked_against_the_real_class(tmp_path: Any) -> None:
+    assert trainer_of("sft", tmp_path, trainer_options={"neftune_noise_alpha": 5.0}).args.neftune_noise_alpha == 5.0
+    assert trainer_of("sft", tmp_path, trainer_options={"adam_beta1": 0.8}).args.adam_beta1 == 0.8
+    with pytest.raises(ConfigError, match=r"neftune_noise_alph: SFTConfig has no such field; did you mean"):
+        trainer_of("sft", tmp_path, trainer_options={"neftune_noise_alph": 5.0})
+    with pytest.raises(ConfigError, match="learning_rate is given too"):
+        trainer_of("sft", tmp_path, trainer_options={"learning_rate": 5.0})
+    with pytest.raises(ConfigError, match="gspo is defined by 'sequence'"):
+        trainer_of("gspo", tmp_path, trainer_options={"importance_sampling_level": "token"})
+
+
+def test_too_few_prompts_for_a_round_of_generation(tmp_path: Any) -> None:
+    with pytest.raises(DataError, match="1 prompts, but one round of generation takes 2"):
+        trainer_of("grpo", tmp_path, count=1, batch_size=8)
+
+
+def test_packing_says_what_a_step_holds(tmp_path: Any) -> None:
+    job = job_of("sft", tmp_path, packing=True, max_seq_length=64)
+    trainer = build(job, Prepared(tiny.tokenizer(), rows("sft"), None)).trainer
+    assert 0 < len(trainer.train_dataset) < 16
+    assert any("rows of" in notice and "a step of 4 sequences" in notice for notice in job.notices)
+    assert trainer.train().global_step == 3
+
+
+def test_gates_of_the_backend() -> None:
+    with pytest.raises(UnsupportedAlgorithmError, match="belongs to backend='fast'"):
+        require(BACKEND, "grpo", {"rollout_engine": "fast"})
+    with pytest.raises(UnsupportedAlgorithmError, match="memory_budget_gib"):
+        require(BACKEND, "sft", {"memory_budget_gib": 3.0})
+    require(BACKEND, "sft", vars(SimpleNamespace(memory_budget_gib=None)))
