@@ -1,0 +1,66 @@
+"""Builds a fast trainer: TRL's trainer for the job, with our kernels under its model and a witness of what runs."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from aligntune.backends.base import Built, Prepared
+from aligntune.backends.fast.attach import Attachment, attach
+from aligntune.backends.trl.build import build as build_trl
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from aligntune.backends.fast.attestation import Attestation
+    from aligntune.core.resolve import Job
+
+logger = logging.getLogger("aligntune")
+
+WITNESSED_STEP = 1
+"""The optimizer step whose first micro-step is traced: the one after the first, which also compiles kernels."""
+
+
+def build(job: Job, prepared: Prepared) -> Built:
+    """A fast trainer for the job; TRL's own code computes the loss, our ops compute its parts.
+
+    Raises:
+        ConfigError: `strict=True` and a module would run eager; every such module is named.
+    """
+    built = build_trl(job, prepared)
+    attachment = attach(built.trainer.model, strict=job.options.strict)
+    witness = Witness(built.trainer, attachment)
+    return Built(built.trainer, attestation=witness.report, notices=built.notices)
+
+
+class Witness:
+    """Traces one training step of a trainer, once, and keeps what ran.
+
+    It takes the place of `training_step` on the trainer instance until that step is done, and then is gone.
+    """
+
+    def __init__(self, trainer: Trainer, attachment: Attachment) -> None:
+        self.attachment = attachment
+        self.result: Attestation | None = None
+        self._trainer = trainer
+        self._step = trainer.training_step
+        trainer.training_step = self._watch  # type: ignore[method-assign]
+
+    def _watch(self, *args: Any, **kwargs: Any) -> Any:
+        trainer = self._trainer
+        last = trainer.state.max_steps <= trainer.state.global_step + 1
+        if trainer.state.global_step < WITNESSED_STEP and not last:
+            return self._step(*args, **kwargs)
+        del trainer.training_step
+        returned: list[Any] = []
+        self.result = self.attachment.attest(lambda: returned.append(self._step(*args, **kwargs)))
+        for problem in self.result.problems:
+            logger.warning("attestation: %s", problem)
+        return returned[0]
+
+    def report(self) -> dict[str, Any]:
+        """What attestation.json holds: the build-time table, and the traced step once there has been one."""
+        lines = [str(line) for line in self.attachment.report]
+        eager = [str(line) for line in self.attachment.report if line.eager]
+        step = self.result.to_dict() if self.result is not None else None
+        return {"backend": "fast", "modules": lines, "eager": eager, "step": step}
