@@ -52,6 +52,17 @@ def plain_forward(model: Model) -> Iterator[Model]:
             vars(module)[name] = value
 
 
+@contextlib.contextmanager
+def kept_mode(model: nn.Module) -> Iterator[None]:
+    """Train or eval mode of every module, as it was before the block."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def copy_model(model: Model, *, device: str | torch.device | None = None) -> Model:
     """A copy of `model` that shares nothing with it: plain `forward`, frozen, in eval mode.
 

@@ -1,0 +1,75 @@
+"""loss.png and reward.png, drawn from metrics.jsonl."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RAW, SMOOTH, EVAL = "#9ecae1", "#08519c", "#d94801"
+
+
+def draw(records: Sequence[Mapping[str, Any]], folder: Path, *, title: str, online: bool) -> list[Path]:
+    """Write loss.png, and reward.png for online methods; a plot without a single point is not drawn."""
+    wanted = [("loss", "loss.png", "loss")]
+    if online:
+        wanted.append(("reward", "reward.png", "mean reward"))
+    return [
+        path for key, name, label in wanted
+        if (path := _draw(records, folder / name, key=key, label=label, title=title)) is not None
+    ]
+
+
+def series(records: Sequence[Mapping[str, Any]], kind: str, key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of `key` among the records of `kind`; a step logged twice counts with its last value."""
+    points = {
+        int(record["step"]): float(record[key]) for record in records
+        if record.get("kind") == kind and isinstance(record.get(key), (int, float))
+    }
+    steps = sorted(points)
+    return steps, [points[step] for step in steps]
+
+
+def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average, without the pull towards zero of its first values."""
+    smoothed, total, norm = [], 0.0, 0.0
+    for value in values:
+        total = weight * total + (1 - weight) * value
+        norm = weight * norm + (1 - weight)
+        smoothed.append(total / norm)
+    return smoothed
+
+
+def _draw(records: Sequence[Mapping[str, Any]], path: Path, *, key: str, label: str, title: str) -> Path | None:
+    steps, values = series(records, "train", key)
+    eval_steps, eval_values = series(records, "eval", f"eval_{key}")
+    if not steps and not eval_steps:
+        return None
+    # Figure with its own canvas: pyplot would change the process's backend and keep every figure alive.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    many = len(steps) >= 10
+    marker = "" if len(steps) > 40 else "."
+    if steps:
+        axes.plot(steps, values, color=RAW if many else SMOOTH, linewidth=1, marker=marker, label="logged")
+    if many:
+        axes.plot(steps, smooth(values), color=SMOOTH, linewidth=2, label="smoothed (moving average, weight 0.9)")
+    if eval_steps:
+        axes.plot(eval_steps, eval_values, color=EVAL, linewidth=1.2, linestyle="--", marker="o", markersize=5,
+                  label="evaluation")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(label)
+    axes.set_title(title, fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.png")
+    figure.savefig(temporary)
+    os.replace(temporary, path)
+    return path
