@@ -21,7 +21,7 @@ from aligntune.backends.fast.ops._runtime import KERNELS, interpreting
 from aligntune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from aligntune.backends.fast.attach import Attachment, Line
+    from aligntune.backends.fast.attachment import Attachment, Line
 
 
 @dataclass(frozen=True)

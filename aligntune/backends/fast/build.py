@@ -6,7 +6,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from aligntune.backends.base import Built, Prepared
-from aligntune.backends.fast.attach import Attachment, attach
+from aligntune.backends.fast.attachment import Attachment
+from aligntune.backends.fast.scripts import attach_trainer
 from aligntune.backends.trl.build import build as build_trl
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def build(job: Job, prepared: Prepared) -> Built:
         ConfigError: `strict=True` and a module would run eager; every such module is named.
     """
     built = build_trl(job, prepared)
-    attachment = attach(built.trainer.model, strict=job.options.strict)
+    attachment = attach_trainer(built.trainer, strict=job.options.strict)
     witness = Witness(built.trainer, attachment)
     return Built(built.trainer, attestation=witness.report, notices=built.notices)
 

@@ -1,0 +1,182 @@
+"""`FastLanguageModel`: load a model, put adapters on it, have it attached; in call shapes that users of Unsloth know."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from aligntune.backends.fast.attachment import attach
+from aligntune.errors import ConfigError
+
+logger = logging.getLogger("aligntune")
+
+LINEARS = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj",
+)  # fmt: skip
+_WHOLE = ("embed_tokens", "lm_head")
+
+
+class FastLanguageModel:
+    """Two steps to a model that trains on our kernels, under any trainer."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str,
+        *,
+        max_seq_length: int | None = None,
+        dtype: torch.dtype | None = None,
+        load_in_4bit: bool = False,
+        full_finetuning: bool = False,
+        trust_remote_code: bool = False,
+        strict: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """`(model, tokenizer)`: the causal language model `model_name`, attached.
+
+        Args:
+            model_name: hub id or local path.
+            max_seq_length: longest sequence in tokens; becomes the tokenizer's limit. None: the model's own.
+            dtype: None is bfloat16, or float16 on GPUs without it, or float32 on a CPU.
+            load_in_4bit: quantise the linears to NF4 with double quantisation. A checkpoint that is quantised already
+                loads as it is either way.
+            full_finetuning: train every parameter; with `load_in_4bit` an error.
+            kwargs: for transformers' `from_pretrained` (`revision`, `token`, `device_map`, ...).
+        Raises:
+            BackendUnavailableError: no CUDA device.
+            ConfigError: options that contradict each other, or a length that the model has no positions for.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        if load_in_4bit and full_finetuning:
+            raise ConfigError("full_finetuning=True trains the weights, which load_in_4bit=True freezes: choose one")
+        if dtype is None:
+            dtype = _default_dtype()
+        if load_in_4bit:
+            kwargs.setdefault("quantization_config", _nf4(dtype))
+        if torch.cuda.is_available():
+            kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
+        source = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
+        tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=trust_remote_code, **source)
+        model = AutoModelForCausalLM.from_pretrained(
+            model_name, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs
+        )
+        if max_seq_length is not None:
+            _check_length(model, max_seq_length)
+            tokenizer.model_max_length = max_seq_length
+        attach(model, strict=strict)
+        return model, tokenizer
+
+    @staticmethod
+    def get_peft_model(
+        model: nn.Module,
+        *,
+        r: int = 16,
+        target_modules: list[str] | str | None = None,
+        lora_alpha: int = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        use_gradient_checkpointing: bool | str = False,
+        random_state: int = 3407,
+        use_rslora: bool = False,
+        modules_to_save: list[str] | None = None,
+        strict: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The model under LoRA adapters, attached anew.
+
+        Args:
+            r: rank. `lora_alpha`: the update is scaled by lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
+            target_modules: names of linears; None is every projection of attention and MLP that the model has.
+                `embed_tokens` and `lm_head` among them are trained whole (`modules_to_save`), and it is said.
+            use_gradient_checkpointing: recompute activations in the backward. "unsloth" is taken as True.
+            random_state: seed of the adapters' initial weights; the global random state is left as it was.
+            kwargs: for `peft.LoraConfig`.
+        """
+        from peft import LoraConfig, get_peft_model
+
+        if isinstance(use_gradient_checkpointing, str) and use_gradient_checkpointing != "unsloth":
+            raise ConfigError(
+                f"use_gradient_checkpointing={use_gradient_checkpointing!r}: valid are True, False and 'unsloth' (True)"
+            )
+        if target_modules is None:
+            target_modules = _present_linears(model)
+        if not isinstance(target_modules, str):
+            whole = [name for name in target_modules if name in _WHOLE]
+            if whole:
+                logger.info("target_modules %s are trained whole, as modules_to_save", ", ".join(whole))
+                modules_to_save = [*(modules_to_save or []), *(n for n in whole if n not in (modules_to_save or []))]
+                target_modules = [name for name in target_modules if name not in _WHOLE]
+        config = LoraConfig(
+            r=r,
+            target_modules=target_modules,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            bias=bias,  # type: ignore[arg-type]
+            use_rslora=use_rslora,
+            modules_to_save=modules_to_save,
+            task_type="CAUSAL_LM",
+            **kwargs,
+        )
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(random_state)
+            peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+        if use_gradient_checkpointing:
+            # Without reentrance no input needs a gradient for the adapters to get theirs.
+            model.gradient_checkpointing_enable(  # type: ignore[operator]
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        attach(peft_model, strict=strict)
+        return peft_model
+
+    @staticmethod
+    def for_inference(model: Any) -> Any:
+        """The model in eval mode, with its key-value cache on; it stays attached."""
+        model.eval()
+        model.config.use_cache = True
+        return model
+
+    @staticmethod
+    def for_training(model: Any) -> Any:
+        """The model in train mode, without a key-value cache; it stays attached."""
+        model.train()
+        model.config.use_cache = False
+        return model
+
+
+def _default_dtype() -> torch.dtype:
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def _nf4(dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _check_length(model: Any, max_seq_length: int) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and max_seq_length > limit:
+        raise ConfigError(
+            f"max_seq_length={max_seq_length}, but the model's positions end at {limit}; "
+            "give a smaller one, or load a config with RoPE scaling"
+        )
+
+
+def _present_linears(model: nn.Module) -> list[str]:
+    """The names in `LINEARS` that this model has."""
+    present = {path.rpartition(".")[2] for path, module in model.named_modules() if hasattr(module, "in_features")}
+    found = [name for name in LINEARS if name in present]
+    if not found:
+        raise ConfigError("the model has no linears of the usual names; give target_modules")
+    return found

@@ -1,0 +1,109 @@
+"""For people with TRL scripts: make a trainer that TRL built fast, or every trainer that a block builds."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from aligntune.backends.fast.attachment import Attachment, attach
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+    from transformers.trainer_utils import TrainOutput
+
+
+def attach_trainer(trainer: Trainer, *, strict: bool = False) -> Attachment:
+    """Attach the model of a trainer, and its reference model where it holds one; returns the model's attachment.
+
+    Raises what `attach` raises.
+    """
+    attachment = attach(trainer.model, strict=strict)
+    reference = getattr(trainer, "ref_model", None)
+    if reference is not None:
+        attach(reference, strict=strict)
+    return attachment
+
+
+def fast_train(trainer: Trainer, *, strict: bool = False, **train_arguments: Any) -> TrainOutput:
+    """Attach a built trainer's model and train: `fast_train(trainer)` in the place of `trainer.train()`.
+
+    Args:
+        trainer: any transformers or TRL trainer of a causal language model.
+        strict: anything that would run eager is an error.
+        train_arguments: handed to `trainer.train`, such as `resume_from_checkpoint`.
+    """
+    attach_trainer(trainer, strict=strict)
+    return trainer.train(**train_arguments)
+
+
+@contextmanager
+def accelerate_trl(*, strict: bool = False) -> Iterator[list[Attachment]]:
+    """Make every TRL trainer that is built inside the block fast; yields the list of their attachments.
+
+    The models stay attached after the block, until `detach`. For the length of the block the `__init__` of TRL's
+    trainer classes attaches when it is done; after it those classes are, by identity, what they were.
+    """
+    from transformers import Trainer
+
+    attachments: list[Attachment] = []
+    patched: list[tuple[type, Any]] = []
+    building: set[int] = set()
+
+    def watch(cls: type) -> None:
+        original = cls.__dict__.get("__init__")
+        if original is None or not cls.__module__.startswith("trl."):
+            return
+        patched.append((cls, original))
+        cls.__init__ = _attaching(original, building, attachments, strict)  # type: ignore[misc]
+
+    def watch_new(cls: type, **kwargs: Any) -> None:
+        super(Trainer, cls).__init_subclass__(**kwargs)
+        watch(cls)
+
+    own_hook = Trainer.__dict__.get("__init_subclass__")
+    for cls in _subclasses(Trainer):
+        watch(cls)
+    Trainer.__init_subclass__ = classmethod(watch_new)  # type: ignore[assignment]  # TRL imports trainers on first use
+    try:
+        yield attachments
+    finally:
+        if own_hook is None:
+            del Trainer.__init_subclass__
+        else:
+            Trainer.__init_subclass__ = own_hook
+        for cls, original in reversed(patched):
+            cls.__init__ = original  # type: ignore[misc]
+
+
+def _subclasses(cls: type) -> list[type]:
+    """Every class under `cls` that is loaded, each once."""
+    found: dict[type, None] = {}
+    waiting = [cls]
+    while waiting:
+        for child in waiting.pop().__subclasses__():
+            if child not in found:
+                found[child] = None
+                waiting.append(child)
+    return list(found)
+
+
+def _attaching(
+    original: Callable[..., None], building: set[int], attachments: list[Attachment], strict: bool
+) -> Callable[..., None]:
+    """`original`, and an attachment once the outermost such `__init__` of a trainer is done: TRL sets its head last."""
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        outermost = id(self) not in building
+        building.add(id(self))
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            if outermost:
+                building.discard(id(self))
+        if outermost:
+            attachments.append(attach_trainer(self, strict=strict))
+
+    return __init__
