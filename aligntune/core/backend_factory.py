@@ -198,18 +198,28 @@ def build_trainer(job: Job, callbacks: list[Any] | None = None) -> AlignTrainer:
 
     tokenizer = load_tokenizer(job)
     data = prepare(data_request(job), tokenizer)
-    run_dir = RunDir.for_job(job)
+    run_dir = RunDir.create(
+        job.options.output_dir, algorithm=job.spec.name, model_name=_model_label(job), resume=job.options.resume,
+        overwrite=job.options.overwrite,
+    )
     job.set("output_dir", str(run_dir.path))
     built = backend.build(job, Prepared(data.tokenizer, data.train, data.eval, data.report))
-    for notice in (*job.notices, *built.notices):
-        logger.info("%s", notice)
+    if job.objects:
+        job.notices.append(f"config.yaml cannot be run again: {', '.join(sorted(job.objects))} came as Python objects")
+    logger.info("%s", data.report.text())
     for callback in callbacks or []:
         built.trainer.add_callback(callback)
     return AlignTrainer(
         built.trainer, config=job.config, run_dir=run_dir, tokenizer=data.tokenizer, backend=backend.name,
-        algorithm=job.spec.name, attestation=built.attestation, data_report=data.report,
+        algorithm=job.spec.name, attestation=built.attestation, data_report=data.report.markdown(),
         config_yaml=OmegaConf.to_yaml(job.config), notices=[*job.notices, *built.notices], resume=job.options.resume,
+        progress=job.options.progress, system_prompt=job.options.system_prompt,
     )
+
+
+def _model_label(job: Job) -> str:
+    model = job.options.model_name
+    return model if isinstance(model, str) else (model.config._name_or_path or type(model).__name__)
 
 
 def _document() -> None:

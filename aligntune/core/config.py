@@ -23,6 +23,7 @@ class RunSection:
         None, "Folder of the run; null makes runs/<algorithm>-<model>-<time>. A folder with another run is an error."
     )
     seed: int = option(42, "Seed of weights, data order, dropout and sampling.", ge=0, le=2**32 - 1)
+    overwrite: bool = option(False, "Remove what an earlier run left in output_dir (and nothing else) first.")
     resume: bool | str = option(
         False, "true continues from the newest complete checkpoint of output_dir; a path continues from that one."
     )
