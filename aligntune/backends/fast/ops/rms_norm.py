@@ -36,7 +36,7 @@ MAX_WIDTH = 16384  # one row in the registers of 1024 threads
 
 @dataclass(frozen=True)
 class NormLaunch:
-    """`programs` programs walk tiles of `block_rows` whole rows, padded to `block_cols`; `stages` tiles are in flight."""
+    """`programs` programs walk tiles of `block_rows` whole rows, padded to `block_cols`; `stages` tiles in flight."""
 
     block_rows: int
     block_cols: int
@@ -109,7 +109,7 @@ def rms_norm_forward(
 @_runtime.kernel(do_not_specialize=["n_rows"])
 def rms_norm_backward(
     dy_ptr, dy_row, dh_ptr, dh_row, h_ptr, h_row, w_ptr, rstd_ptr, dx_ptr, dw_ptr, n_rows,
-    H: tl.constexpr, CAST_FIRST: tl.constexpr, OFFSET: tl.constexpr, HAS_DH: tl.constexpr, HAS_DW: tl.constexpr,
+    H: tl.constexpr, OFFSET: tl.constexpr, HAS_DH: tl.constexpr, HAS_DW: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -128,10 +128,7 @@ def rms_norm_backward(
         if BLOCK_H > 8192:  # held across the loop, the weight would spill
             w = tl.load(w_ptr + cols, in_cols, other=0.0).to(tl.float32) + OFFSET
         if HAS_DW:
-            seen = n
-            if CAST_FIRST:
-                seen = n.to(h_ptr.dtype.element_ty).to(tl.float32)  # the number that the weight was multiplied by
-            dw += tl.sum(dy * seen, axis=0)
+            dw += tl.sum(dy * n, axis=0)
         g = dy * w[None, :]
         dx = rstd[:, None] * (g - n * (tl.sum(g * n, axis=1) / H)[:, None])
         if HAS_DH:
@@ -190,7 +187,7 @@ def _backward(
     convention: str, need_dw: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """(gradient of h, gradient of the weight), the first flattened to rows."""
-    cast_first, offset = CONVENTIONS[convention]
+    _, offset = CONVENTIONS[convention]
     n_rows, width = h.shape
     if not n_rows:
         return torch.empty_like(h), torch.zeros_like(weight) if need_dw else None
@@ -205,7 +202,7 @@ def _backward(
     with _runtime.on_device(h):
         rms_norm_backward[(launch.programs,)](
             dy_rows, dy_rows.stride(0), dh_rows, dh_rows.stride(0), h, h.stride(0), weight, rstd, dx, partials, n_rows,
-            width, cast_first, offset, dh is not None, need_dw, launch.block_rows, launch.block_cols,
+            width, offset, dh is not None, need_dw, launch.block_rows, launch.block_cols,
             launch.stages, num_warps=launch.num_warps,
         )  # fmt: skip
         return dx, sum_partials(partials, weight.dtype) if need_dw else None

@@ -87,7 +87,7 @@ def far_rows(rows: int, cols: int, dtype: torch.dtype, device: str, *, stride: i
 
 
 def launches(fn: Callable[[], Any]) -> dict[str, int]:
-    """Run `fn` under the profiler and count the launches of our kernels by name (on a GPU, of the kernels themselves)."""
+    """Run `fn` under the profiler and count the launches of our kernels, by name."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if not _runtime.interpreting():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
