@@ -1,4 +1,4 @@
-"""`FastLanguageModel`: load a model, put adapters on it, have it attached; in call shapes that users of Unsloth know."""
+"""`FastLanguageModel`: load a model, put adapters on it, have it attached; call shapes that users of Unsloth know."""
 
 from __future__ import annotations
 
