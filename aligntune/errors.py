@@ -67,6 +67,12 @@ class NonFiniteError(AlignTuneError, ArithmeticError):
     exit_code = 7
 
 
+class RewardError(AlignTuneError, RuntimeError):
+    """A reward function that raised, or returned something other than one number (or None) a completion."""
+
+    exit_code = 8
+
+
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """The choice closest in spelling to `name`, or None where none is close."""
     choices = list(choices)

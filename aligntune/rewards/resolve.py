@@ -1,0 +1,231 @@
+"""From what a user wrote under `reward_functions` to the functions and weights that a trainer takes."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aligntune.core.registry import Registry
+from aligntune.errors import ConfigError, unknown
+from aligntune.rewards.guard import RewardFunction, function_name, guard, is_async, is_module
+
+REWARDS: Registry[Any] = Registry("reward")
+REWARDS.register(
+    "exact_match", "aligntune.rewards.exact:ExactMatch",
+    summary="1 if the completion is the reference, letter by letter",
+)
+REWARDS.register(
+    "math", "aligntune.rewards.mathematics:MathVerify", aliases=("math_verify",), install="pip install math-verify",
+    summary="1 if the answer equals the reference as mathematics (math-verify)",
+)
+REWARDS.register(
+    "format", "aligntune.rewards.tags:TagFormat",
+    summary="1 if the completion is <think>...</think><answer>...</answer>",
+)
+
+_KEYS = ("name", "weight", "options")
+
+
+def register(
+    name: str, function: Any = None, *, aliases: tuple[str, ...] = (), summary: str = "", replace: bool = False
+) -> Any:
+    """Give a reward a name, so that `reward_functions=["my_reward"]` and YAML can use it. Also a decorator.
+
+    >>> @register("shorter")
+    ... def shorter(prompts, completions, **columns):
+    ...     return [-len(completion) / 1000 for completion in completions]
+
+    Args:
+        name: the name; letter case and `-` for `_` do not matter when it is looked up.
+        function: f(prompts, completions, completion_ids, **columns) -> one number or None a completion; or a class
+            whose instances are such functions (the options go to its constructor); or "package.module:attribute" of
+            either.
+        aliases: other names for it.
+        summary: one line for people.
+        replace: take over a name that exists.
+
+    Raises:
+        ConfigError: the name is taken, or what was given can never be called.
+    """
+    if function is None:
+        return functools.partial(register, name, aliases=aliases, summary=summary, replace=replace)
+    if not callable(function) and not (isinstance(function, str) and ":" in function):
+        raise ConfigError(f"reward {name!r}: expected a callable or 'package.module:attribute', got {function!r}")
+    REWARDS.register(name, function, aliases=aliases, summary=summary, replace=replace)
+    return function
+
+
+def _attribute(target: str) -> Any:
+    """The object behind "package.module:attribute" or "path/to/file.py:attribute"."""
+    source, _, attribute = target.rpartition(":")
+    try:
+        if source.endswith(".py"):
+            path = Path(source).expanduser().resolve()
+            if not path.is_file():
+                raise ConfigError(f"reward {target!r}: there is no file {source}")
+            spec = importlib.util.spec_from_file_location(f"aligntune_rewards_{path.stem}", path)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(source)
+    except ImportError as error:
+        raise ConfigError(f"reward {target!r}: cannot import {source!r}: {error}") from error
+    if not hasattr(module, attribute):
+        public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise ConfigError(f"reward {target!r}: {source}: {unknown('attribute', attribute, public)}")
+    return getattr(module, attribute)
+
+
+def _with_options(target: Any, name: str, options: Mapping[str, Any]) -> RewardFunction:
+    """`target` with `options`: a class is built with them, a function gets them as keywords."""
+    parameters = inspect.signature(target).parameters.values() if options else ()
+    taken = [
+        parameter.name for parameter in parameters
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and parameter.name not in ("prompts", "completions", "completion_ids")
+    ]
+    faults = [
+        f"reward {name!r}: {unknown('option', option, taken) if taken else f'it takes no options, got {option!r}'}"
+        for option in options if option not in taken
+    ]
+    if faults:
+        raise ConfigError.from_faults(faults, "the options of a reward")
+    if isinstance(target, type):
+        return target(**options)
+    return _bound(target, dict(options)) if options else target
+
+
+def _bound(function: RewardFunction, options: dict[str, Any]) -> RewardFunction:
+    # Not functools.partial: a dataset column of the same name would override an option of the user's, in silence.
+    def call(**arguments: Any) -> Any:
+        return function(**{**arguments, **options})
+
+    async def call_async(**arguments: Any) -> Any:
+        return await function(**{**arguments, **options})
+
+    return call_async if is_async(function) else call
+
+
+def get_reward(name: str, **options: Any) -> RewardFunction:
+    """The reward with this name, as a function in TRL's form, not yet guarded.
+
+    Args:
+        name: a registered name, or "package.module:attribute" or "path/to/file.py:attribute".
+        options: what the reward documents as its `Args`.
+
+    Raises:
+        ConfigError: no such reward (names all) or option.
+    """
+    if ":" in name and name not in REWARDS:
+        target, label = _attribute(name), name.rpartition(":")[2]
+        if not callable(target):
+            raise ConfigError(f"reward {name!r} is a {type(target).__name__}, which cannot be called")
+    else:
+        label = REWARDS.resolve(name)
+        target = REWARDS.load(label)
+    return _with_options(target, label, options)
+
+
+def _weight(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{where}: a weight is a finite number, not {value!r}")
+    return float(value)
+
+
+def _one(entry: Any) -> tuple[RewardFunction, str, float | None]:
+    """(function, name, weight) of one entry; the weight is None where the entry gives none."""
+    if isinstance(entry, Mapping):
+        faults = [unknown("key", key, _KEYS) for key in entry if key not in _KEYS]
+        if "name" not in entry:
+            faults.append("the key 'name' is missing")
+        if not isinstance(entry.get("options") or {}, Mapping):
+            faults.append(f"options is a table of names and values, not {entry['options']!r}")
+        if faults:
+            raise ConfigError.from_faults([f"reward {dict(entry)!r}: {fault}" for fault in faults], "a reward")
+        options = {str(key): value for key, value in (entry.get("options") or {}).items()}
+        weight = None if entry.get("weight") is None else _weight(entry["weight"], f"reward {entry['name']!r}")
+        inner = entry["name"]
+        if callable(inner):
+            return _with_options(inner, function_name(inner), options), function_name(inner), weight
+        function, name, _ = _named(inner, options)
+        return function, name, weight
+    if callable(entry):
+        return (entry() if isinstance(entry, type) else entry), function_name(entry), None
+    return _named(entry, {})
+
+
+def _named(name: Any, options: Mapping[str, Any]) -> tuple[RewardFunction, str, None]:
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"reward {name!r}: expected a name, a callable or a table with {', '.join(_KEYS)}; "
+            f"names: {', '.join(sorted(REWARDS.names()))}"
+        )
+    label = name.rpartition(":")[2] if ":" in name and name not in REWARDS else REWARDS.resolve(name)
+    return get_reward(name, **options), label, None
+
+
+def resolve_rewards(
+    spec: Any, weights: Sequence[float] | None = None
+) -> tuple[list[RewardFunction], list[float]]:
+    """The guarded functions and their weights, in order.
+
+    Args:
+        spec: a name, a callable, a table {name, weight, options}, or a list of these, mixed. None gives two empty
+            lists (a reward model may be all there is). A torch module is a reward model and passes unguarded.
+        weights: one a reward; default: the tables' own, else 1.
+
+    Returns:
+        Functions in TRL's form with `__name__` set for the logs (a second `math` is `math_2`), and their weights.
+
+    Raises:
+        ConfigError: unknown names or options, a weight that is no finite number, the wrong number of weights, weights
+            given in both places. All faults at once.
+    """
+    if spec is None:
+        spec = []
+    elif not isinstance(spec, (list, tuple)):
+        spec = [spec]
+    functions: list[RewardFunction] = []
+    own: list[float | None] = []
+    faults: list[str] = []
+    counts: dict[str, int] = {}
+    for entry in spec:
+        try:
+            function, name, weight = _one(entry)
+        except ConfigError as error:
+            faults.extend(error.faults or [str(error)])
+            continue
+        counts[name] = counts.get(name, 0) + 1
+        label = name if counts[name] == 1 else f"{name}_{counts[name]}"
+        functions.append(function if is_module(function) else guard(function, label))
+        own.append(weight)
+    faults += _weight_faults(weights, len(spec), any(weight is not None for weight in own))
+    if faults:
+        raise ConfigError.from_faults(faults, "the rewards")
+    given = own if weights is None else list(weights)
+    return functions, [1.0 if weight is None else float(weight) for weight in given]
+
+
+def _weight_faults(weights: Sequence[float] | None, count: int, own: bool) -> list[str]:
+    if weights is None:
+        return []
+    if isinstance(weights, str) or not isinstance(weights, Sequence):
+        return [f"reward_function_weights: a list of {count} numbers, not {weights!r}"]
+    faults = []
+    if len(weights) != count:
+        faults.append(f"reward_function_weights: {len(weights)} weights for {count} rewards")
+    if own:
+        faults.append("reward_function_weights: the rewards' own tables give weights as well; use one of the two")
+    for index, weight in enumerate(weights):
+        try:
+            _weight(weight, f"reward_function_weights[{index}]")
+        except ConfigError as error:
+            faults.append(str(error))
+    return faults
