@@ -51,9 +51,10 @@ def _draw(records: Sequence[Mapping[str, Any]], path: Path, *, key: str, label: 
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 4.5), dpi=120)
     FigureCanvasAgg(figure)
     axes = figure.subplots()
+    figure.subplots_adjust(left=0.11, right=0.97, top=0.92, bottom=0.12)
     many = len(steps) >= 10
     marker = "" if len(steps) > 40 else "."
     if steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,10 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+# Every training starts with a full collection: without this each one walks a million objects of imported modules.
+gc.freeze()
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
@@ -59,8 +64,6 @@ def prompts(count: int = 8) -> Dataset:
 
 def sft_args(path: Path | str, **overrides: Any) -> Any:
     """SFTConfig for CPU: fp32, no recompute, one optimizer step is two rows."""
-    from trl import SFTConfig
-
     settings: dict[str, Any] = {
         "output_dir": str(path), "per_device_train_batch_size": 2, "max_steps": 6, "learning_rate": 1e-2,
         "logging_steps": 1, "save_steps": 2, "bf16": False, "use_cpu": True, "gradient_checkpointing": False,
@@ -73,8 +76,6 @@ def sft_args(path: Path | str, **overrides: Any) -> Any:
 def sft(path: Path | str, *, model: Any = None, rows: Any = None, eval_rows: Any = None, peft_config: Any = None,
         tokens: Any = None, **overrides: Any) -> Any:
     """A plain TRL SFTTrainer on the tiny model."""
-    from trl import SFTTrainer
-
     return SFTTrainer(
         model=model if model is not None else llama(), args=sft_args(path, **overrides),
         train_dataset=rows if rows is not None else text_rows(), eval_dataset=eval_rows,
