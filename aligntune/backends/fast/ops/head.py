@@ -135,7 +135,7 @@ class _Job:
         return (
             None if grad_hidden is None else grad_hidden[: rows.total],
             None if grad_weight is None else grad_weight.finish(),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
         )
 
     def fits(self, weight: torch.Tensor) -> bool:
@@ -351,7 +351,7 @@ class _TokenRule:
         targets = job.rows.targets[start:stop]
         run_loss(logits, targets, stats, job.transform, ignore_index=job.ignore_index)
         inputs = [stats.log_probs.detach().requires_grad_()]
-        if self.entropy:
+        if self.entropy and stats.entropy is not None:
             inputs.append(stats.entropy.detach().requires_grad_())
         with torch.enable_grad():
             constants = {name: job.rows.take(value, start, stop) for name, value in self.constants.items()}
@@ -440,8 +440,10 @@ class _TokenLogProbs(torch.autograd.Function):
         # the pass overwrites kept logits, so a second backward makes them again
         kept = ctx.logits.pop() if ctx.logits else None
         with _gemms_as_given(hidden):
-            found = job.sweep(hidden, weight, bias, run, job.needs, logits=kept)
-        return found[0] if direct is None else found[0].add_(direct), *found[1:], None
+            grad_hidden, *others = job.sweep(hidden, weight, bias, run, job.needs, logits=kept)
+        if direct is not None:
+            grad_hidden = direct.add_(grad_hidden)
+        return grad_hidden, *others, None
 
 
 def token_log_probs(
