@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from aligntune.core.backend_factory import BackendType, create_rl_trainer, create_sft_trainer, create_trainer
     from aligntune.core.introspection import explain, list_algorithms, list_backends
     from aligntune.core.options import UNSET
+    from aligntune.core.recipe_run import run_recipe
+    from aligntune.core.recipes import list_recipes
     from aligntune.core.trainer import AlignTrainer
     from aligntune.errors import (
         AlignTuneError,
@@ -33,7 +35,8 @@ _HOMES = {
     "create_sft_trainer": "aligntune.core.backend_factory", "create_rl_trainer": "aligntune.core.backend_factory",
     "create_trainer": "aligntune.core.backend_factory", "BackendType": "aligntune.core.backend_factory",
     "explain": "aligntune.core.introspection", "list_algorithms": "aligntune.core.introspection",
-    "list_backends": "aligntune.core.introspection", "UNSET": "aligntune.core.options",
+    "list_backends": "aligntune.core.introspection", "list_recipes": "aligntune.core.recipes",
+    "run_recipe": "aligntune.core.recipe_run", "UNSET": "aligntune.core.options",
     "AlignTrainer": "aligntune.core.trainer", "AlignTuneError": "aligntune.errors",
     "BackendUnavailableError": "aligntune.errors", "CheckpointError": "aligntune.errors",
     "ConfigError": "aligntune.errors", "DataError": "aligntune.errors", "NonFiniteError": "aligntune.errors",
@@ -44,6 +47,7 @@ __all__ = [
     "UNSET", "AlignTrainer", "AlignTuneError", "BackendType", "BackendUnavailableError", "CheckpointError",
     "ConfigError", "DataError", "NonFiniteError", "UnsupportedAlgorithmError", "__version__", "create_rl_trainer",
     "create_sft_trainer", "create_trainer", "explain", "list_algorithms", "list_backends",
+    "list_recipes", "run_recipe",
 ]
 
 

@@ -192,10 +192,12 @@ def build_trainer(job: Job, callbacks: list[Any] | None = None) -> AlignTrainer:
     from omegaconf import OmegaConf
 
     from aligntune.backends.loading import load_tokenizer
+    from aligntune.core import notices
     from aligntune.core.run_dir import RunDir
     from aligntune.core.trainer import AlignTrainer
     from aligntune.data import prepare
 
+    notices.show()
     tokenizer = load_tokenizer(job)
     data = prepare(data_request(job), tokenizer)
     run_dir = RunDir.create(

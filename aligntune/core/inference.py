@@ -1,0 +1,86 @@
+"""A trained model for use: from a run folder, a recipe's folder, a checkpoint, a saved model, adapters or the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from aligntune.errors import AlignTuneError, CheckpointError, ConfigError
+
+_MODEL_FILES = ("config.json", "adapter_config.json")
+
+
+def locate(name: str) -> str:
+    """Where the weights that `name` means lie: a folder, or a hub id as it stands.
+
+    A recipe's folder means its last finished stage, a run folder its newest complete checkpoint.
+
+    Raises:
+        ConfigError: a folder without a model, or no such folder.
+        CheckpointError: a run that has no complete checkpoint.
+    """
+    from aligntune.builtin import is_builtin, model_path
+
+    if is_builtin(name):
+        return str(model_path(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(_within(path))
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigError(f"model: {name!r} is " + ("a file, not a folder" if path.exists() else "no folder here"))
+    return name
+
+
+def _within(folder: Path) -> Path:
+    from aligntune.core.checkpoints import all_checkpoints, newest_complete
+
+    if any((folder / name).is_file() for name in _MODEL_FILES):
+        return folder
+    state = folder / "recipe.json"
+    if state.is_file():
+        stages = json.loads(state.read_text(encoding="utf-8"))["stages"]
+        if not stages:
+            raise CheckpointError(f"no stage of {folder} is finished")
+        last = stages[-1]["result"]
+        return _within(folder / (last["model"] or last["output_dir"]))
+    if all_checkpoints(folder):
+        return newest_complete(folder)
+    if (folder / "config.yaml").is_file():
+        raise CheckpointError(f"{folder} is a run without a checkpoint")
+    raise ConfigError(f"model: {str(folder)!r} holds no model (no {' or '.join(_MODEL_FILES)}) and is no run folder")
+
+
+def load(name: str, *, device: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """The model, in evaluation mode, and its tokenizer; bf16 on a GPU that has it, fp32 on the CPU.
+
+    Adapters are loaded on their base.
+
+    Raises:
+        ConfigError, CheckpointError: nothing to load there.
+        AlignTuneError: it cannot be loaded; keeps the loader's reason.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = locate(name)
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    dtype = torch.float32
+    if on_gpu:
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    try:
+        if (Path(source) / "adapter_config.json").is_file():
+            from peft import AutoPeftModelForCausalLM
+
+            model = AutoPeftModelForCausalLM.from_pretrained(source, **kwargs)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(source, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise AlignTuneError(f"{name!r} cannot be loaded: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if on_gpu and not getattr(model, "is_quantized", False):
+        model = model.to("cuda")
+    return model.eval(), tokenizer
