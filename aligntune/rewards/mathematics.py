@@ -6,12 +6,14 @@ The grade comes back in bounded time from any thread: see `_math_worker` for why
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib.util
 import json
 import logging
 import os
 import re
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -77,28 +79,32 @@ class _Grader:
 
     def same(self, gold: str, text: str, *, isolated: bool) -> bool | None:
         """Whether the two mean the same; None if `gold` is not mathematics; False if it took too long to say."""
+        request = json.dumps({"gold": gold, "text": text, "isolated": isolated}) + "\n"
         with self._lock:
-            if self._process is None or self._owner != os.getpid():  # after a fork the pipes belong to the parent
-                self._process, self._owner = self._start(), os.getpid()
-            process = self._process
-            assert process.stdin is not None
-            request = json.dumps({"gold": gold, "text": text, "isolated": isolated}) + "\n"
-            reply = None
-            try:
-                process.stdin.write(request.encode())
-                process.stdin.flush()
-                # The worker ends itself by CPU time. The wall clock only catches one that hangs without computing.
-                reply = self._read(process, wall_seconds=60.0 + 20 * self.cpu_seconds)
-            except BrokenPipeError:
-                logger.debug("the math-verify process had ended")
-            if reply is None:
-                self._stop()
-                logger.warning(
-                    "math: no grade for %s against %s within %.3g s of CPU time; it scores 0",
-                    shown(text), shown(gold), self.cpu_seconds,
-                )
-                return False
-            return reply["same"]
+            for _ in range(2):  # once more if something else ended the worker
+                reply, code = self._ask(request.encode())
+                if reply is not None:
+                    return reply["same"]
+                if code == -signal.SIGPROF:
+                    break
+        why = f"within {self.cpu_seconds:g} s of CPU time" if code == -signal.SIGPROF else f"(the worker ended: {code})"
+        logger.warning("math: no grade for %s against %s %s; it scores 0", shown(text), shown(gold), why)
+        return False
+
+    def _ask(self, request: bytes) -> tuple[dict[str, Any] | None, int | None]:
+        """The reply, or None and how the worker ended."""
+        if self._process is None or self._owner != os.getpid():  # after a fork the pipes belong to the parent
+            self._process, self._owner = self._start(), os.getpid()
+        process = self._process
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(request)
+            process.stdin.flush()
+        # The worker ends itself by CPU time. The wall clock only catches one that hangs without computing.
+        reply = self._read(process, wall_seconds=60.0 + 20 * self.cpu_seconds)
+        if reply is None:
+            self._stop()
+        return reply, process.returncode
 
     def _stop(self) -> None:
         if self._process is not None and self._owner == os.getpid():
@@ -106,7 +112,8 @@ class _Grader:
             self._process.wait()
             for pipe in (self._process.stdin, self._process.stdout):
                 assert pipe is not None
-                pipe.close()
+                with contextlib.suppress(BrokenPipeError):  # what was not read of the last request
+                    pipe.close()
         self._process = None
 
     def stop(self) -> None:
