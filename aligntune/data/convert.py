@@ -1,4 +1,4 @@
-"""From a recognised row to what an algorithm trains on: a table of (kind, shape), each cell a conversion or an error."""
+"""From a recognised row to what an algorithm trains on: a table of (kind, shape), each cell a conversion or none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from aligntune.data import recognise as kinds
 from aligntune.data.recognise import Recognised, as_label
 from aligntune.data.request import DataRequest, Takes
 from aligntune.data.rows import Row, RowFault
-from aligntune.data.turns import Message, is_transcript, is_turns, normalise, split_shared, transcript, type_name, with_system
+from aligntune.data.turns import (
+    Message,
+    is_transcript,
+    is_turns,
+    normalise,
+    split_shared,
+    transcript,
+    type_name,
+    with_system,
+)
 from aligntune.errors import DataError
 
 Speech = str | list[Message]
@@ -26,12 +35,14 @@ class Example:
         replies: what is learnt: one for sft and unpaired, (chosen, rejected) for pairs, none for prompts.
         extra: columns that go along unchanged.
         render: arguments for the chat template that the row brings (`tools`, `chat_template_kwargs`).
+        whole: there is no prompt; every token is learnt.
     """
 
     context: Speech
     replies: tuple[Speech, ...] = ()
     extra: Row = field(default_factory=dict)
     render: Row = field(default_factory=dict)
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,8 @@ class Plan:
             RowFault: the row cannot be trained.
         """
         examples = CELLS[self.recognised.kind, self.takes][1](row, self)
+        if self.takes == "prompts" and isinstance(examples[0].context, list) != self.chat:
+            raise RowFault("prompt", "is a conversation where other rows hold plain text")  # one column, one type
         render = _render_arguments(row)
         if render:
             for example in examples:
@@ -120,7 +133,7 @@ def make_plan(recognised: Recognised, request: DataRequest, *, has_template: boo
         description += "; strings became turns of a conversation"
     if request.system_prompt:
         description += "; system_prompt put before conversations without a system turn"
-    if fold and (request.system_prompt or chat):
+    if fold and (request.system_prompt or recognised.form == "turns"):
         description += "; the template has no system role: system turns are folded into the first user turn"
     return Plan(recognised, takes, chat, fold, request.system_prompt, request.assistant_turns, description)
 
@@ -184,7 +197,7 @@ def _json(value: Any, name: str) -> Any:
 
 
 def _text_to_sft(row: Row, plan: Plan) -> list[Example]:
-    return [Example("", (plan.text(row, "text"),))]
+    return [Example("", (plan.text(row, "text"),), whole=True)]
 
 
 def _messages_to_sft(row: Row, plan: Plan) -> list[Example]:
@@ -431,7 +444,7 @@ CELLS: Mapping[tuple[str, str], tuple[str, Converter]] = {
     (kinds.PREFERENCE, "unpaired"): ("each pair became two rows: chosen true, rejected false", _pair_to_unpaired),
     (kinds.IMPLICIT, "unpaired"): (f"each pair became two rows; {_SPLIT}", _pair_to_unpaired),
     (kinds.PROMPT, "prompts"): ("prompts", _prompt_to_prompt),
-    (kinds.PROMPT_ANSWER, "prompts"): ("prompts; answer is the reference, of GSM8K what follows ####", _answer_to_prompt),
+    (kinds.PROMPT_ANSWER, "prompts"): ("prompts; answer is the reference (GSM8K: after ####)", _answer_to_prompt),
     (kinds.PROMPT_COMPLETION, "prompts"): ("prompts; answer is the completion", _completion_to_prompt),
     (kinds.MESSAGES, "prompts"): ("turns before the last assistant turn; answer is that turn", _messages_to_prompt),
     (kinds.ALPACA, "prompts"): ("instruction and input; answer is the output", _alpaca_to_prompt),
