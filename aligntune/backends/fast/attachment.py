@@ -43,7 +43,8 @@ class Line:
 
     def __str__(self) -> str:
         if self.reason is not None:
-            return f"{self.modules}: eager, {self.reason}"
+            whose = "" if self.reason.startswith("TRL's own") else "eager, "
+            return f"{self.modules}: {whose}{self.reason}"
         return f"{self.modules}: {self.op} (x{self.count})"
 
 

@@ -6,6 +6,9 @@
    `logits` is None; `output_logits=True` asks for them, and without labels, in eval mode and under `no_grad` the model
    answers as ever. `generate` passes no labels and is not touched.
 
+Both take `kept`, the flat numbers of the positions that have a label (padded with -1), where the caller knows them.
+Positions are those of the shifted labels: position t has a label if `labels[t + 1]` is not -100.
+
 The forward is rebuilt from the model's own parts: the backbone is called, then the head's weight is read, as TRL does.
 """
 
@@ -15,7 +18,6 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -26,11 +28,13 @@ from torch import nn
 from aligntune.backends.fast import families
 from aligntune.backends.fast.ledger import promise
 from aligntune.backends.fast.lora import hooked
-from aligntune.backends.fast.ops.head import token_log_probs
+from aligntune.backends.fast.ops.head import linear_cross_entropy, token_log_probs
 from aligntune.errors import ConfigError
 
 KEY = "_aligntune_head"
 _IGNORED = -100
+_BUCKET = 64  # rows: the GEMMs stay aligned, and batches share a few lengths
+_PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _TRL_OPTIONS = ("temperature", "cast_lm_head_to_fp32", "outputs", "final_logit_softcapping", "logit_scale")
 
 
@@ -65,7 +69,8 @@ class Head:
             return "head", "TRL's own (attached before the trainer)"
         assert self.options is not None
         if self.options.trl:
-            return "linear + log-probs, behind TRL's fused-head call and plain labels", None
+            also = " and plain labels" if self.options.plain is None else ""
+            return f"linear + log-probs, behind TRL's fused-head call{also}", None
         return "linear + log-probs, behind plain labels", self.options.plain
 
     def remove(self, model: nn.Module) -> None:
@@ -174,9 +179,9 @@ def _options(model: nn.Module, lm_head: nn.Module, inner: Any) -> tuple[HeadOpti
     known = families.identify(model)
     plain = None
     if family is None or known is None or known[1] != "head":
-        plain = "plain labels: the model is in no family of the table, so how it scales logits is not known"
+        plain = f"{type(model).__name__} is in no family of the table, so how it scales logits is not known"
     elif not _loss_is_causal(model):
-        plain = "plain labels: the model's loss function is not transformers' causal-LM loss"
+        plain = "the model's loss function is not transformers' causal-LM loss"
     if inner is not None and is_trl_forward(inner):
         found = inspect.getclosurevars(inner).nonlocals
         missing = [name for name in _TRL_OPTIONS if name not in found]
@@ -188,7 +193,7 @@ def _options(model: nn.Module, lm_head: nn.Module, inner: Any) -> tuple[HeadOpti
                 logit_scale=float(found["logit_scale"]),
                 temperature=float(found["temperature"]),
                 fp32=bool(found["cast_lm_head_to_fp32"]),
-                outputs=tuple(found["outputs"]),
+                outputs=tuple(dict.fromkeys(("log_probs", *found["outputs"]))),
                 trl=True,
                 plain=plain,
             ),
@@ -261,14 +266,15 @@ def _root_forward(cls: type[nn.Module]) -> Callable[..., Any]:
         shift_labels: torch.Tensor | None = None,
         num_items_in_batch: Any = None,
         output_logits: bool = False,
+        kept: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         options: HeadOptions | None = self.__dict__.get(KEY)
         if fused_lm_head and options is not None and options.trl:
-            return _fused(self, options, args, labels, shift_labels, num_items_in_batch, kwargs)
+            return _fused(self, options, args, labels, shift_labels, num_items_in_batch, kept, kwargs)
         asked = output_logits or bool(kwargs.get("logits_to_keep", False))
         if options is not None and labels is not None and not asked and _trains(self, options, kwargs):
-            return _plain(self, options, args, labels, shift_labels, num_items_in_batch, kwargs)
+            return _plain(self, options, args, labels, shift_labels, num_items_in_batch, kept, kwargs)
         given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
         kwargs.update({name: value for name, value in given.items() if value is not None})
         if fused_lm_head:
@@ -292,33 +298,39 @@ def _trains(model: nn.Module, options: HeadOptions, kwargs: dict[str, Any]) -> b
     )
 
 
-def _score(
-    model: nn.Module,
-    options: HeadOptions,
-    hidden: torch.Tensor,
-    labels: torch.Tensor,
-    outputs: tuple[str, ...],
-    temperature: float,
-) -> dict[str, torch.Tensor]:
-    """Per-token `outputs` of the labels, `(batch, seq)`, 0 where the label is -100."""
-    lm_head = model.get_output_embeddings()
-    hidden, labels = hidden.to(lm_head.weight.device), labels.to(lm_head.weight.device)
-    scope: AbstractContextManager[Any] = nullcontext()
-    if options.fp32:
-        hidden = hidden.float()
-        scope = torch.autocast(hidden.device.type, enabled=False)
-    promise(model, "head", hidden, lm_head.weight)
-    with scope:
-        return token_log_probs(
-            hidden,
-            lm_head.weight,
-            labels,
-            bias=lm_head.bias,
-            softcap=options.softcap,
-            logit_scale=options.logit_scale,
-            temperature=temperature,
-            outputs=outputs,
-        )
+def _trained(*tensors: torch.Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+class _ScoredRows:
+    """The flat numbers of the positions with a label, so that the head leaves the others out.
+
+    How many there are is counted on the GPU before the backbone is launched and read after it: by then the count has
+    long been there, and the GPU has the backbone to work on while the head is launched.
+    """
+
+    def __init__(self, targets: torch.Tensor) -> None:
+        self.targets = targets
+        self.event: torch.cuda.Event | None = None
+        if not targets.is_cuda:
+            self.count = (targets != _IGNORED).sum()
+        elif not torch.cuda.is_current_stream_capturing():  # a captured graph cannot wait for a number
+            self.count = torch.empty((), dtype=torch.int64, pin_memory=True)
+            self.count.copy_((targets != _IGNORED).sum(), non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def kept(self) -> torch.Tensor | None:
+        """`(K,)` row numbers, padded with -1 to whole buckets; None where leaving rows out would save under 1/16."""
+        if self.targets.is_cuda:
+            if self.event is None:
+                return None
+            self.event.synchronize()
+        size = -(-max(int(self.count), 1) // _BUCKET) * _BUCKET
+        if size > self.targets.numel() * 15 // 16:
+            return None
+        found = torch.nonzero_static((self.targets != _IGNORED).view(-1), size=size, fill_value=-1)
+        return found.view(-1)
 
 
 def _targets(labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> torch.Tensor:
@@ -336,6 +348,7 @@ def _fused(
     labels: torch.Tensor | None,
     shift_labels: torch.Tensor | None,
     num_items_in_batch: Any,
+    kept: torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> Any:
     """TRL's contract: `trl.trainer.utils.FusedCausalLMOutput`."""
@@ -345,19 +358,35 @@ def _fused(
     kwargs["use_cache"] = False
     if getattr(text_config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
-    backbone = model.base_model(*args, **kwargs)
     targets = _targets(labels, shift_labels)
-    scored = _score(model, options, backbone.last_hidden_state, targets, options.outputs, options.temperature)
-    mask = targets.to(backbone.last_hidden_state.device) != _IGNORED
+    rows = _ScoredRows(targets) if kept is None else None
+    hidden = (backbone := model.base_model(*args, **kwargs)).last_hidden_state
+    lm_head = model.get_output_embeddings()
+    weight, bias = lm_head.weight, lm_head.bias
+    promise(model, "log-probs, trained head" if _trained(weight, bias) else "log-probs head", hidden, weight, bias)
+    scored = token_log_probs(
+        hidden.to(weight.device),
+        weight,
+        targets.to(weight.device),
+        bias=bias,
+        softcap=options.softcap,
+        logit_scale=options.logit_scale,
+        temperature=options.temperature,
+        outputs=options.outputs,
+        kept=rows.kept() if rows is not None else kept,
+        fp32_logits=options.fp32,
+    )
+    mask = targets.to(weight.device) != _IGNORED
+    per_token = {name: value for name in _PER_TOKEN if (value := getattr(scored, name)) is not None}
     if shift_labels is None:
-        scored = {name: value[:, :-1] for name, value in scored.items()}
-        mask = mask[:, :-1]
-    loss = _mean(scored["log_probs"], mask, num_items_in_batch)
+        per_token, mask = {name: value[:, :-1] for name, value in per_token.items()}, mask[:, :-1]
+    items = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    loss = -per_token["log_probs"].sum() / items
     aux_loss = None
     if kwargs.get("output_router_logits"):
         aux_loss = _aux_loss(model, backbone.router_logits, kwargs.get("attention_mask"))
         loss = loss + getattr(text_config, "router_aux_loss_coef", 0.0) * aux_loss
-    return FusedCausalLMOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **scored)
+    return FusedCausalLMOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **per_token)
 
 
 def _plain(
@@ -367,6 +396,7 @@ def _plain(
     labels: torch.Tensor,
     shift_labels: torch.Tensor | None,
     num_items_in_batch: Any,
+    kept: torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> Any:
     """transformers' contract, with `logits=None`: `CausalLMOutputWithPast`, or the MoE one where routers answer."""
@@ -376,12 +406,24 @@ def _plain(
     kwargs.pop("logits_to_keep", None)
     if getattr(model.config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
-    backbone = model.base_model(*args, return_dict=True, **kwargs)
     targets = _targets(labels, shift_labels)
-    scored = _score(model, options, backbone.last_hidden_state, targets, ("log_probs",), 1.0)
-    mask = targets.to(scored["log_probs"].device) != _IGNORED
+    rows = _ScoredRows(targets) if kept is None else None
+    hidden = (backbone := model.base_model(*args, return_dict=True, **kwargs)).last_hidden_state
+    lm_head = model.get_output_embeddings()
+    weight, bias = lm_head.weight, lm_head.bias
+    promise(model, "loss head", hidden, weight, bias)
+    scored = linear_cross_entropy(
+        hidden.to(weight.device),
+        weight,
+        targets.to(weight.device),
+        bias=bias,
+        softcap=options.softcap,
+        logit_scale=options.logit_scale,
+        num_items_in_batch=num_items_in_batch,
+        kept=rows.kept() if rows is not None else kept,
+    )
     parts: dict[str, Any] = {
-        "loss": _mean(scored["log_probs"], mask, num_items_in_batch),
+        "loss": scored.loss,
         "past_key_values": backbone.past_key_values,
         "hidden_states": backbone.hidden_states,
         "attentions": backbone.attentions,
@@ -395,14 +437,6 @@ def _plain(
     output = output_class(**parts)
     wants_dict = return_dict if return_dict is not None else getattr(model.config, "return_dict", True)
     return output if wants_dict else output.to_tuple()
-
-
-def _mean(log_probs: torch.Tensor, mask: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
-    """Minus the sum, over `num_items_in_batch` or the tokens that count: 0, with gradient 0, where none does."""
-    items = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    if isinstance(items, torch.Tensor):
-        items = items.to(log_probs.device)
-    return -log_probs.sum() / items
 
 
 def _aux_loss(model: nn.Module, router_logits: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -22,6 +22,11 @@ PROMISES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     WITH_ITS_NEIGHBOUR: ((), ()),
     "rms_norm": (("rms_norm_forward",), ("rms_norm_backward",)),
     "rms_norm, trained": (("rms_norm_forward",), ("rms_norm_backward", "norm_weight_grad")),
+    "glu": (("glu_forward",), ("glu_backward",)),
+    # A frozen head makes its gradients in the forward, and so does a loss.
+    "log-probs head": (("logits_loss",), ()),
+    "log-probs, trained head": (("logits_loss",), ("logits_grad",)),
+    "loss head": (("logits_loss",), ()),
 }
 
 
