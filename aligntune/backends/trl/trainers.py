@@ -6,14 +6,19 @@ Losses, generation, optimisation are TRL's own.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 
 from aligntune.core.model_hygiene import plain_forward
+from aligntune.core.run_dir import on_main_process
+from aligntune.errors import BackendUnavailableError
 
 
 class _Quiet:
@@ -53,13 +58,24 @@ def reference_from_memory(model: Any) -> Iterator[None]:
     GRPO and RLOO take no `ref_model`: they read `config._name_or_path` again, which for a model that was changed in
     memory is another model, and for one built in memory is nothing.
     """
-    folder = tempfile.mkdtemp(prefix="aligntune-reference-")
     name = model.config._name_or_path
-    try:
+
+    def write() -> str:
+        folder = tempfile.mkdtemp(prefix="aligntune-reference-")
         with plain_forward(model):
             model.save_pretrained(folder)
-        model.config._name_or_path = folder
+        return folder
+
+    # Once, by the main process: in the others save_pretrained writes nothing.
+    folder = Path(on_main_process(write))
+    if not folder.is_dir():
+        raise BackendUnavailableError(f"the reference model was written to {folder}, which this machine does not see; "
+                                      "set TMPDIR to a folder that all machines share")
+    try:
+        model.config._name_or_path = str(folder)
         yield
     finally:
         model.config._name_or_path = name
-        shutil.rmtree(folder, ignore_errors=True)
+        PartialState().wait_for_everyone()  # to have read it
+        if os.environ.get("RANK", "0") == "0":
+            shutil.rmtree(folder, ignore_errors=True)
