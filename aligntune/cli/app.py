@@ -5,6 +5,7 @@ Each command imports what it needs when it runs: `--help` imports neither torch 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -106,6 +107,10 @@ def run() -> None:
         # What libraries deprecate among themselves is nothing that the reader of a command line can change.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars in a file are thousands of lines
+    # It asks for an optional package of kernels for 4-bit inference on a CPU, which training does not use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # typer would install a hook of its own; the command alone does not.
     sys.excepthook = _unforeseen
     get_command(app)(prog_name="aligntune")

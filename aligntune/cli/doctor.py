@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import shutil
 import sys
@@ -112,8 +111,6 @@ def kernels() -> Iterator[Finding]:
     """bitsandbytes (QLoRA, 8-bit optimizers) and Triton (backend fast), imported."""
     from importlib.metadata import version
 
-    # It asks for an optional package of kernels for CPU inference, which training does not use.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for name, purpose, needed in (("bitsandbytes", "4-bit bases and 8-bit optimizers", True),
                                   ("triton", "backend fast", sys.platform == "linux")):
         try:

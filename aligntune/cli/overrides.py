@@ -72,11 +72,11 @@ def _yaml(text: str) -> Any:
 
     mark = "\ue000"
     try:
-        node = OmegaConf.create("value: " + text.replace("${", mark))
-        return _unmarked(OmegaConf.to_container(node)["value"], mark)
+        plain: Any = OmegaConf.to_container(OmegaConf.create("value: " + text.replace("${", mark)))
     except (YAMLError, OmegaConfBaseException) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"{text!r} cannot be read as YAML: {getattr(error, 'problem', None) or reason}") from error
+    return _unmarked(plain["value"], mark)
 
 
 def _unmarked(value: Any, mark: str) -> Any:

@@ -88,7 +88,7 @@ def check_backends(plan: Plan) -> None:
     """
     from aligntune.core.backend_factory import choose_backend
 
-    errors = []
+    errors: list[tuple[StageConfig | None, AlignTuneError]] = []
     for stage in plan.stages:
         try:
             choose_backend(stage.job)
@@ -353,7 +353,8 @@ def _comparable(job: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     flat: dict[str, Any] = {}
-    for name, value in OmegaConf.to_container(job.config).items():
+    tree: Any = OmegaConf.to_container(job.config)
+    for name, value in tree.items():
         if isinstance(value, dict) and name not in _MACHINE:
             flat |= {f"{name}.{inner}": item for inner, item in value.items()}
         elif name not in _MACHINE:

@@ -76,16 +76,13 @@ class StageConfig:
         number: from 1.
         name: its folder below the recipe's output_dir, "2-grpo"; "" for the only job of a recipe without stages.
         job: the resolved job; `output_dir` and a `previous` model are filled in when it runs.
+        continues: it trains the model of the stage before.
     """
 
     number: int
     name: str
     job: Job
-
-    @property
-    def continues(self) -> bool:
-        """Whether it trains the model of the stage before."""
-        return bool(self.name) and self.job.options.model_name == PREVIOUS
+    continues: bool = False
 
 
 @dataclass
@@ -341,7 +338,7 @@ def _stage(number: int, layer: dict[str, Any], own: dict[str, Any]) -> tuple[Sta
         return None, [*faults, *(error.faults or [str(error)])]
     if number == 1 and job.options.model_name == PREVIOUS:
         faults.append("model.model_name = 'previous': there is no stage before the first")
-    return StageConfig(number, f"{number}-{job.spec.name}", job), faults
+    return StageConfig(number, f"{number}-{job.spec.name}", job, job.options.model_name == PREVIOUS), faults
 
 
 def _told(found: list[list[str]]) -> list[str]:
