@@ -178,7 +178,7 @@ def data_request(job: Job) -> Any:
 
     options, names = job.options, vars(job.options)
     shared = ("dataset_config", "split", "max_samples", "column_mapping", "system_prompt", "chat_template",
-              "assistant_turns", "completion_only", "max_seq_length", "max_completion_length", "on_bad_row",
+              "apply_chat_template", "truncation", "assistant_turns", "completion_only", "max_seq_length", "max_completion_length", "on_bad_row",
               "eval_split", "max_eval_samples", "val_split_ratio", "seed", "trust_remote_code", "text_field")
     return DataRequest(
         algorithm=job.spec.name, takes=job.spec.takes, dataset=options.dataset_name,
@@ -205,6 +205,8 @@ def build_trainer(job: Job, callbacks: list[Any] | None = None) -> AlignTrainer:
         overwrite=job.options.overwrite,
     )
     job.set("output_dir", str(run_dir.path))
+    if job.options.on_bad_row == "quarantine" and data.report.bad and run_dir.is_main:
+        data.report.write_bad_rows(run_dir.path / "bad_rows.jsonl")
     built = backend.build(job, Prepared(data.tokenizer, data.train, data.eval, data.report))
     if job.objects:
         job.notices.append(f"config.yaml cannot be run again: {', '.join(sorted(job.objects))} came as Python objects")

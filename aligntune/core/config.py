@@ -71,7 +71,15 @@ class DataSection:
     text_field: str | None = option(None, "The column that holds plain text, where it is not called 'text'.")
     system_prompt: str | None = option(None, "System turn put before rows that have none.")
     chat_template: str | None = option(None, "Path of a Jinja chat template to use in place of the tokenizer's own.")
+    apply_chat_template: bool | None = option(
+        None, "Whether prompts and completions that are plain strings become turns; null: questions and prompts of "
+        "online methods do, pairs and completions stand as they are, a system_prompt makes them turns."
+    )
     max_seq_length: int = option(1024, "Longest row in tokens, prompt and completion together.", ge=2)
+    truncation: str = option(
+        "right", "A row longer than max_seq_length: cut its end (counted in the report), or call it a bad row. Prompts "
+        "of online methods are never cut.", choices=("right", "error"),
+    )
     completion_only: bool | None = option(
         None, "Supervise completions (assistant turns) only; null: yes where a row has a prompt, else every token.",
         audience="sft",
@@ -91,7 +99,6 @@ class DataSection:
         "auto", "Lay the rows of a micro-batch end to end instead of padding them; the same rows per step.",
         choices=("auto",), audience="offline",
     )
-    dataset_num_proc: int | None = option(None, "Processes that prepare the data; null is one.", ge=1)
 
 
 @dataclass

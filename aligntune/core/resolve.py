@@ -31,7 +31,7 @@ OLD_NAMES: Mapping[str, str] = {
     "optim": "optimizer", "r": "lora_r", "lora_rank": "lora_r", "target_modules": "lora_target_modules",
     "use_lora": "use_peft", "reward_funcs": "reward_functions", "reward_weights": "reward_function_weights",
     "reward_model": "reward_model_name", "ref_model": "ref_model_name", "dataset_split": "split",
-    "load_in_4bit": "quantization", "attn_impl": "attn_implementation", "num_proc": "dataset_num_proc",
+    "load_in_4bit": "quantization", "attn_impl": "attn_implementation",
 }
 """Names of users' old scripts that have one clear meaning here."""
 

@@ -33,6 +33,10 @@ class FastBackend:
     gates = (
         Gate("importance_sampling_level", ("sequence",), _SEQUENCE_RATIOS),
         Gate("loss_type", ("luspo", "vespo"), _SEQUENCE_RATIOS),
+        Gate("rollout_engine", ("fast",), "this version generates with transformers; 'hf' and 'vllm' run"),
+        Gate("gradient_checkpointing", ("offload",), "this version recomputes (True) or keeps (False) activations"),
+        Gate("memory_budget_gib", None, "this version does not plan recompute by memory"),
+        Gate("embedding_learning_rate", None, "this version trains every parameter at learning_rate"),
     )
 
     def available(self) -> Support:

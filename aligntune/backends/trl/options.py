@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from trl import DPOConfig, GRPOConfig, SFTConfig
@@ -74,6 +75,8 @@ def trl_config(job: Job, precision: Precision, *, eval_rows: int) -> Any:
         if options.packing:
             kwargs["max_length"] = options.max_seq_length
     elif name == "dpo":
+        if options.padding_free is True:
+            raise ConfigError("data.padding_free = True: TRL's DPO takes it and pads all the same; leave it at 'auto'")
         kwargs["max_length"] = options.max_seq_length
         loss = options.loss_type
         kwargs["loss_type"] = [loss] if isinstance(loss, str) else list(loss)
@@ -82,7 +85,10 @@ def trl_config(job: Job, precision: Precision, *, eval_rows: int) -> Any:
     kwargs |= FIXED.get(name, {})
     _pass_through(job, cls, fields, kwargs)
     try:
-        return cls(**config_kwargs(cls, kwargs))
+        with warnings.catch_warnings():
+            # TRL's own field of that name, which transformers >= 5.23 deprecates: nothing a user could change.
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+            return cls(**config_kwargs(cls, kwargs))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{cls.__name__}: {error}") from error
 
@@ -116,7 +122,7 @@ def _rollout(job: Job) -> dict[str, Any]:
     return {
         # TRL wants whole groups in an evaluation batch too.
         "num_generations_eval": math.gcd(evaluation_batch, options.num_generations),
-        "use_vllm": options.rollout_engine == "vllm", "log_completions": False,
+        "use_vllm": options.rollout_engine == "vllm", "log_completions": options.log_completions,
     }
 
 

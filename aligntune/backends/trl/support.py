@@ -19,10 +19,10 @@ class TRLBackend:
     name = "trl"
     support = dict.fromkeys(("sft", "dpo", "grpo", "gspo", "dapo", "dr_grpo"), _YES)
     gates = (
-        Gate("rollout_engine", ("fast",), "this engine belongs to backend='fast'; here 'hf' and 'vllm' run"),
-        Gate("gradient_checkpointing", ("offload",), "offloading to host memory belongs to backend='fast'"),
-        Gate("memory_budget_gib", None, "planning recompute by memory belongs to backend='fast'"),
-        Gate("embedding_learning_rate", None, "a rate of its own for embeddings belongs to backend='fast'"),
+        Gate("rollout_engine", ("fast",), "TRL generates with 'hf' and 'vllm'"),
+        Gate("gradient_checkpointing", ("offload",), "TRL recomputes (True) or keeps (False) activations"),
+        Gate("memory_budget_gib", None, "TRL does not plan recompute by memory"),
+        Gate("embedding_learning_rate", None, "TRL trains every parameter at learning_rate"),
     )
 
     def available(self) -> Support:
