@@ -178,8 +178,9 @@ def data_request(job: Job) -> Any:
 
     options, names = job.options, vars(job.options)
     shared = ("dataset_config", "split", "max_samples", "column_mapping", "system_prompt", "chat_template",
-              "apply_chat_template", "truncation", "assistant_turns", "completion_only", "max_seq_length", "max_completion_length", "on_bad_row",
-              "eval_split", "max_eval_samples", "val_split_ratio", "seed", "trust_remote_code", "text_field")
+              "apply_chat_template", "truncation", "assistant_turns", "completion_only", "max_seq_length",
+              "max_completion_length", "on_bad_row", "eval_split", "max_eval_samples", "val_split_ratio", "seed",
+              "trust_remote_code", "text_field")
     return DataRequest(
         algorithm=job.spec.name, takes=job.spec.takes, dataset=options.dataset_name,
         eval_dataset=options.eval_dataset_name, **{name: names[name] for name in shared if name in names},

@@ -87,7 +87,7 @@ def trl_config(job: Job, precision: Precision, *, eval_rows: int) -> Any:
     try:
         with warnings.catch_warnings():
             # TRL's own field of that name, which transformers >= 5.23 deprecates: nothing a user could change.
-            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+            warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
             return cls(**config_kwargs(cls, kwargs))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{cls.__name__}: {error}") from error
