@@ -1,0 +1,63 @@
+"""The documentation is run: code blocks of each page in order, generated pages compared, links and pages present."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aligntune.core.option_docs import markdown
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md"]
+OPTIONS = DOCS / "options.md"
+
+
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+
+
+def options_page() -> str:
+    return ("# Options\n\nGenerated from the config dataclasses; `aligntune options ALGORITHM` prints one algorithm's. "
+            "`null` in YAML is `None` in Python.\n\n" + markdown())
+
+
+WITH_CODE = [page for page in PAGES if page.exists() and python_blocks(page.read_text())]
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda p: p.name)
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
+    """One process a page, as a reader would type it, in an empty folder."""
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(python_blocks(page.read_text())))
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=env, capture_output=True, text=True,
+                          timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shown = re.findall(r"^```text\n(.*?)^```", page.read_text(), re.M | re.S)
+    for text in shown:
+        for line in text.strip().splitlines():
+            assert line.strip() in done.stdout, line
+
+
+def test_the_options_page_is_the_table() -> None:
+    assert OPTIONS.read_text() == options_page(), "regenerate it: python -m tests.test_docs"
+
+
+def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for page in DOCS.glob("*.md"):
+        assert page.name in navigation
+        for target in re.findall(r"\]\(([\w./-]+\.md)", page.read_text()):
+            assert (page.parent / target).is_file(), f"{page.name}: {target}"
+    for name in re.findall(r": ([\w-]+\.md)$", navigation, re.M):
+        assert (DOCS / name).is_file(), name
+
+
+if __name__ == "__main__":
+    OPTIONS.write_text(options_page())
