@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from aligntune.core.model_hygiene import kept_mode
+from aligntune.core.model_hygiene import autocast_if_mixed, kept_mode
 from aligntune.errors import ConfigError, DataError, nearest
 
 DEFAULT_NEW_TOKENS = 256
@@ -40,7 +40,7 @@ def generate(
     options["max_new_tokens"] = _new_tokens(model, longest, options.get("max_new_tokens"))
     texts: list[str] = [""] * len(ids)
     order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))  # like lengths together: less padding
-    with kept_mode(model), _ready(model), torch.no_grad(), _seeded(seed, model.device):
+    with (kept_mode(model), _ready(model), torch.no_grad(), autocast_if_mixed(model), _seeded(seed, model.device)):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             for index, text in zip(chosen, _batch(model, tokenizer, [ids[i] for i in chosen], options), strict=True):

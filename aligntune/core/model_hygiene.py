@@ -63,6 +63,41 @@ def kept_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def autocast_if_mixed(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Autocast for a model of several float types, a null context for one of a single type.
+
+    In training accelerate autocasts. Outside, fp32 activations meet bf16 weights: TRL casts what trains on a 4-bit base
+    to bf16, and a plain forward through such an lm_head raises.
+    """
+    parameters = [value for value in model.parameters() if value.is_floating_point()]
+    half = {value.dtype for value in parameters} & {torch.bfloat16, torch.float16}
+    if len(half) != 1 or all(value.dtype in half for value in parameters):
+        return contextlib.nullcontext()
+    return torch.autocast(parameters[0].device.type, dtype=half.pop())
+
+
+def keep_4bit_layout(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking the 4-bit weights of `model` on CPU; undo it where it has.
+
+    On CPUs with AVX512-BF16 the first forward in eval mode repacks each weight for good and rounds its scales to bf16.
+    After one evaluation training goes on from another base, a merge reads noise, and so does DoRA in that very
+    forward: its outputs were off by half their spread.
+    """
+    for module in model.modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        weight: Any = module.weight
+        state = weight.quant_state
+        if getattr(state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
+
+            # Its own way back leaves the scales transposed, or quantises them a second time.
+            scales, state.original_nested = state.absmax.T.reshape(-1).float(), False
+            weight.data, state = unpack(weight.data, state)
+            state.absmax = scales
+
+
 def copy_model(model: Model, *, device: str | torch.device | None = None) -> Model:
     """A copy of `model` that shares nothing with it: plain `forward`, frozen, in eval mode.
 

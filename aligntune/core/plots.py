@@ -31,14 +31,11 @@ def series(records: Sequence[Mapping[str, Any]], kind: str, key: str) -> tuple[l
     return steps, [points[step] for step in steps]
 
 
-def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average, without the pull towards zero of its first values."""
-    smoothed, total, norm = [], 0.0, 0.0
-    for value in values:
-        total = weight * total + (1 - weight) * value
-        norm = weight * norm + (1 - weight)
-        smoothed.append(total / norm)
-    return smoothed
+def smooth(values: Sequence[float], width: int) -> list[float]:
+    """Mean of the `width` values around each (an odd number; fewer at both ends): it does not lag behind a trend."""
+    half = width // 2
+    windows = [values[max(0, index - half) : index + half + 1] for index in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
 def _draw(records: Sequence[Mapping[str, Any]], path: Path, *, key: str, label: str, title: str) -> Path | None:
@@ -60,7 +57,8 @@ def _draw(records: Sequence[Mapping[str, Any]], path: Path, *, key: str, label: 
     if steps:
         axes.plot(steps, values, color=RAW if many else SMOOTH, linewidth=1, marker=marker, label="logged")
     if many:
-        axes.plot(steps, smooth(values), color=SMOOTH, linewidth=2, label="smoothed (moving average, weight 0.9)")
+        width = max(3, len(steps) // 15 | 1)
+        axes.plot(steps, smooth(values, width), color=SMOOTH, linewidth=2, label=f"mean over {width} logs")
     if eval_steps:
         axes.plot(eval_steps, eval_values, color=EVAL, linewidth=1.2, linestyle="--", marker="o", markersize=5,
                   label="evaluation")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aligntune.core.model_hygiene import copy_model, kept_mode, plain_forward
+from aligntune.core.model_hygiene import autocast_if_mixed, copy_model, keep_4bit_layout, kept_mode, plain_forward
 from aligntune.errors import CheckpointError, ConfigError
 
 CHECK_TEXTS = (
@@ -44,7 +44,7 @@ class MergeCheck:
 
     @property
     def passed(self) -> bool:
-        if self.error > max(self.rounding, 0.1 * self.effect):
+        if self.error > self.rounding:
             return False
         # Below a fifth of the noise the share says nothing, and above it a lost merge is well told from a right one.
         return self.effect == 0 or self.effect < 0.2 * self.error or abs(self.share - 1) <= 0.25
@@ -106,6 +106,7 @@ def merged_copy(model: Any) -> Any:
     Raises:
         ConfigError: the base is quantised by something else, or the adapters are not of a kind that merges.
     """
+    keep_4bit_layout(model)
     config = model.active_peft_config
     if config.is_prompt_learning or not hasattr(model.base_model, "merge_and_unload"):
         raise ConfigError(f"merge_adapters: {config.peft_type.value} adapters cannot be merged; save them alone")
@@ -180,10 +181,11 @@ def compare(live: Any, kind: type, tokenizer: Any, path: Path) -> MergeCheck:
     with kept_mode(live), torch.no_grad():
         live.eval()
         for ids in _check_ids(tokenizer, live.config.get_text_config().vocab_size):
-            mine = live(input_ids=ids.to(device)).logits.float().cpu()
             theirs = loaded(input_ids=ids.to(loaded.device)).logits.float().cpu()
-            with live.disable_adapter():
-                bare = live(input_ids=ids.to(device)).logits.float().cpu()
+            with autocast_if_mixed(live):
+                mine = live(input_ids=ids.to(device)).logits.float().cpu()
+                with live.disable_adapter():
+                    bare = live(input_ids=ids.to(device)).logits.float().cpu()
             differences.append((theirs - mine).reshape(-1))
             effects.append((mine - bare).reshape(-1))
             changes.append((theirs - bare).reshape(-1))

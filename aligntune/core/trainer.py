@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from aligntune.core import checkpoints, generation, plots, saving
 from aligntune.core.callbacks import AlignTuneState, Interrupt, MetricsLog, NothingLeft, say
-from aligntune.core.model_hygiene import kept_mode
+from aligntune.core.model_hygiene import keep_4bit_layout, kept_mode
 from aligntune.core.progress import Progress, describe, duration
 from aligntune.core.run_dir import RunDir, on_main_process
 from aligntune.errors import AlignTuneError, ConfigError, DataError
@@ -63,6 +63,7 @@ class AlignTrainer:
         trainer.args.output_dir = str(run_dir.path)
         # transformers would put the mean of earlier losses in place of a NaN, and leave NaN rows out of an evaluation.
         trainer.args.logging_nan_inf_filter = False
+        keep_4bit_layout(trainer.model)
         self._metrics = MetricsLog(trainer, run_dir, algorithm=algorithm)
         self._progress = Progress(self._metrics, bar=progress)
         self._interrupt = Interrupt()
