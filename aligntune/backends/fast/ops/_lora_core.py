@@ -1,0 +1,235 @@
+"""The products of LoRA layers on one input, outside autograd; `lora` has the maths, the bytes and the rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from aligntune.backends.fast.ops._lora_dropout import Dropout, padded_rank
+from aligntune.backends.fast.ops.nf4 import NF4Weight, dequantize_nf4
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA adapter: masters `a (r, H)` and `b (N, r)` in any float dtype, `scaling` alpha / r or alpha / sqrt(r).
+
+    `bias (N,)` is PEFT's `lora_bias`. `dropout` is the probability in force: 0 where the module is not training.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float = 1.0
+    bias: torch.Tensor | None = None
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class LoraLinear:
+    """A linear layer: `weight (N, H)`, a tensor or NF4, `bias (N,)`, and the adapters that are active on it."""
+
+    weight: torch.Tensor | NF4Weight
+    bias: torch.Tensor | None = None
+    adapters: tuple[Adapter, ...] = ()
+
+
+def flatten(linears: Sequence[LoraLinear]) -> tuple[tuple[LoraLinear, ...], list[torch.Tensor | None]]:
+    """The linears without their tensors, and these in the order weight, bias, (a, b, bias) of each adapter."""
+    bare, tensors = [], []
+    for linear in linears:
+        quantised = isinstance(linear.weight, NF4Weight)
+        tensors += [None if quantised else linear.weight, linear.bias]
+        for adapter in linear.adapters:
+            tensors += [adapter.a, adapter.b, adapter.bias]
+        stripped = tuple(replace(adapter, a=None, b=None, bias=None) for adapter in linear.adapters)
+        bare.append(LoraLinear(linear.weight if quantised else None, None, stripped))  # type: ignore[arg-type]
+    return tuple(bare), tensors  # type: ignore[return-value]
+
+
+def bind(bare: Sequence[LoraLinear], tensors: Sequence[torch.Tensor | None]) -> list[LoraLinear]:
+    """The inverse of `flatten`."""
+    left = iter(tensors)
+    bound = []
+    for linear in bare:
+        weight, bias = next(left), next(left)
+        adapters = tuple(
+            replace(adapter, a=next(left), b=next(left), bias=next(left))  # type: ignore[arg-type]
+            for adapter in linear.adapters
+        )
+        bound.append(LoraLinear(linear.weight if weight is None else weight, bias, adapters))
+    return bound
+
+
+def adapters_of(linears: Sequence[LoraLinear]) -> list[Adapter]:
+    return [adapter for linear in linears for adapter in linear.adapters]
+
+
+def _weight(linear: LoraLinear, dtype: torch.dtype) -> torch.Tensor:
+    if isinstance(linear.weight, NF4Weight):
+        # A fresh buffer each time is the same block of the allocator's, and safe under several streams and graphs.
+        return dequantize_nf4(linear.weight, dtype=dtype)
+    return linear.weight.to(dtype)
+
+
+def _bias(linear: LoraLinear, dtype: torch.dtype) -> torch.Tensor | None:
+    biases = [adapter.bias.float() * adapter.scaling for adapter in linear.adapters if adapter.bias is not None]
+    if not biases:
+        return None if linear.bias is None else linear.bias.to(dtype)
+    if linear.bias is not None:
+        biases.append(linear.bias.float())
+    return torch.stack(biases).sum(0).to(dtype)
+
+
+def _factors(adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+    """All A stacked as (n R, H), every B (N, r), both in `dtype`, and R; cast in one launch."""
+    rank = padded_rank(max(adapter.a.shape[0] for adapter in adapters))
+    first = adapters[0].a
+    padded = any(adapter.a.shape[0] != rank for adapter in adapters)
+    if len(adapters) == 1 and not padded and first.dtype == dtype:
+        stack, copies = first, []
+    else:
+        # A padding of anything but zeros would meet the zeros of dS as NaN sooner or later.
+        new = torch.zeros if padded else torch.empty
+        stack = new((len(adapters) * rank, first.shape[1]), dtype=dtype, device=first.device)
+        copies = [(stack[j * rank : j * rank + one.a.shape[0]], one.a) for j, one in enumerate(adapters)]
+    ups = [adapter.b if adapter.b.dtype == dtype else torch.empty_like(adapter.b, dtype=dtype) for adapter in adapters]
+    copies += [(up, one.b) for up, one in zip(ups, adapters, strict=True) if up is not one.b]
+    if copies:
+        torch._foreach_copy_([target for target, _ in copies], [source for _, source in copies])
+    return stack, ups, rank
+
+
+def dropout_of(linears: Sequence[LoraLinear], seed: torch.Tensor | None, first: int = 0) -> Dropout | None:
+    ps = tuple(adapter.dropout for adapter in adapters_of(linears))
+    return Dropout(ps, seed, first) if seed is not None and any(ps) else None
+
+
+def forward(
+    x: torch.Tensor, linears: Sequence[LoraLinear], dropout: Dropout | None
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Outputs (T, N_i) and S (T, n R), None without adapters."""
+    adapters, dtype = adapters_of(linears), x.dtype
+    s = None
+    if adapters:
+        stack, ups, rank = _factors(adapters, dtype)
+        s = dropout.down(x, stack) if dropout else torch.mm(x, stack.t())
+    outs: list[torch.Tensor] = []
+    j = 0
+    for linear in linears:
+        bias, weight = _bias(linear, dtype), _weight(linear, dtype)
+        out = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+        del weight  # before the next one is dequantised
+        for adapter in linear.adapters:
+            assert s is not None
+            out.addmm_(s[:, j * rank : j * rank + adapter.a.shape[0]], ups[j].t(), alpha=adapter.scaling)
+            j += 1
+        outs.append(out)
+    return outs, s
+
+
+def input_grad(
+    douts: Sequence[torch.Tensor | None], linears: Sequence[LoraLinear], dropout: Dropout | None, want_dx: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """dX (T, H) if wanted, and dS (T, n R), from the gradients of the outputs; at least one of these is not None."""
+    given = next(dout for dout in douts if dout is not None)
+    adapters, dtype = adapters_of(linears), given.dtype
+    ds: torch.Tensor | None = None
+    dx: torch.Tensor | None = None
+    j = 0
+    if adapters:
+        stack, ups, rank = _factors(adapters, dtype)
+        whole = all(adapter.a.shape[0] == rank for adapter in adapters) and all(dout is not None for dout in douts)
+        new = torch.empty if whole else torch.zeros
+        ds = new((given.shape[0], len(adapters) * rank), dtype=dtype, device=given.device)
+    for dout, linear in zip(douts, linears, strict=True):
+        for adapter in linear.adapters:
+            if dout is not None and ds is not None:
+                part = ds[:, j * rank : j * rank + adapter.a.shape[0]]
+                part.addmm_(dout, ups[j], beta=0, alpha=adapter.scaling)
+            j += 1
+        if want_dx and dout is not None:
+            weight = _weight(linear, dtype)
+            dx = torch.mm(dout, weight) if dx is None else dx.addmm_(dout, weight)
+            del weight
+    if dx is not None and ds is not None:
+        if dropout:
+            dropout.add_grad_x_(dx, ds, stack)
+        else:
+            dx.addmm_(ds, stack)
+    return dx, ds
+
+
+def _mm_as(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """a @ b in `dtype`; 16-bit factors give an fp32 result without rounding it first."""
+    if dtype == torch.float32 and a.dtype != dtype:
+        if a.is_cuda:
+            return torch.mm(a, b, out_dtype=dtype)
+        return torch.mm(a.float(), b.float())
+    return torch.mm(a, b).to(dtype)
+
+
+def param_grads(
+    x: torch.Tensor,
+    douts: Sequence[torch.Tensor | None],
+    linears: Sequence[LoraLinear],
+    s: torch.Tensor | None,
+    ds: torch.Tensor | None,
+    dropout: Dropout | None,
+    needed: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """Gradients in the order of `flatten`, None where `needed` says so or the output took no part."""
+    sizes = [2 + 3 * len(linear.adapters) for linear in linears]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    flags = [needed[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+    da = None
+    if any(dout is not None and any(wanted[2::3]) for dout, wanted in zip(douts, flags, strict=True)):
+        assert ds is not None
+        da = dropout.grad_a(x, ds) if dropout else _mm_as(ds.t(), x, torch.float32)
+    rank = s.shape[1] // len(adapters_of(linears)) if s is not None else 0
+    grads: list[torch.Tensor | None] = []
+    j = 0
+    for dout, linear, wanted in zip(douts, linears, flags, strict=True):
+        if dout is None:
+            grads += [None] * len(wanted)
+        else:
+            parts = [slice((j + k) * rank, (j + k) * rank + one.a.shape[0]) for k, one in enumerate(linear.adapters)]
+            grads += _grads_of_one(x, dout, linear, s, da, parts, wanted)
+        j += len(linear.adapters)
+    return grads
+
+
+def _grads_of_one(
+    x: torch.Tensor,
+    dout: torch.Tensor,
+    linear: LoraLinear,
+    s: torch.Tensor | None,
+    da: torch.Tensor | None,
+    parts: Sequence[slice],
+    wanted: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """Gradients of one layer's weight, bias and, for each adapter, a, b and bias; `parts` are its columns of S."""
+    grads: list[torch.Tensor | None] = [None] * len(wanted)
+    if wanted[0]:
+        grads[0] = _mm_as(dout.t(), x, linear.weight.dtype)
+    # Every third place from 1 on is a bias: the layer's, then the adapters'.
+    columns = dout.sum(0, dtype=torch.float32) if any(wanted[1::3]) else None
+    if columns is not None and wanted[1] and linear.bias is not None:
+        grads[1] = columns.to(linear.bias.dtype)
+    for k, (adapter, part) in enumerate(zip(linear.adapters, parts, strict=True)):
+        at = 2 + 3 * k
+        if wanted[at] and da is not None:
+            grads[at] = da[part].to(adapter.a.dtype)
+        if wanted[at + 1] and s is not None:
+            grads[at + 1] = _mm_as(dout.t(), s[:, part], adapter.b.dtype).mul_(adapter.scaling)
+        if columns is not None and adapter.bias is not None and wanted[at + 2]:
+            grads[at + 2] = (columns * adapter.scaling).to(adapter.bias.dtype)
+    return grads
+
+
+def gradient_rows(dout: torch.Tensor | None) -> torch.Tensor | None:
+    """An incoming gradient as rows that cuBLAS takes as they are: `sum().backward()` gives it stride 0."""
+    if dout is None:
+        return None
+    usable = dout.stride(1) == 1 and dout.stride(0) >= dout.shape[1]
+    return dout if usable or dout.shape[0] <= 1 else dout.contiguous()
