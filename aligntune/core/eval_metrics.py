@@ -46,11 +46,26 @@ class Averages:
     def _prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
-        batch = _Batch(_rows(inputs), _tokens(inputs) if self._per_token else None, None)
+        rows = _rows(inputs)
+        batch = _Batch(self._own_rows(rows), None, None)
+        if self._per_token:
+            if 0 < batch.rows < rows and all(getattr(value, "shape", ())[:1] == (rows,) for value in inputs.values()):
+                inputs = {key: value[: int(batch.rows)] for key, value in inputs.items()}
+            batch.tokens = _tokens(inputs)
+            if batch.tokens is not None and not batch.rows:
+                batch.tokens = batch.tokens * 0
         outcome = self._step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
         batch.loss = outcome[0].detach().float() if outcome[0] is not None else None
         self._batches.append(batch)
         return outcome
+
+    def _own_rows(self, rows: float) -> float:
+        """How many of this process's rows are not repeats that fill the last round of several processes."""
+        accelerator = self._trainer.accelerator
+        state = accelerator.gradient_state
+        if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        return min(max(state.remainder - accelerator.process_index * rows, 0), rows)
 
     def amend(self, logs: dict[str, Any]) -> dict[str, float]:
         """Replace the evaluation means in `logs`, in place; returns what was changed or added.

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import time
@@ -252,6 +253,9 @@ def jsonable(value: Any) -> Any:
     return str(value)
 
 
+_stores: list[Any] = []  # held for the life of the process: rank 0's is the server that the others read from
+
+
 def on_main_process(work: Callable[[], str]) -> str:
     """`work()` done by the main process, its result or its error on all of them.
 
@@ -259,20 +263,38 @@ def on_main_process(work: Callable[[], str]) -> str:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         return work()
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
+    import torch.distributed as dist
 
-    state = PartialState()
     outcome: list[Any] = [None, None]
-    if state.is_main_process:
+    if os.environ.get("RANK", "0") == "0":
         try:
             outcome[0] = work()
         except (AlignTuneError, OSError) as error:
             outcome[1] = error
-    broadcast_object_list(outcome)
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0)
+    else:
+        outcome = _over_store(outcome)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def _over_store(outcome: list[Any]) -> list[Any]:
+    """Rank 0's `outcome`, through the launcher's rendezvous.
+
+    No process group yet: whoever starts one here chooses its backend, and accelerate, asked before it is told that the
+    run is on CPU, settles for a world of one process.
+    """
+    import torch.distributed as dist
+
+    if not _stores:
+        _stores.append(next(iter(dist.rendezvous("env://")))[0])
+    key = f"aligntune/main/{len(_stores)}"
+    _stores.append(key)
+    if os.environ.get("RANK", "0") == "0":
+        _stores[0].set(key, pickle.dumps(outcome))
+    return pickle.loads(_stores[0].get(key))
 
 
 def _slug(name: str) -> str:
