@@ -249,26 +249,15 @@ class _Run:
     def _settle(self) -> Path:
         from aligntune.core.run_dir import RunDir, on_main_process
 
-        name, wanted, resume = self.plan.recipe.name, self.plan.output_dir, self.plan.resume
-
-        def find() -> str:
-            if wanted is None:
-                return str(_newest(name) if resume else RunDir.create(None, algorithm="recipe", model_name=name).path)
-            path = Path(wanted).expanduser().absolute()
-            if (path / STATE).is_file() and not resume:
-                if not self.plan.overwrite:
-                    raise ConfigError(f"output_dir: {wanted!r} holds another run of a recipe; resume=true continues "
-                                      "it, another output_dir keeps both, overwrite=true removes it first")
-                _clear(path)
-            if resume and not (path / STATE).is_file():
-                raise CheckpointError(f"resume=true: {wanted!r} holds no run of a recipe with stages")
-            return str(path if resume else RunDir.create(path, algorithm="recipe", model_name=name).path)
-
-        root = Path(on_main_process(find))
-        if not resume:
-            self.root, self.kept = root, []
-            self._write_state([])
-        return root
+        name, wanted = self.plan.recipe.name, self.plan.output_dir
+        if self.plan.resume:
+            return Path(on_main_process(lambda: str(_running(name, wanted))))
+        if wanted is not None:
+            on_main_process(lambda: _make_way(Path(wanted).expanduser(), overwrite=self.plan.overwrite))
+        self.root, self.kept = RunDir.create(
+            wanted, algorithm="recipe", model_name=name, overwrite=self.plan.overwrite).path, []
+        self._write_state([])
+        return self.root
 
     def _read_state(self) -> list[dict[str, Any]]:
         if self.root is None or not self.plan.resume:
@@ -328,19 +317,38 @@ class _Run:
             say(text)
 
 
-def _clear(root: Path) -> None:
-    """Remove what an earlier run of a recipe left in its folder, and nothing else."""
+def _make_way(root: Path, *, overwrite: bool) -> str:
+    """Remove what an earlier run of a recipe left in its folder, and nothing else.
+
+    Raises:
+        ConfigError: there is one and `overwrite` is false.
+    """
     import shutil
 
     from aligntune.core.run_dir import RunDir
 
+    if not (root / STATE).is_file():
+        return ""
+    if not overwrite:
+        raise ConfigError(f"output_dir: {str(root)!r} holds another run of a recipe; resume=true continues it, another "
+                          "output_dir keeps both, overwrite=true removes it first")
     for name in json.loads((root / STATE).read_text(encoding="utf-8"))["all_stages"]:
         RunDir(root / name, is_main=True).clear()
         shutil.rmtree(root / name / MODEL, ignore_errors=True)
     (root / STATE).unlink()
+    return ""
 
 
-def _newest(name: str) -> Path:
+def _running(name: str, wanted: str | None) -> Path:
+    """The folder of the run to resume: the one that is named, or the newest of the recipe.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if wanted is not None:
+        if not (Path(wanted).expanduser() / STATE).is_file():
+            raise CheckpointError(f"resume=true: {wanted!r} holds no run of a recipe with stages")
+        return Path(wanted).expanduser().absolute()
     found = [path.parent for path in Path("runs").glob(f"*/{STATE}")
              if json.loads(path.read_text(encoding="utf-8")).get("recipe") == name]
     if not found:
