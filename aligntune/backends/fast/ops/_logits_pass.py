@@ -81,8 +81,17 @@ class Launch:
 
 
 LIGHT = Launch(8192)
-# softcap, the mean and the squared sum need up to 110 registers a thread: 32 warps would spill, 16 do not
 HEAVY = Launch(4096)
+
+
+def choose_launch(n_cols: int, strides: tuple[int, ...], *, many_sums: bool = False) -> Launch:
+    """LIGHT where its 64 registers a thread suffice.
+
+    Softcap, the mean and the squared sum take up to 128, and so do rows that do not begin or end at a multiple of 16
+    logits, where accesses are one logit wide: 32 warps would spill there, 16 do not.
+    """
+    heavy = many_sums or any(length % 16 for length in (n_cols, *strides))
+    return (HEAVY if heavy else LIGHT).shrunk(n_cols)
 
 
 # ------------------------------------------------------------------------------------------------------- device helpers
@@ -423,8 +432,8 @@ def run_loss(
     mean = stats.mean_logits
     if mean is None and label_smoothing != 0:
         mean = torch.empty_like(stats.loss)
-    heavy = mean is not None or stats.log_sum_sq_probs is not None or transform.softcap is not None
-    launch = (HEAVY if heavy else LIGHT).shrunk(n_cols)
+    many_sums = mean is not None or stats.log_sum_sq_probs is not None or transform.softcap is not None
+    launch = choose_launch(n_cols, (logits.stride(0), out.stride(0)), many_sums=many_sums)
     unused = stats.loss
     with on_device(logits):
         logits_loss[(n_rows,)](
@@ -460,7 +469,7 @@ def run_token_grad(
     if n_rows == 0:
         return
     assert grad_entropy is None or stats.entropy is not None
-    launch = LIGHT.shrunk(n_cols)
+    launch = choose_launch(n_cols, (logits.stride(0),))
     with on_device(logits):
         logits_grad[(n_rows,)](
             logits, targets, stats.lse, stats.log_probs, stats.lse if stats.entropy is None else stats.entropy,
