@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from aligntune.data.recognise import recognise
 from aligntune.data.report import DataReport, Segment, listed
 from aligntune.data.request import DataRequest
 from aligntune.data.rows import BadRow, Row, RowFault, Rows
-from aligntune.data.shapes import BUILDERS, Built, Piece, to_dataset
+from aligntune.data.shapes import BUILDERS, Built, Columns, Piece
 from aligntune.data.template import Templates, choose_templates
 from aligntune.data.tokens import Encoded, Encoder
 from aligntune.errors import DataError
@@ -77,19 +78,19 @@ def _prepare_part(
     plan = make_plan(recognised, request, has_template=templates.given, fold=fold)
     tally = Tally()
     worker = Worker(request, plan, Masker(templates, tokenizer), Encoder(tokenizer), tally)
-    built: list[Row] = []
+    columns = Columns()
     for chunk in rows.chunks(CHUNK):
-        built.extend(worker.run(chunk))
+        columns.extend(worker.run(chunk))
     report = DataReport(
         source=rows.name, algorithm=request.algorithm, takes=request.takes, kind=recognised.kind, why=recognised.why,
         conversion=plan.description, template=templates.own.name if tally.chat else "", rows_read=len(rows),
-        rows_trained=tally.rows, bad=tally.bad, examples=len(built), max_seq_length=request.max_seq_length,
+        rows_trained=tally.rows, bad=tally.bad, examples=columns.rows, max_seq_length=request.max_seq_length,
         lengths=tally.lengths, tokens=tally.tokens, supervised_tokens=tally.learnt, truncated=tally.cut,
         end_of_turn=tally.closed, masks=dict(tally.masks), warnings=tally.warnings(templates, request, tokenizer),
         notes=list(rows.notes), example=[_segment(piece, tokenizer) for piece in tally.example],
     )  # fmt: skip
     _check(report, request, tally)
-    return to_dataset(built, report.warnings), report, tally.chat
+    return columns.dataset(report.warnings), report, tally.chat
 
 
 def _segment(piece: Piece, tokenizer: Any) -> Segment:
@@ -115,7 +116,7 @@ class Tally:
     rows: int = 0
     examples: int = 0
     bad: list[BadRow] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
+    lengths: array[int] = field(default_factory=lambda: array("q"))
     tokens: int = 0
     learnt: int | None = None
     cut: int = 0

@@ -69,7 +69,7 @@ class DataReport:
     bad: list[BadRow] = field(default_factory=list)
     examples: int = 0
     max_seq_length: int = 0
-    lengths: Sequence[int] = field(default_factory=list, repr=False)
+    lengths: Sequence[int] = field(default=(), repr=False)
     tokens: int = 0
     supervised_tokens: int | None = None
     truncated: int = 0
