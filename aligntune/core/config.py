@@ -6,6 +6,8 @@ Precedence: explicit argument > config > algorithm default > the default written
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any
@@ -244,7 +246,7 @@ def structured_root(rows: Iterable[OptionInfo]) -> Any:
     for row in rows:
         # OmegaConf knows no union that holds a list or a mapping; our validator does.
         free = row.objects or ({list, dict} & set(row.kinds) and len(set(row.kinds) - {type(None)}) > 1)
-        default = field(default_factory=lambda value=row.default: value)
+        default: Any = field(default_factory=functools.partial(copy.copy, row.default))
         fields[row.section].append((row.name, Any if free else row.type, default))
     root = fields.pop("")
     for section, members in fields.items():

@@ -123,7 +123,7 @@ def read_config(config: Any) -> dict[str, Any]:
             where = str(config)
             if not Path(config).is_file():
                 raise ConfigError(f"config: no file {where!r}")
-            config = OmegaConf.load(config)
+            config = OmegaConf.load(os.fspath(config))
         plain = OmegaConf.to_container(config, resolve=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, ValueError) as error:
         if isinstance(error, ConfigError):
