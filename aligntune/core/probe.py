@@ -31,7 +31,8 @@ class Probe:
 
     def __str__(self) -> str:
         split = f"[{self.split}]" if self.split else ""
-        return f"{self.reward} on {self.dataset_name if isinstance(self.dataset_name, str) else 'rows'}{split}"
+        source = self.dataset_name if isinstance(self.dataset_name, str) else "rows"
+        return f"{self.reward.rpartition(':')[2]} on {source}{split}"
 
     def request(self) -> Any:
         """What the data layer is asked for."""
