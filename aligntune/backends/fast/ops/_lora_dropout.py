@@ -120,9 +120,8 @@ def lora_dropout_grad_a_kernel(
     threshold = tl.load(threshold_ptr + adapter)
     in_columns = (column < hidden)[None, :]
     total = tl.zeros((BLOCK_R, COLUMNS), tl.float32)
-    lane = tl.arange(0, ROWS).to(tl.int64)
     for start in range(0, rows_per_split, ROWS):
-        row = split * rows_per_split + start + lane
+        row = split * rows_per_split + start + tl.arange(0, ROWS)
         in_rows = (row < num_rows)[:, None]
         x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=in_rows & in_columns, other=0.0)
         keep = _keep(seed, row, first_column, first_adapter + adapter, threshold, ROWS, COLUMNS)
