@@ -19,7 +19,8 @@ labels were made; without it they are computed and get gradient 0.
 The numbers of a fused head (TRL's contract) from these: `log_probs`, `entropy`, `log_sum_sq_probs`, `mean_logits` and
 `is_top1` are those of `_logits_pass`, shaped like the targets and 0 (False) where ignored, all after temperature;
 `label_mask` is targets != ignore_index; its loss is `linear_cross_entropy(..., num_items_in_batch=...)`; only
-`log_probs` and `entropy` carry a gradient.
+`log_probs` and `entropy` carry a gradient. A sharded weight is gathered by the caller, once, around the call (and
+around the backward of `token_log_probs` with a trained weight, which reads it again).
 """
 
 from __future__ import annotations

@@ -217,8 +217,10 @@ def test_frozen_everything(device, chunks_of_four):
         token_log_probs(x, weight, targets).log_probs,
     ):
         assert not out.requires_grad and out.any()
+    leaf = x.clone().requires_grad_()
+    out = linear_cross_entropy(leaf, weight, targets, outputs=STATISTICS)
+    assert [name for name, value in out._asdict().items() if value is not None and value.requires_grad] == ["loss"]
     with torch.no_grad():
-        leaf = x.clone().requires_grad_()
         assert not token_log_probs(leaf, weight, targets).log_probs.requires_grad
         assert not linear_cross_entropy(leaf, weight, targets).loss.requires_grad
 
