@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -11,8 +11,7 @@ from aligntune.backends.fast.ops._lora_dropout import Dropout, padded_rank
 from aligntune.backends.fast.ops.nf4 import NF4Weight, dequantize_nf4
 
 
-@dataclass(frozen=True)
-class Adapter:
+class Adapter(NamedTuple):
     """One LoRA adapter: masters `a (r, H)` and `b (N, r)` in any float dtype, `scaling` alpha / r or alpha / sqrt(r).
 
     `bias (N,)` is PEFT's `lora_bias`. `dropout` is the probability in force: 0 where the module is not training.
@@ -25,8 +24,7 @@ class Adapter:
     dropout: float = 0.0
 
 
-@dataclass(frozen=True)
-class LoraLinear:
+class LoraLinear(NamedTuple):
     """A linear layer: `weight (N, H)`, a tensor or NF4, `bias (N,)`, and the adapters that are active on it."""
 
     weight: torch.Tensor | NF4Weight
@@ -36,28 +34,30 @@ class LoraLinear:
 
 def flatten(linears: Sequence[LoraLinear]) -> tuple[tuple[LoraLinear, ...], list[torch.Tensor | None]]:
     """The linears without their tensors, and these in the order weight, bias, (a, b, bias) of each adapter."""
-    bare, tensors = [], []
-    for linear in linears:
-        quantised = isinstance(linear.weight, NF4Weight)
-        tensors += [None if quantised else linear.weight, linear.bias]
-        for adapter in linear.adapters:
-            tensors += [adapter.a, adapter.b, adapter.bias]
-        stripped = tuple(replace(adapter, a=None, b=None, bias=None) for adapter in linear.adapters)
-        bare.append(LoraLinear(linear.weight if quantised else None, None, stripped))  # type: ignore[arg-type]
-    return tuple(bare), tensors  # type: ignore[return-value]
+    bare: list[LoraLinear] = []
+    tensors: list[torch.Tensor | None] = []
+    for weight, bias, adapters in linears:
+        quantised = isinstance(weight, NF4Weight)
+        tensors += (None if quantised else weight, bias)
+        for adapter in adapters:
+            tensors += (adapter.a, adapter.b, adapter.bias)
+        stripped = tuple(Adapter(None, None, one.scaling, None, one.dropout) for one in adapters)  # type: ignore[arg-type]
+        bare.append(LoraLinear(weight if quantised else None, None, stripped))  # type: ignore[arg-type]
+    return tuple(bare), tensors
 
 
 def bind(bare: Sequence[LoraLinear], tensors: Sequence[torch.Tensor | None]) -> list[LoraLinear]:
     """The inverse of `flatten`."""
-    left = iter(tensors)
-    bound = []
-    for linear in bare:
-        weight, bias = next(left), next(left)
-        adapters = tuple(
-            replace(adapter, a=next(left), b=next(left), bias=next(left))  # type: ignore[arg-type]
-            for adapter in linear.adapters
-        )
-        bound.append(LoraLinear(linear.weight if weight is None else weight, bias, adapters))
+    bound, at = [], 0
+    for stored, _, adapters in bare:
+        weight, bias = tensors[at : at + 2]
+        at += 2
+        whole = []
+        for one in adapters:
+            a, b, c = tensors[at : at + 3]
+            whole.append(Adapter(a, b, one.scaling, c, one.dropout))  # type: ignore[arg-type]
+            at += 3
+        bound.append(LoraLinear(stored if weight is None else weight, bias, tuple(whole)))
     return bound
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -340,18 +338,18 @@ def test_what_it_refuses(device):
     x = torch.randn(5, 40, device=device)
     broken = {
         "no linear layer": [],
-        "x has 40 features": [replace(good, weight=torch.zeros(24, 39, device=device))],
-        "bias": [replace(good, bias=torch.zeros(23, device=device))],
-        "factors": [replace(good, adapters=(replace(adapter, b=adapter.b[:, :3]),))],
-        "adapter bias": [replace(good, adapters=(replace(adapter, bias=torch.zeros(3, device=device)),))],
-        "not a probability": [replace(good, adapters=(replace(adapter, dropout=1.5),))],
-        "cast one": [replace(good, weight=good.weight.bfloat16())],
+        "x has 40 features": [good._replace(weight=torch.zeros(24, 39, device=device))],
+        "bias": [good._replace(bias=torch.zeros(23, device=device))],
+        "factors": [good._replace(adapters=(adapter._replace(b=adapter.b[:, :3]),))],
+        "adapter bias": [good._replace(adapters=(adapter._replace(bias=torch.zeros(3, device=device)),))],
+        "not a probability": [good._replace(adapters=(adapter._replace(dropout=1.5),))],
+        "cast one": [good._replace(weight=good.weight.bfloat16())],
     }
     for message, layers in broken.items():
         for fn in (lora_linear_group, lora_linear_group_reference):
             with pytest.raises(ConfigError, match=message):
                 fn(x, layers)
-    faults = [replace(good, bias=torch.zeros(23, device=device), adapters=(replace(adapter, dropout=-0.1),))]
+    faults = [good._replace(bias=torch.zeros(23, device=device), adapters=(adapter._replace(dropout=-0.1),))]
     with pytest.raises(ConfigError) as caught:
         lora_linear_group(x, faults)
     assert len(caught.value.faults) == 2

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -97,7 +95,7 @@ def test_p_of_0_keeps_everything(device):
 def one_of_two(maker):
     """Two adapters on a layer, the second without dropout."""
     layer = maker.linear("o", 24, 40, ranks=(4, 5), p=0.4)
-    return [replace(layer, adapters=(layer.adapters[0], replace(layer.adapters[1], dropout=0.0)))]
+    return [layer._replace(adapters=(layer.adapters[0], layer.adapters[1]._replace(dropout=0.0)))]
 
 
 GROUPS = {
@@ -169,7 +167,7 @@ def test_the_seed_follows_torchs_generator(device):
     torch.manual_seed(3)
     assert torch.equal(lora_linear_group(x, layers)[0], first)
     state = torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state()
-    without = [replace(one, adapters=tuple(replace(a, dropout=0.0) for a in one.adapters)) for one in layers]
+    without = [one._replace(adapters=tuple(a._replace(dropout=0.0) for a in one.adapters)) for one in layers]
     lora_linear_group(x, without)
     now = torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state()
     assert torch.equal(state, now), "a call without dropout moved the generator"
@@ -266,7 +264,7 @@ def test_16_bits_against_the_truth(dtype, device):
         layers = [maker.linear(n, 256, 512, p=0.2, ranks=(16,)) for n in "qk"]
         x = torch.randn(700, 512, generator=torch.Generator().manual_seed(1)).to(device, dtype)
         if kind == "truth":
-            layers = [replace(one, weight=one.weight.double()) for one in layers]
+            layers = [one._replace(weight=one.weight.double()) for one in layers]
             x = x.double()
         x = x.requires_grad_()
         outs = fn(x, layers, seed=seed)

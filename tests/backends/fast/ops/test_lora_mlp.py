@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -234,4 +232,4 @@ def test_what_it_refuses(device):
     with pytest.raises(ConfigError, match="make .41. features"):
         lora_mlp(x, maker.linear("packed", 41, 24), None, down)
     with pytest.raises(ConfigError, match="cast one"):
-        lora_mlp(x, gate, up, replace(down, weight=down.weight.bfloat16()))
+        lora_mlp(x, gate, up, down._replace(weight=down.weight.bfloat16()))
