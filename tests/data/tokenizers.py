@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import trl
@@ -39,7 +39,7 @@ CORPUS = [
 ] * 8
 
 
-@lru_cache(maxsize=None)
+@cache
 def _backend(special: tuple[str, ...], bos: str | None) -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
