@@ -171,6 +171,8 @@ def attach(model: nn.Module, *, strict: bool = False) -> Attachment:
     record.detach()
     record.strict = strict
     for path, module in base.named_modules():
+        if path.endswith(".base_layer"):  # the adapter around it is what is called
+            continue
         decision = plan.decide(module)
         if decision is None:
             continue

@@ -20,7 +20,7 @@ from torch import nn
 
 from aligntune.backends.fast.families import Family, modeling_module
 from aligntune.backends.fast.ledger import WITH_ITS_NEIGHBOUR, promise
-from aligntune.backends.fast.lora import hooked, instance_forward, project
+from aligntune.backends.fast.lora import gated_mlp, hooked, instance_forward, project
 from aligntune.backends.fast.ops.glu import glu
 from aligntune.backends.fast.ops.rms_norm import rms_norm
 from aligntune.backends.fast.ops.rope import qk_norm_rope, rope
@@ -103,12 +103,14 @@ def add_norm(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> tuple[
 
 
 def mlp_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`down(act(gate(x)) * up(x))`, the gate and up projections apart or packed."""
+    """`down(act(gate(x)) * up(x))`, gate and up apart or packed; in one op where its layers allow it."""
     spec: MlpSpec = self.__dict__[KEY]
-    if spec.packed:
-        gate, up = project(self, ("gate_up_proj",), x)[0].chunk(2, dim=-1)
-    else:
-        gate, up = project(self, ("gate_proj", "up_proj"), x)
+    wide = ("gate_up_proj",) if spec.packed else ("gate_proj", "up_proj")
+    whole = gated_mlp(self, wide, "down_proj", x, spec.activation, spec.fall_out)
+    if whole is not None:
+        return whole
+    outs = tuple(getattr(self, name)(x) for name in wide)
+    gate, up = outs[0].chunk(2, dim=-1) if spec.packed else outs
     promise(self, "glu", gate, up)
     return self.down_proj(glu(gate, up, activation=spec.activation))
 
@@ -160,12 +162,13 @@ def _rotated(
     self: nn.Module, family: Family, x: torch.Tensor, position_embeddings: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query, key and value as (batch, heads, seq, head_dim), q and k normed and rotated as the family does it."""
+    note = self.__dict__[KEY].fall_out
     if family.attention == "packed":
-        packed = project(self, ("qkv_proj",), x)[0]
+        packed = project(self, ("qkv_proj",), x, note)[0]
         kv_width = self.config.num_key_value_heads * self.head_dim
         q, k, v = packed.split((packed.shape[-1] - 2 * kv_width, kv_width, kv_width), dim=-1)
     else:
-        q, k, v = project(self, ("q_proj", "k_proj", "v_proj"), x)
+        q, k, v = project(self, ("q_proj", "k_proj", "v_proj"), x, note)
     if family.qk_norm == "row":
         q, k = self.q_norm(q), self.k_norm(k)
     shape = (*x.shape[:-1], -1, self.head_dim)
@@ -177,14 +180,15 @@ def _rotated(
     if family.qk_norm == "head":
         norms = (self.q_norm.__dict__.get(KEY), self.k_norm.__dict__.get(KEY))
         if None not in norms and not any(passing_by_is_wrong(n, norm_forward) for n in (self.q_norm, self.k_norm)):
-            promise(self, "qk_norm_rope", q, k, self.q_norm.weight, self.k_norm.weight)
+            trained = ", trained" if self.q_norm.weight.requires_grad or self.k_norm.weight.requires_grad else ""
+            promise(self, f"qk_norm_rope{trained}", q, k, self.q_norm.weight, self.k_norm.weight)
             promise(self.q_norm, WITH_ITS_NEIGHBOUR)
             promise(self.k_norm, WITH_ITS_NEIGHBOUR)
             q, k = qk_norm_rope(
                 q, k, self.q_norm.weight, self.k_norm.weight, cos, sin, eps=norms[0].eps, convention=norms[0].convention
             )
             return q, k, v
-        self.__dict__[KEY].fall_out("q_norm and k_norm run apart from the rotary embedding: they have hooks")
+        note("q_norm and k_norm run apart from the rotary embedding: they have hooks")
         q, k = self.q_norm(q), self.k_norm(k)
     promise(self, "rope", q, k)
     q, k = rope(q, k, cos, sin)

@@ -14,11 +14,12 @@ The forward is rebuilt from the model's own parts: the backbone is called, then 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
@@ -32,6 +33,7 @@ from aligntune.backends.fast.ops.head import linear_cross_entropy, token_log_pro
 from aligntune.errors import ConfigError
 
 KEY = "_aligntune_head"
+_ROOT = "_aligntune_root"
 _IGNORED = -100
 _BUCKET = 64  # rows: the GEMMs stay aligned, and batches share a few lengths
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -60,6 +62,8 @@ class Head:
     options: HeadOptions | None
     reason: str | None = None
     guarded: nn.Module | None = None
+    # Under accelerate's mixed precision two attributes are set: name -> (what is there now, what was there).
+    wrapped: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def describe(self, model: nn.Module) -> tuple[str, str | None]:
         """`(op, reason)` as it stands now: a trainer may have put its own head on top since."""
@@ -85,7 +89,9 @@ class Head:
             self.guarded.__dict__.pop(_ROOT, None)
         if self.forward is None:
             return
-        if state.get("forward") is self.forward:
+        if self.wrapped and all(state.get(name) is now for name, (now, _) in self.wrapped.items()):
+            state.update({name: was for name, (_, was) in self.wrapped.items()})
+        elif state.get("forward") is self.forward:
             _restore(state, "forward", self.original)
         elif state.get("_original_forward") is self.forward:
             _autocast_over(model, self.original or MethodType(type(model).forward, model))
@@ -93,15 +99,10 @@ class Head:
                 state["_original_forward"] = MethodType(type(model).forward, model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Head:
-        import copy
-
-        # TRL's forward holds the original model's in its closure: a copy must never get it back.
+        # TRL's forward holds the original model's in its closure: a copy never gets it back, nor wrappers over it.
         original = None if is_trl_forward(self.original) else copy.deepcopy(self.original, memo)
-        guarded = copy.deepcopy(self.guarded, memo)
-        return Head(copy.deepcopy(self.forward, memo), original, self.options, self.reason, guarded)
-
-
-_ROOT = "_aligntune_root"
+        forward, guarded = copy.deepcopy(self.forward, memo), copy.deepcopy(self.guarded, memo)
+        return Head(forward, original, self.options, self.reason, guarded)
 
 
 def _restore(state: dict[str, Any], name: str, original: Any) -> None:
@@ -158,11 +159,13 @@ def install(model: nn.Module, *, strict: bool) -> Head | None:
         original = None
     bound = MethodType(_root_forward(type(model)), model)
     model.__dict__[KEY] = options
+    head = Head(bound, original, options)
     if prepared:
+        before = {name: model.__dict__.get(name) for name in ("forward", "_original_forward")}
         _autocast_over(model, bound)
+        head.wrapped = {name: (model.__dict__[name], was) for name, was in before.items()}
     else:
         model.__dict__["forward"] = bound
-    head = Head(bound, original, options)
     if strict:
         head.guarded = _guard(model)
     return head

@@ -17,12 +17,24 @@ from torch import nn
 # A module whose work another module's op does in this call.
 WITH_ITS_NEIGHBOUR = "with its neighbour"
 
+# Autograd nodes of ours: a trace names them as it names kernels (but not those of a replayed graph).
+NODES = ("LoraLinearGroup", "LoraLinearGroupBackward", "LoraMLP", "LoraMLPBackward")
+
 # op -> kernels that one call launches at least once: in its forward, and in the backward of that call.
 PROMISES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     WITH_ITS_NEIGHBOUR: ((), ()),
     "rms_norm": (("rms_norm_forward",), ("rms_norm_backward",)),
     "rms_norm, trained": (("rms_norm_forward",), ("rms_norm_backward", "norm_weight_grad")),
+    "qk_norm_rope": (("qk_norm_rope_forward",), ("qk_norm_rope_backward",)),
+    "qk_norm_rope, trained": (("qk_norm_rope_forward",), ("qk_norm_rope_backward", "norm_weight_grad")),
+    "rope": (("rope_forward",), ("rope_backward",)),
     "glu": (("glu_forward",), ("glu_backward",)),
+    # Groups without dropout and NF4 are cuBLAS's: what shows them is their autograd node.
+    "lora_linear_group": (("LoraLinearGroup",), ("LoraLinearGroupBackward",)),
+    "lora_mlp": (("LoraMLP", "glu_forward"), ("LoraMLPBackward", "glu_backward")),
+    "lora dropout": (("lora_dropout_down_kernel",), ("lora_dropout_grad_a_kernel",)),
+    "lora dropout, input gradient": ((), ("lora_dropout_grad_x_kernel",)),
+    "nf4": (("nf4_dequant_kernel",), ("nf4_dequant_kernel",)),
     # A frozen head makes its gradients in the forward, and so does a loss.
     "log-probs head": (("logits_loss",), ()),
     "log-probs, trained head": (("logits_loss",), ("logits_grad",)),

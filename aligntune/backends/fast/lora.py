@@ -1,12 +1,28 @@
-"""Linear layers as the ops see them: plain, 4-bit or under PEFT adapters, alone or several on one input."""
+"""Linear layers as the ops see them: plain, NF4, or under PEFT adapters; alone, or several on one input.
+
+What PEFT's state says is read at every call: adapters are switched, disabled (the reference pass of DPO and GRPO),
+merged and added while a model is attached.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+
+from aligntune.backends.fast.ledger import promise
+from aligntune.backends.fast.ops.lora import Adapter, LoraLinear, lora_linear_group, lora_mlp
+from aligntune.backends.fast.ops.nf4 import NF4Weight
+
+# (module, qualified name) of the forward that a linear layer's class runs -> what it is.
+_KINDS = {
+    ("torch.nn.modules.linear", "Linear.forward"): "plain",
+    ("bitsandbytes.nn.modules", "Linear4bit.forward"): "nf4",
+    ("peft.tuners.lora.layer", "Linear.forward"): "lora",
+    ("peft.tuners.lora.bnb", "Linear4bit.forward"): "lora",
+}
 
 
 def slot(module: nn.Module) -> str:
@@ -26,6 +42,166 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def project(parent: nn.Module, names: tuple[str, ...], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The outputs of `parent`'s linear layers `names`, all on the input `x`."""
-    return tuple(getattr(parent, name)(x) for name in names)
+def kind_of(module: nn.Module) -> str | None:
+    """ "plain", "nf4" or "lora"; None for a linear layer of another make."""
+    forward = type(module).forward
+    return _KINDS.get((getattr(forward, "__module__", ""), getattr(forward, "__qualname__", "")))
+
+
+def _touched(module: nn.Module) -> bool:
+    """True if the module does more than its class's forward (`attach` sets none on the layers inside an adapter)."""
+    return hooked(module) or "forward" in module.__dict__ or "parametrizations" in module._modules
+
+
+def read(module: nn.Module) -> LoraLinear | str:
+    """The layer as it stands now, or why an op may not take its place (hooks on `module` itself are not looked at)."""
+    kind = kind_of(module)
+    if kind == "lora":
+        return _read_adapters(module)
+    if kind == "plain":
+        if module.weight.layout != torch.strided or not module.weight.is_floating_point():
+            return f"its weight is {module.weight.dtype}"
+        return LoraLinear(module.weight, module.bias)
+    if kind == "nf4":
+        return _read_nf4(module)
+    return f"{type(module).__name__} has no kernel"
+
+
+def _read_nf4(module: nn.Module) -> LoraLinear | str:
+    weight = module.weight
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return "its 4-bit weight is not quantised yet"
+    if state.quant_type != "nf4":
+        return f"4-bit weights of type {state.quant_type!r} have no kernel"
+    if getattr(state, "packing_format_for_cpu", False):
+        return "its weight is in bitsandbytes' CPU packing"
+    return LoraLinear(NF4Weight.from_param(weight), module.bias)
+
+
+def _read_adapters(module: Any) -> LoraLinear | str:
+    if module.lora_variant:
+        return f"{type(next(iter(module.lora_variant.values()))).__name__.removesuffix('LinearVariant')} has no kernel"
+    if module.fan_in_fan_out:
+        return "its weight is stored transposed (fan_in_fan_out)"
+    base_layer = module.base_layer
+    if kind_of(base_layer) not in ("plain", "nf4"):
+        return f"its base layer, {type(base_layer).__name__}, has no kernel"
+    if _touched(base_layer):
+        return "its base layer has hooks, or a forward of its own"
+    base = read(base_layer)
+    if isinstance(base, str) or module.merged_adapters:
+        # Merged adapters are in the base weight; merged and disabled, PEFT takes them out again, in its own forward.
+        return "adapters are merged and disabled" if module.merged_adapters and module.disable_adapters else base
+    if module.disable_adapters:
+        return base
+    adapters = []
+    for name in module.active_adapters:
+        if name not in module.lora_A:
+            continue
+        a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
+        if _touched(a) or _touched(b) or _touched(dropout):
+            return "its adapter has hooks, or a forward of its own"
+        if not isinstance(dropout, (nn.Dropout, nn.Identity)):
+            return f"{type(dropout).__name__} in the place of dropout has no kernel"
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        adapters.append(Adapter(a.weight, b.weight, module.scaling[name], b.bias, p))
+    return LoraLinear(base.weight, base.bias, tuple(adapters)) if adapters else base
+
+
+def _tensors(linear: LoraLinear) -> list[torch.Tensor | None]:
+    weight = None if isinstance(linear.weight, NF4Weight) else linear.weight
+    return [weight, linear.bias, *(t for one in linear.adapters for t in (one.a, one.b, one.bias))]
+
+
+def _compute_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype that bitsandbytes would multiply in; None where the weight or autocast decides."""
+    base = module.base_layer if kind_of(module) == "lora" else module
+    return getattr(base, "compute_dtype", None)
+
+
+def _gains(linears: Sequence[LoraLinear], x: torch.Tensor) -> bool:
+    """Whether the op does better than the modules: plain layers outside training are the same GEMMs either way."""
+    if any(linear.adapters or isinstance(linear.weight, NF4Weight) for linear in linears):
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(t is not None and t.requires_grad for one in linears for t in _tensors(one))
+
+
+def _group(parent: nn.Module, names: tuple[str, ...], note: Callable[[str], None]) -> list[LoraLinear] | None:
+    """The layers `names` of `parent`, or None where they must be called; `note` hears what came up since `attach`."""
+    linears = []
+    for name in names:
+        module = getattr(parent, name)
+        if hooked(module) or _foreign(module):
+            note(f"{name} has hooks, or a forward of its own")
+            return None
+        found = read(module)
+        if isinstance(found, str):
+            if _attached(module):  # otherwise the report has a line for it already
+                note(f"{name}: {found}")
+            return None
+        linears.append(found)
+    return linears
+
+
+def _attached(module: nn.Module) -> bool:
+    return "_aligntune" in module.__dict__
+
+
+def _foreign(module: nn.Module) -> bool:
+    function = getattr(instance_forward(module), "__func__", instance_forward(module))
+    return function is not None and function is not linear_forward
+
+
+def _promise_linears(parent: nn.Module, linears: Sequence[LoraLinear], x: torch.Tensor, *, inner: bool = False) -> None:
+    """What the layers launch besides cuBLAS. `inner`: their input is made inside the op, so its gradient always is."""
+    factors = [tensor for linear in linears for tensor in _tensors(linear)]
+    to_x = [x, *factors] if inner else [x]
+    for linear in linears:
+        if isinstance(linear.weight, NF4Weight):
+            promise(parent, "nf4", *to_x)
+    if any(one.dropout for linear in linears for one in linear.adapters):
+        promise(parent, "lora dropout", *factors)
+        promise(parent, "lora dropout, input gradient", *to_x)
+
+
+def project(
+    parent: nn.Module, names: tuple[str, ...], x: torch.Tensor, note: Callable[[str], None]
+) -> tuple[torch.Tensor, ...]:
+    """The outputs of `parent`'s linear layers `names`, all on the input `x`, in one op where they allow it."""
+    linears = _group(parent, names, note)
+    if linears is None or not _gains(linears, x):
+        return tuple(getattr(parent, name)(x) for name in names)
+    promise(parent, "lora_linear_group", x, *(tensor for linear in linears for tensor in _tensors(linear)))
+    _promise_linears(parent, linears, x)
+    return lora_linear_group(x, linears, compute_dtype=_compute_dtype(getattr(parent, names[0])))
+
+
+def gated_mlp(
+    parent: nn.Module, wide: tuple[str, ...], down: str, x: torch.Tensor, activation: str, note: Callable[[str], None]
+) -> torch.Tensor | None:
+    """`parent`'s gated MLP in one op; None where its layers must be called, or it would gain nothing."""
+    linears = _group(parent, (*wide, down), note)
+    if linears is None or not _gains(linears, x):
+        return None
+    promise(parent, "lora_mlp", x, *(tensor for linear in linears for tensor in _tensors(linear)))
+    _promise_linears(parent, linears[:-1], x)
+    _promise_linears(parent, linears[-1:], x, inner=True)
+    gate, up = linears[0], linears[1] if len(wide) == 2 else None
+    dtype = _compute_dtype(getattr(parent, down))
+    return lora_mlp(x, gate, up, linears[-1], activation=activation, compute_dtype=dtype)
+
+
+def linear_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """One linear layer with its adapters (or a bare NF4 one), where no group passes it by."""
+    found: LoraLinear | str = "it was called with arguments besides its input" if args or kwargs else read(self)
+    if isinstance(found, str):
+        self.__dict__["_aligntune"].fall_out(found)
+        return type(self).forward(self, x, *args, **kwargs)
+    if not _gains([found], x):
+        return type(self).forward(self, x)
+    promise(self, "lora_linear_group", x, *_tensors(found))
+    _promise_linears(self, [found], x)
+    return lora_linear_group(x, [found], compute_dtype=_compute_dtype(self))[0]

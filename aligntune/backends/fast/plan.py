@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from aligntune.backends.fast import families, forwards
+from aligntune.backends.fast import families, forwards, lora
 from aligntune.backends.fast.families import Family
 from aligntune.backends.fast.forwards import AttentionSpec, LayerSpec, MlpSpec, NormSpec, Spec
-from aligntune.backends.fast.lora import instance_forward
 from aligntune.backends.fast.ops.rms_norm import MAX_WIDTH
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,14 +35,16 @@ def eager(op: str, reason: str) -> Decision:
 def decide(module: nn.Module) -> Decision | None:
     """The decision for `module`; None for modules that are no business of ours (or have nothing to gain)."""
     known = families.identify(module)
-    if known is not None:
+    if lora.kind_of(module) in ("lora", "nf4"):
+        decision = _linear(module)
+    elif known is not None:
         family, part = known
         decision = _BY_PART[part](module, family) if part in _BY_PART else None
     else:
         decision = _by_structure(module)
     if decision is None or decision.forward is None:
         return decision
-    if instance_forward(module) is not None:
+    if lora.instance_forward(module) is not None:
         return eager(decision.op, "a forward of its own was set on the instance")
     if nn.utils.parametrize.is_parametrized(module):
         return eager(decision.op, "its weights are parametrized")
@@ -116,6 +117,18 @@ def _checkpoints_in_forward(layer: nn.Module) -> bool:
 
 def _experts(module: nn.Module, family: Family) -> Decision:
     return eager("experts", "routed experts have no kernel")
+
+
+def _linear(module: nn.Module) -> Decision:
+    """A linear layer under adapters, or a bare NF4 one; inside a known attention or MLP its group passes it by."""
+    adapted = lora.kind_of(module) == "lora"
+    op = "lora" if adapted else "nf4"
+    found = lora.read(module)
+    if isinstance(found, str):
+        return eager(op, found)
+    base = module.base_layer if adapted else module
+    nf4 = " on nf4" if adapted and lora.kind_of(base) == "nf4" else ""
+    return Decision(f"{op}{nf4}", lora.linear_forward, Spec(op))
 
 
 _BY_PART: dict[str, Callable[[Any, Family], Decision | None]] = {

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from aligntune.backends.fast import attach, forwards, head, ledger
+from aligntune.backends.fast import attach, forwards, head, ledger, lora
 from aligntune.backends.fast.attestation import trace
 from aligntune.backends.fast.ops import _runtime
-from aligntune.backends.fast.ops.glu import glu_reference
+from aligntune.backends.fast.ops.lora import lora_linear_group_reference, lora_mlp_reference
 from aligntune.backends.fast.ops.rms_norm import rms_norm_reference
+from aligntune.backends.fast.ops.rope import rope_reference
 from aligntune.errors import ConfigError
 from tests.backends.fast.minis import batch, build
 
@@ -33,11 +34,15 @@ def test_counts_of_one_step_are_exact():
         "norm_weight_grad": norms,
         "glu_forward": LAYERS,
         "glu_backward": LAYERS,
+        "LoraLinearGroup": LAYERS,
+        "LoraMLPBackward": LAYERS,
+        "rope_forward": LAYERS,
+        "rope_backward": LAYERS,
         "logits_loss": 1,
     }
     assert {name: result.kernels[name] for name in expected} == expected
     assert {name: result.promised[name] for name in expected} == expected
-    assert set(result.promised) <= set(_runtime.KERNELS)
+    assert set(result.promised) <= {*_runtime.KERNELS, *ledger.NODES}
     assert result.eager == ()
 
 
@@ -90,15 +95,23 @@ class Counting:
         return self.reference(*args, **kwargs)
 
 
-@pytest.mark.parametrize(("op", "reference"), [("rms_norm", rms_norm_reference), ("glu", glu_reference)])
-def test_a_wrapper_that_counts_and_calls_the_reference_is_caught(op, reference, monkeypatch):
+@pytest.mark.parametrize(
+    ("where", "op", "reference", "calls", "missing"),
+    [
+        (forwards, "rms_norm", rms_norm_reference, 5, "rms_norm_"),
+        (forwards, "rope", rope_reference, 2, "rope_"),
+        (lora, "lora_mlp", lora_mlp_reference, 2, "glu_"),
+        (lora, "lora_linear_group", lora_linear_group_reference, 2, "LoraLinearGroup"),
+    ],
+)
+def test_a_wrapper_that_counts_and_calls_the_reference_is_caught(where, op, reference, calls, missing, monkeypatch):
     counting = Counting(reference)
-    monkeypatch.setattr(forwards, op, counting)
+    monkeypatch.setattr(where, op, counting)
     result = attested(build("llama"))
-    assert counting.calls == (5 if op == "rms_norm" else 2)
+    assert counting.calls == calls
     assert not result.ok
-    assert any(f"{op}_forward" in problem and "the trace shows 0" in problem for problem in result.problems)
-    assert any(f"{op}_backward" in problem for problem in result.problems)
+    caught = [problem for problem in result.problems if problem.startswith(missing)]
+    assert len(caught) == 2 and all("the trace shows 0" in problem for problem in caught)
 
 
 def test_a_wrapper_that_cheats_every_other_time_is_caught(monkeypatch):
@@ -165,7 +178,7 @@ def test_strict_makes_a_broken_promise_an_error(monkeypatch):
     model = build("llama")
     attachment = attach(model, strict=True)
     assert attachment.attest(lambda: model(**batch()).loss.backward()).ok
-    monkeypatch.setattr(forwards, "glu", Counting(glu_reference))
+    monkeypatch.setattr(lora, "lora_mlp", Counting(lora_mlp_reference))
     with pytest.raises(ConfigError, match="glu_forward: the table promises 2"):
         attachment.attest(lambda: model(**batch()).loss.backward())
 

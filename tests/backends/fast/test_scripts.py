@@ -1,0 +1,236 @@
+"""TRL scripts made fast: accelerate_trl, fast_train, FastLanguageModel."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig
+from trl import DPOConfig, DPOTrainer, SFTTrainer
+
+from aligntune.backends.fast import FastLanguageModel, accelerate_trl, attach, attachment_of, detach, fast_train
+from aligntune.errors import ConfigError
+from tests.core import tiny
+
+FUSED = "head: linear + log-probs, behind TRL's fused-head call and plain labels (x1)"
+
+
+def trainer_classes() -> list[type]:
+    from aligntune.backends.fast.scripts import _subclasses
+
+    return [transformers.Trainer, *_subclasses(transformers.Trainer)]
+
+
+def losses(trainer: Any) -> list[float]:
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_trainers_built_in_the_block_are_fast_after_it_and_the_same(tmp_path):
+    before = {cls: dict(vars(cls)) for cls in trainer_classes()}
+    with accelerate_trl() as attachments:
+        trainer = tiny.sft(tmp_path / "fast", max_steps=2)
+    assert [str(attachment.report[-1]) for attachment in attachments] == [FUSED]
+    assert attachment_of(trainer.model) is attachments[0] and attachments[0].attached
+    assert {cls: dict(vars(cls)) for cls in trainer_classes() if cls in before} == before
+    fast = losses(trainer)
+    assert attachments[0].attached
+    plain_trainer = tiny.sft(tmp_path / "plain", max_steps=2)
+    assert attachment_of(plain_trainer.model) is None
+    assert fast == pytest.approx(losses(plain_trainer), abs=1e-4) and fast[0] > 4
+    detach(trainer.model)
+    assert attachment_of(trainer.model) is None
+
+
+def test_train_inside_the_block_is_fast_too(tmp_path):
+    with accelerate_trl() as attachments:
+        trainer = tiny.sft(tmp_path, max_steps=1)
+        result = attachments[0].attest(trainer.train)
+    assert result.ok and result.kernels["logits_loss"] == 1
+
+
+def test_the_block_is_left_clean_by_an_error_and_by_a_trainer_that_fails(tmp_path):
+    before = {cls: dict(vars(cls)) for cls in trainer_classes()}
+    with pytest.raises(ValueError), accelerate_trl() as attachments:
+        SFTTrainer(model=tiny.llama(), args=tiny.sft_args(tmp_path, loss_type="no such loss"))
+    assert attachments == []
+    assert {cls: dict(vars(cls)) for cls in trainer_classes()} == before
+
+
+def test_subclasses_and_trainers_imported_in_the_block_are_covered_and_others_not(tmp_path):
+    class Mine(SFTTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.mine = attachment_of(self.model)
+
+    with accelerate_trl() as attachments:
+
+        class Late(transformers.Trainer):
+            __module__ = "trl.experimental.late"
+
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
+
+        mine = Mine(
+            model=tiny.llama(), args=tiny.sft_args(tmp_path), train_dataset=tiny.text_rows(),
+            processing_class=tiny.tokenizer(),
+        )  # fmt: skip
+        assert mine.mine is attachments[0]
+        args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+        late = Late(model=tiny.llama(), args=args)
+        own = transformers.Trainer(model=tiny.llama(), args=args)
+    assert attachment_of(late.model) is attachments[1] and len(attachments) == 2
+    assert attachment_of(own.model) is None
+    assert attachment_of(Late(model=tiny.llama(), args=args).model) is None
+
+
+def test_blocks_nest(tmp_path):
+    before = {cls: dict(vars(cls)) for cls in trainer_classes()}
+    with accelerate_trl() as outer, accelerate_trl() as inner:
+        trainer = tiny.sft(tmp_path)
+    assert outer == inner == [attachment_of(trainer.model)]
+    assert {cls: dict(vars(cls)) for cls in trainer_classes()} == before
+
+
+def test_reference_models_are_attached_with_the_policy(tmp_path):
+    def dpo(folder: str) -> DPOTrainer:
+        args = DPOConfig(
+            output_dir=str(tmp_path / folder), max_length=64, max_steps=1, per_device_train_batch_size=2, bf16=False,
+            use_cpu=True, gradient_checkpointing=False, report_to="none", logging_steps=1, learning_rate=1e-2,
+            save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        return DPOTrainer(
+            model=tiny.llama(num_hidden_layers=1), ref_model=tiny.llama(num_hidden_layers=1, seed=1), args=args,
+            train_dataset=tiny.pairs(),
+            processing_class=tiny.tokenizer(),
+        )  # fmt: skip
+
+    with accelerate_trl() as attachments:
+        trainer = dpo("fast")
+    assert attachment_of(trainer.ref_model).attached and len(attachments) == 1
+    assert str(attachment_of(trainer.ref_model).report[-1]) == FUSED
+    assert losses(trainer) == pytest.approx(losses(dpo("plain")), abs=1e-4)
+
+
+def test_fast_train_covers_the_head_of_a_trainer_attached_before(tmp_path):
+    model = tiny.llama()
+    attachment = attach(model)
+    trainer = tiny.sft(tmp_path, model=model, max_steps=1, peft_config=LoraConfig(r=2, target_modules=["down_proj"]))
+    assert str(attachment.report[-1]) == "head: TRL's own (attached before the trainer)"
+    output = fast_train(trainer)
+    assert output.global_step == 1 and output.training_loss > 4
+    assert str(attachment.report[-1]) == FUSED and attachment_of(trainer.model) is attachment
+
+
+def test_strict_reaches_the_trainer(tmp_path):
+    trainer = tiny.sft(tmp_path, model=tiny.llama(hidden_act="relu2"))
+    with pytest.raises(ConfigError, match="relu2"):
+        fast_train(trainer, strict=True)
+    assert trainer.state.global_step == 0
+
+
+def test_a_model_that_accelerate_prepared_before_attach(tmp_path):
+    """bf16 autocast wraps the instance's forward; ours goes inside it, and detach leaves it as it was."""
+    trainer = tiny.sft(tmp_path, max_steps=1, bf16=True)
+    trainer.train()
+    model = trainer.model
+    wrapped, inside = vars(model)["forward"], vars(model)["_original_forward"]
+    inputs = {"input_ids": torch.arange(3, 15)[None], "labels": torch.arange(3, 15)[None]}
+    before = model(**inputs, fused_lm_head=True)
+    attachment = attach(model)
+    result = attachment.attest(lambda: model(**inputs, fused_lm_head=True).loss.backward())
+    assert result.ok and result.kernels["logits_loss"] == 1
+    after = model(**inputs, fused_lm_head=True)
+    assert after.log_probs.dtype == before.log_probs.dtype
+    assert torch.allclose(after.log_probs, before.log_probs, atol=0.1)
+    seen = []
+    handle = model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+    model(**inputs, fused_lm_head=True)
+    handle.remove()
+    assert seen == [torch.bfloat16]
+    detach(model)
+    assert vars(model)["_original_forward"] is inside and vars(model)["forward"] is wrapped
+
+
+def test_a_model_prepared_after_attach_is_detached_from_inside_the_wrapper(tmp_path):
+    with accelerate_trl():
+        trainer = tiny.sft(tmp_path, max_steps=1, bf16=True)
+    model = trainer.model
+    trls = vars(model)["forward"]
+    trainer.train()
+    assert vars(model)["_original_forward"] is trls or vars(model)["_original_forward"].__func__ is trls.__func__
+    inputs = {"input_ids": torch.arange(3, 15)[None], "labels": torch.arange(3, 15)[None]}
+    fast = model(**inputs, fused_lm_head=True).log_probs
+    detach(model)
+    plain = model(**inputs, fused_lm_head=True).log_probs
+    assert torch.allclose(fast, plain, atol=0.05) and not torch.equal(fast, plain)
+    assert not any("aligntune" in key for module in model.modules() for key in vars(module))
+
+
+# ---------------------------------------------------------------------------------------------------- FastLanguageModel
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "model"
+    tiny.llama().save_pretrained(path)
+    tiny.tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def test_from_pretrained_and_get_peft_model(saved, tmp_path):
+    model, tokenizer = FastLanguageModel.from_pretrained(saved, max_seq_length=128, dtype=torch.float32)
+    assert tokenizer.model_max_length == 128 and attachment_of(model).attached
+    state = torch.get_rng_state()
+    peft_model = FastLanguageModel.get_peft_model(model, r=4, lora_alpha=8, use_rslora=True, random_state=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert attachment_of(peft_model).attached
+    config = peft_model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.use_rslora) == (4, 8, True)
+    assert config.target_modules == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    trainable = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
+    assert len(trainable) == 2 * 7 * 2 and all("lora_" in name for name in trainable)
+    again, _ = FastLanguageModel.from_pretrained(saved, dtype=torch.float32)
+    again = FastLanguageModel.get_peft_model(again, r=4, random_state=5)
+    name = next(name for name in trainable if "lora_A" in name)
+    assert torch.equal(dict(again.named_parameters())[name], dict(peft_model.named_parameters())[name])
+    trainer = tiny.sft(tmp_path, model=peft_model, max_steps=2)
+    assert fast_train(trainer).global_step == 2
+
+
+def test_embeddings_among_the_targets_are_trained_whole(saved, caplog):
+    model, _ = FastLanguageModel.from_pretrained(saved, dtype=torch.float32)
+    with caplog.at_level("INFO", logger="aligntune"):
+        peft_model = FastLanguageModel.get_peft_model(model, target_modules=["q_proj", "lm_head"])
+    assert peft_model.peft_config["default"].modules_to_save == ["lm_head"]
+    assert "lm_head are trained whole" in caplog.text
+    assert any(p.requires_grad and "lm_head" in n for n, p in peft_model.named_parameters())
+
+
+def test_checkpointing_and_modes(saved):
+    model, _ = FastLanguageModel.from_pretrained(saved, dtype=torch.float32)
+    peft_model = FastLanguageModel.get_peft_model(model, r=2, use_gradient_checkpointing="unsloth")
+    assert model.model.layers[0].gradient_checkpointing
+    FastLanguageModel.for_inference(peft_model)
+    assert not peft_model.training and peft_model.config.use_cache
+    FastLanguageModel.for_training(peft_model)
+    assert peft_model.training and not peft_model.config.use_cache and attachment_of(peft_model).attached
+
+
+def test_wrong_options_say_what_would_be_right(saved):
+    with pytest.raises(ConfigError, match="max_seq_length=100000, but the model's positions end at 256"):
+        FastLanguageModel.from_pretrained(saved, max_seq_length=100_000)
+    with pytest.raises(ConfigError, match="choose one"):
+        FastLanguageModel.from_pretrained(saved, load_in_4bit=True, full_finetuning=True)
+    model, _ = FastLanguageModel.from_pretrained(saved)
+    with pytest.raises(ConfigError, match="'offlaod'"):
+        FastLanguageModel.get_peft_model(model, use_gradient_checkpointing="offlaod")
+    with pytest.raises(TypeError, match="lora_alhpa"):
+        FastLanguageModel.get_peft_model(model, lora_alhpa=3)
+    with pytest.raises(ConfigError, match="give target_modules"):
+        FastLanguageModel.get_peft_model(copy.deepcopy(torch.nn.Sequential(torch.nn.Linear(2, 2))))
