@@ -102,17 +102,6 @@ class RunDir:
 
         return cls(on_main_process(settle))
 
-    @classmethod
-    def for_job(cls, job: Any, *, overwrite: bool = False) -> RunDir:
-        """`create` for a resolved job (`core.resolve.Job`)."""
-        model = job.options.model_name
-        if not isinstance(model, str):
-            model = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-        return cls.create(
-            job.options.output_dir, algorithm=job.spec.name, model_name=model, resume=job.options.resume,
-            overwrite=overwrite,
-        )
-
     # What is there
 
     def leftovers(self) -> list[str]:

@@ -139,11 +139,13 @@ class AlignTrainer:
             raise
         finally:
             self._finish(outcome)
-        if self._interrupt.stopped_at is not None:
+        if outcome.status == "interrupted":
             raise KeyboardInterrupt(
                 f"stopped at step {steps} of {self.trainer.state.max_steps}; "
                 f"train(resume_from_checkpoint=True) goes on from {self.run_dir.path}/checkpoint-{steps}"
             )
+        if self._interrupt.asked_at is not None:
+            raise KeyboardInterrupt(f"Ctrl-C came with the last step: training is complete, in {self.run_dir.path}")
         return outcome.output
 
     def _checkpoint(self, wanted: Any) -> Path | None:

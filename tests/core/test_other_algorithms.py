@@ -127,8 +127,11 @@ def test_ctrl_c_between_two_slices_of_a_rollout_goes_on_in_the_same_process(tmp_
     trainer = online(tmp_path / "run", steps_per_generation=4, save_steps=100, max_steps=8)
     trainer.callback_handler.callbacks.insert(0, At(2, ctrl_c))
     run = wrap(trainer, tmp_path / "run", "grpo")
+    rollouts, plain = [], trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: (rollouts.append(trainer._step), plain(inputs))[1]
     with pytest.raises(KeyboardInterrupt):
         run.train()
     trainer.callback_handler.callbacks.pop(0)
     assert run.train(resume_from_checkpoint=True).global_step == 8
     assert [record["step"] for record in lines(tmp_path / "run")] == list(range(1, 9))
+    assert rollouts == [0, 2, 4]  # what was left of the first rollout is not in the checkpoint

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from types import SimpleNamespace
 
 import pytest
 
@@ -101,16 +100,6 @@ def test_resume_without_a_folder_takes_the_newest_run_that_has_a_checkpoint(tmp_
     assert create(resume=True).path.name == "sft-Tiny-Llama-2"
     given = tmp_path / "runs/sft-Tiny-Llama-1/checkpoint-1"
     assert create(resume=str(given)).path == given.parent
-
-
-def test_for_job_names_an_object_by_its_class(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    model = SimpleNamespace(config=SimpleNamespace(_name_or_path=""))
-    options = SimpleNamespace(model_name=model, output_dir=None, resume=False)
-    job = SimpleNamespace(options=options, spec=SimpleNamespace(name="dpo"))
-    assert RunDir.for_job(job).path.name.startswith("dpo-SimpleNamespace-")
-    model.config._name_or_path = "org/base"
-    assert RunDir.for_job(job).path.name.startswith("dpo-base-")
 
 
 # Writing

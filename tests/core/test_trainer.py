@@ -318,6 +318,19 @@ def test_ctrl_c_and_on_in_the_same_process(tmp_path):
     assert lines(tmp_path / "whole") == lines(tmp_path / "run")
 
 
+@pytest.mark.parametrize("event", ["on_step_end", "on_evaluate", "on_train_end"])
+def test_a_ctrl_c_at_the_very_end_is_not_swallowed(tmp_path, event):
+    trainer = tiny.sft(tmp_path, max_steps=2, eval_rows=tiny.text_rows(3), eval_strategy="steps", eval_steps=2)
+    callback = TrainerCallback()
+    setattr(callback, event, lambda args, state, control, **kwargs: ctrl_c(control) if state.global_step == 2 else None)
+    trainer.callback_handler.callbacks.insert(0, callback)
+    run = wrap(trainer, tmp_path)
+    with pytest.raises(KeyboardInterrupt, match="training is complete"):
+        run.train()
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "finished"
+    assert (tmp_path / "checkpoint-2/trainer_state.json").is_file()
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
 
@@ -376,8 +389,9 @@ def test_evaluate_without_data_names_the_options(tmp_path, rows):
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 5])
 def test_perplexity_and_accuracy_do_not_depend_on_the_batch(tmp_path, batch):
-    trainer = tiny.sft(tmp_path, eval_rows=tiny.text_rows(5), per_device_eval_batch_size=batch)
+    trainer = tiny.sft(tmp_path, eval_rows=tiny.text_rows(5), per_device_eval_batch_size=batch, save_strategy="no")
     run = wrap(trainer, tmp_path)
+    run.train()
     metrics = run.evaluate()
     nll, right, count = 0.0, 0, 0
     with torch.no_grad():
@@ -387,7 +401,7 @@ def test_perplexity_and_accuracy_do_not_depend_on_the_batch(tmp_path, batch):
             nll -= float(scores.gather(1, ids[0, 1:, None]).sum())
             right += int((scores.argmax(-1) == ids[0, 1:]).sum())
             count += ids.shape[1] - 1
-    assert count == 86
+    assert count == 86 and 20 < right < 70
     assert metrics["eval_loss"] == pytest.approx(nll / count, rel=1e-5)
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-5)
     assert metrics["eval_mean_token_accuracy"] == pytest.approx(right / count, abs=1e-6)
