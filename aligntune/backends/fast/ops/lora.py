@@ -146,10 +146,10 @@ def _check(x: torch.Tensor, linears: Sequence[LoraLinear], where: str) -> None:
     """Raise ConfigError for shapes that do not fit and probabilities that are none."""
     faults = []
     if not linears:
-        faults.append("no linear layer was given")
+        faults.append(f"{where}: no linear layer was given")
     for number, linear in enumerate(linears):
         shape = tuple(linear.weight.shape)
-        name = f"layer {number} {shape}"
+        name = f"{where}, layer {number} {shape}"
         if len(shape) != 2 or shape[1] != x.shape[-1]:
             faults.append(f"{name}: x has {x.shape[-1]} features")
             continue
