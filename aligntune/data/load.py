@@ -23,7 +23,7 @@ SPLIT_WORDS = {
     "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation", "evaluation": "validation",
 }  # fmt: skip
 EVAL_SPLITS = ("validation", "valid", "val", "dev", "test", "eval")
-_TERM = re.compile(r"\s*([\w.\-]+?)\s*(\[[^\]]*\])?\s*(\(\w+\))?\s*")
+_TERM = re.compile(r"([\w.\-]+?)(\[[^\]]*\])?(\(\w+\))?")
 
 Reader = Callable[[], Rows]
 
@@ -81,6 +81,7 @@ def _choose(readers: Mapping[str, Reader], split: str | None, name: str, wanted:
     """The rows of `split` out of the named parts; only the parts that are used are read."""
     if split is None:
         split = _default_split(list(readers), name, wanted)
+    split = "".join(split.split())
     terms = [_TERM.fullmatch(term) for term in split.split("+")]
     names = [match.group(1) for match in terms if match]
     if not all(terms):
