@@ -1,0 +1,166 @@
+"""Commands that load a model, in this process; and a few real processes: their exit codes, signals and output."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from aligntune.cli.app import app
+from tests import small_jobs
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str, **kwargs: Any) -> Any:
+    return CliRunner().invoke(app, list(arguments), **kwargs)
+
+
+def process(*arguments: str, cwd: Path, **kwargs: Any) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, data and a recipe for each algorithm that a test needs."""
+    folder = tmp_path_factory.mktemp("shop")
+    model = small_jobs.model_folder(folder / "model")
+    small_jobs.alpaca(folder / "chat.jsonl")
+    small_jobs.pairs(folder / "pairs.jsonl")
+    small_jobs.graded(folder / "graded.jsonl")
+    shared = {"backend": "trl", "model": {"model_name": model, "device": "cpu"},
+              "train": {"batch_size": 4, "max_steps": 2, "learning_rate": 1e-2},
+              "logging": {"report_to": "none", "logging_steps": 1}}
+    small_jobs.write(folder / "sft.yaml", {
+        **shared, "algorithm": "sft", "data": {"dataset_name": str(folder / "chat.jsonl"), "max_seq_length": 64},
+        "evaluation": {"val_split_ratio": 0.25}})
+    small_jobs.write(folder / "dpo.yaml", {
+        **shared, "algorithm": "dpo", "data": {"dataset_name": str(folder / "pairs.jsonl"), "max_seq_length": 64},
+        "evaluation": {"val_split_ratio": 0.25}})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora_run(shop: Path) -> Path:
+    """A finished run of SFT with adapters, trained by a process of its own."""
+    done = process("-m", "aligntune", "train", "sft.yaml", "output_dir=run", "use_peft=true", "lora_r=2", cwd=shop)
+    out, err = done.communicate(timeout=300)
+    assert done.returncode == 0, err
+    assert "Traceback" not in err and "Data for sft" in err and "step 2/2" in err
+    assert "model: " in out and str(shop / "run" / "checkpoint-2") in out and "loss.png" in out
+    assert "%|" not in err, "progress bars in a file"
+    return shop / "run"
+
+
+def test_a_run_folder_generates_like_its_model(lora_run: Path, shop: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from tests.core import tiny
+
+    result = run("generate", str(lora_run), "Say 3", "--max-new-tokens", "6", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    base = AutoModelForCausalLM.from_pretrained(shop / "model")
+    tokenizer = tiny.tokenizer()
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Say 3"}], add_generation_prompt=True,
+                                        return_tensors="pt", return_dict=True)
+    plain = base.generate(**ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    trained = PeftModel.from_pretrained(base, lora_run / "checkpoint-2")
+    wanted = trained.generate(**ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert wanted.tolist() != plain.tolist()
+    text = tokenizer.decode(wanted[0, ids["input_ids"].shape[1]:], skip_special_tokens=True)
+    assert result.stdout == text + "\n"
+    asked = run("generate", str(lora_run), "--json", "--max-new-tokens", "6", input="Say 3\n\nSay 4\n")
+    rows = asked.stdout.splitlines()
+    assert [json.loads(row)["prompt"] for row in rows] == ["Say 3", "Say 4"]
+    assert json.loads(rows[0])["answer"] == text
+
+
+@pytest.mark.parametrize(("arguments", "code", "told"), [
+    (["{shop}", "hi"], 2, "holds no model"), (["./nowhere", "hi"], 2, "no folder here"),
+    (["{shop}/model"], 2, "no prompt"),
+    (["{shop}/model", "hi", "--temperature", "-1"], 2, "temperature"), (["builtin:tniy", "hi"], 2, "builtin:tiny"),
+    (["{shop}/unfinished", "hi"], 6, "a run without a checkpoint"),
+])
+def test_generate_says_what_it_cannot_load(shop: Path, arguments: list[str], code: int, told: str) -> None:
+    (shop / "unfinished").mkdir(exist_ok=True)
+    (shop / "unfinished" / "config.yaml").touch()
+    result = run("generate", *(text.format(shop=shop) for text in arguments))
+    assert result.exit_code == code and told in result.stderr, result.output
+
+
+def test_evaluate_scores_the_checkpoint_of_a_run_and_leaves_it_alone(lora_run: Path, shop: Path) -> None:
+    before = sorted(path.name for path in lora_run.iterdir())
+    trained = json.loads(run("evaluate", str(lora_run), "--json").stdout.splitlines()[-1])
+    untrained = json.loads(run("evaluate", str(shop / "sft.yaml"), "--json").stdout.splitlines()[-1])
+    assert 0 < trained["eval_loss"] < untrained["eval_loss"] - 0.01
+    assert sorted(path.name for path in lora_run.iterdir()) == before
+    assert not (shop / "runs").exists()
+    result = run("evaluate", str(shop / "sft.yaml"), "val_split_ratio=null")
+    assert result.exit_code == 3 and "eval_dataset_name" in result.stderr
+
+
+def test_evaluate_of_a_dpo_run_compares_with_the_model_it_started_from(shop: Path) -> None:
+    """A reference taken from the trained weights would make every margin 0."""
+    result = run("train", str(shop / "dpo.yaml"), f"output_dir={shop / 'dpo'}", "max_steps=4")
+    assert result.exit_code == 0, result.output
+    found = json.loads(run("evaluate", str(shop / "dpo"), "--json").stdout.splitlines()[-1])
+    assert abs(found["eval_rewards/margins"]) > 1e-3 and found["eval_loss"] != pytest.approx(0.6931, abs=1e-4)
+
+
+def test_preview_shows_the_mask_and_lists_bad_rows(shop: Path) -> None:
+    result = run("preview", str(shop / "sft.yaml"))
+    assert result.exit_code == 0 and "16 read = 12 trained" not in result.stdout
+    assert "> " in result.stdout and "supervised" in result.stdout
+    bad = small_jobs.rows_file(shop / "bad.jsonl", [{"instruction": "a", "output": "b"}, {"instruction": "a"}])
+    arguments = ("--dataset", bad, "--model", str(shop / "model"))
+    result = run("preview", *arguments)
+    assert result.exit_code == 0 and "bad.jsonl:2" in result.stdout and "training would stop here" in result.stdout
+    assert "0 bad" in run("preview", *arguments, "max_samples=1").stdout
+    assert run("preview", "--dataset", bad).exit_code == 2
+    assert run("preview", str(shop / "sft.yaml"), "--model", "m").exit_code == 2
+    assert run("preview").exit_code == 2
+    assert run("validate", str(shop / "sft.yaml"), f"dataset_name={bad}", "--data").exit_code == 3
+
+
+def test_an_unforeseen_error_is_a_line_and_exit_code_1(tmp_path: Path) -> None:
+    code = ("import sys, aligntune.core.recipe_run as r\nr.run_recipe = lambda *a: 1 / 0\n"
+            "from aligntune.cli import main\nsys.argv = ['aligntune', *sys.argv[1:]]\nmain()")
+    done = process("-c", code, "train", "sft-builtin", cwd=tmp_path)
+    _, err = done.communicate(timeout=120)
+    assert done.returncode == 1
+    assert err == "error: unforeseen ZeroDivisionError: division by zero\n`--debug` shows where it happened\n"
+    done = process("-c", code, "train", "sft-builtin", "--debug", cwd=tmp_path)
+    _, err = done.communicate(timeout=120)
+    assert done.returncode == 1 and "Traceback" in err
+
+
+def test_ctrl_c_leaves_a_checkpoint_exits_130_and_resume_goes_on(shop: Path) -> None:
+    folder = shop / "stopped"
+    started = process("-m", "aligntune", "train", "sft.yaml", f"output_dir={folder}", "max_steps=1000", cwd=shop)
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 240
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert started.poll() is None and time.monotonic() < deadline, started.communicate()
+        time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    _, err = started.communicate(timeout=120)
+    assert started.returncode == 130, err
+    assert "Traceback" not in err and "the same command with resume=true goes on" in err
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "interrupted" and 2 <= summary["steps"] < 1000
+    steps = summary["steps"]
+    result = run("train", str(shop / "sft.yaml"), f"output_dir={folder}", f"max_steps={steps + 1}", "resume=true")
+    assert result.exit_code == 0, result.output
+    done = json.loads((folder / "summary.json").read_text())
+    assert (done["status"], done["steps"]) == ("finished", steps + 1)
+    assert done["resumed_from"].endswith(f"checkpoint-{steps}")
