@@ -2,12 +2,13 @@
 
 | name | what it is |
 |---|---|
-| `builtin:tiny` | a Llama of 2 million parameters with random weights from a fixed seed |
-| `builtin:tiny-instruct` | the same, trained on `builtin:arithmetic` and `builtin:pydoc` |
+| `builtin:tiny` | a Llama of 2.6 million parameters with random weights from a fixed seed |
+| `builtin:tiny-instruct` | the same, trained on `builtin:instruct` by the recipe `tiny-instruct` |
 | `builtin:arithmetic` | chat rows: a sum or a difference, and its answer |
 | `builtin:arithmetic-preference` | the same problems with a right and a wrong answer |
 | `builtin:arithmetic-prompts` | the same problems as prompts with an `answer` column, for rewards |
 | `builtin:pydoc` | chat rows from the docstrings of the running Python's standard library |
+| `builtin:instruct` | the rows of `builtin:arithmetic` and then those of `builtin:pydoc` |
 
 Every dataset has the splits "train" and "test". Importing this module imports neither torch nor transformers.
 """
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 PREFIX = "builtin:"
 MODELS = ("tiny", "tiny-instruct")
-DATASETS = ("arithmetic", "arithmetic-preference", "arithmetic-prompts", "pydoc")
+DATASETS = ("arithmetic", "arithmetic-preference", "arithmetic-prompts", "pydoc", "instruct")
 SPLITS = ("train", "test")
 
 
@@ -55,7 +56,7 @@ def model_path(name: str) -> Path:
     """A folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load.
 
     `tiny-instruct` lies in the package. The weights of `tiny` are written to the cache folder the first time
-    (`$ALIGNTUNE_CACHE`, else `$XDG_CACHE_HOME/aligntune`, else `~/.cache/aligntune`; 8 MB).
+    (`$ALIGNTUNE_CACHE`, else `$XDG_CACHE_HOME/aligntune`, else `~/.cache/aligntune`; 10 MB).
 
     Raises:
         ConfigError: no such builtin model.
@@ -125,6 +126,8 @@ def load_dataset(name: str, split: str = "train") -> datasets.Dataset:
         "arithmetic-preference": arithmetic.preference_rows,
         "arithmetic-prompts": arithmetic.prompt_rows,
         "pydoc": docstrings.chat_rows,
+        "instruct": lambda split: [*arithmetic.chat_rows(split), *docstrings.chat_rows(split)],
     }[bare](split)
-    described = docstrings.description() if bare == "pydoc" else "Sums and differences of numbers from 0 to 99"
+    parts = {"pydoc": [docstrings.description()], "instruct": [arithmetic.DESCRIPTION, docstrings.description()]}
+    described = "; ".join(parts.get(bare, [arithmetic.DESCRIPTION]))
     return Dataset.from_list(rows, info=DatasetInfo(description=described, dataset_name=bare), split=split)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+DESCRIPTION = "Sums and differences of numbers from 0 to 99"
 SEED = 20250
 LOW, HIGH = 0, 99  # operands
 HELD_OUT = 512
-PHRASINGS = ("What is {}?", "Compute {}.", "How much is {}?")
+PHRASINGS = ("What is {}?", "Compute {}.", "Find {}.")
 
 Message = dict[str, str]
 Row = dict[str, Any]
