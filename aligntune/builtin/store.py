@@ -47,4 +47,6 @@ def main(checkpoint: str, folder: Path = PACKAGED / "tiny-instruct") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m aligntune.builtin.store CHECKPOINT")
+    main(sys.argv[1])
