@@ -77,9 +77,9 @@ def _unpaired(columns: Sequence[str], rows: Sequence[Row]) -> dict[str, str] | N
     prompt, completion = _first(columns, QUESTION), _first(columns, COMPLETION)
     if not (prompt and completion and "label" in columns):
         return None
-    # A label of another type is a class of something else, and the rows are prompt-completion.
-    labels = [row.get("label") for row in rows if row.get("label") is not None]
-    binary = labels and all(as_label(label) is not None for label in labels)
+    # Labels that are mostly something else are classes, and the rows are prompt-completion; a few are bad rows.
+    labels = [as_label(row["label"]) for row in rows if row.get("label") is not None]
+    binary = labels and labels.count(None) * 4 <= len(labels)
     return {"prompt": prompt, "completion": completion, "label": "label"} if binary else None
 
 
