@@ -92,8 +92,7 @@ def check_backends(plan: Plan) -> None:
     for stage in plan.stages:
         try:
             choose_backend(stage.job)
-            if stage.job.spec.online:
-                _check_rewards(stage)
+            _check_names(stage.job)
         except AlignTuneError as error:
             errors.append((stage, error))
     _raise(errors)
@@ -147,10 +146,17 @@ def _quietly(load: Any, job: Any) -> Any:
         job.notices[:] = said
 
 
-def _check_rewards(stage: StageConfig) -> None:
-    from aligntune.rewards import resolve_rewards
+def _check_names(job: Any) -> None:
+    """Rewards and trainer options by name: what building the trainer would find out, without building it."""
+    if job.spec.online:
+        from aligntune.rewards import resolve_rewards
 
-    resolve_rewards(list(stage.job.options.reward_functions or []), None)
+        resolve_rewards(list(job.options.reward_functions or []), None)
+    if job.options.trainer_options:  # the one check that needs TRL imported
+        from aligntune.backends.loading import precision_of
+        from aligntune.backends.trl.options import trl_config
+
+        trl_config(job, precision_of(job), eval_rows=0)
 
 
 def _raise(errors: list[tuple[StageConfig | None, AlignTuneError]]) -> None:
