@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from aligntune.backends.base import Built, Prepared
 from aligntune.backends.fast.attachment import Attachment
 from aligntune.backends.fast.scripts import attach_trainer
+from aligntune.backends.fast.trainers import FAST_TRAINERS, FastSFT, padded_because
 from aligntune.backends.trl.build import build as build_trl
+from aligntune.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -28,10 +30,28 @@ def build(job: Job, prepared: Prepared) -> Built:
     Raises:
         ConfigError: `strict=True` and a module would run eager; every such module is named.
     """
-    built = build_trl(job, prepared)
+    built = build_trl(job, prepared, trainers=FAST_TRAINERS)
     attachment = attach_trainer(built.trainer, strict=job.options.strict)
-    witness = Witness(built.trainer, attachment)
+    layout = _layout(job, built.trainer, attachment)
+    witness = Witness(built.trainer, attachment, layout)
     return Built(built.trainer, attestation=witness.report, notices=built.notices)
+
+
+def _layout(job: Job, trainer: Trainer, attachment: Attachment) -> str:
+    """Lay the rows of an SFT run's batches end to end where they can be, and say how they lie."""
+    wanted = vars(job.options).get("padding_free", "auto")
+    if not isinstance(trainer, FastSFT):
+        why = "this trainer's batches are TRL's"
+    elif wanted is False:
+        why = "padding_free is false"
+    else:
+        why = padded_because(trainer, attachment)
+    if why is None:
+        trainer.rows_end_to_end = True
+        return "rows: end to end, one attention launch"
+    if wanted is True:
+        raise ConfigError(f"data.padding_free = True: {why}")
+    return f"rows: padded, {why}"
 
 
 class Witness:
@@ -40,8 +60,9 @@ class Witness:
     It takes the place of `training_step` on the trainer instance until that step is done, and then is gone.
     """
 
-    def __init__(self, trainer: Trainer, attachment: Attachment) -> None:
+    def __init__(self, trainer: Trainer, attachment: Attachment, layout: str) -> None:
         self.attachment = attachment
+        self.layout = layout
         self.result: Attestation | None = None
         self._trainer = trainer
         self._step = trainer.training_step
@@ -64,4 +85,4 @@ class Witness:
         lines = [str(line) for line in self.attachment.report]
         eager = [str(line) for line in self.attachment.report if line.eager]
         step = self.result.to_dict() if self.result is not None else None
-        return {"backend": "fast", "modules": lines, "eager": eager, "step": step}
+        return {"backend": "fast", "modules": lines, "eager": eager, "layout": self.layout, "step": step}

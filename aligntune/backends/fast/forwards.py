@@ -20,7 +20,8 @@ from torch import nn
 
 from aligntune.backends.fast.families import Family, modeling_module
 from aligntune.backends.fast.ledger import WITH_ITS_NEIGHBOUR, promise
-from aligntune.backends.fast.lora import gated_mlp, hooked, instance_forward, project
+from aligntune.backends.fast.lora import gated_mlp, hooked, instance_forward, linear_forward, project
+from aligntune.backends.fast.ops.attention import attention
 from aligntune.backends.fast.ops.glu import glu
 from aligntune.backends.fast.ops.rms_norm import rms_norm
 from aligntune.backends.fast.ops.rope import qk_norm_rope, rope
@@ -126,7 +127,10 @@ def attention_forward(
     past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention: projections, (norms and) rotary embedding in one launch, then the model's own attention function."""
+    """Attention: projections, (norms and) rotary embedding in one launch, then the model's own attention function.
+
+    A mask of width 0 (`trainers.FastSFT`) says that rows lie end to end: attention then stays within each row.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     family: Family = self.__dict__[KEY].family
@@ -138,6 +142,12 @@ def attention_forward(
         self.config._attn_implementation, modeling_module(self).eager_attention_forward
     )
     options = {name: _attribute(self, path) for name, path in family.attention_options}
+    if attention_mask is not None and attention_mask.shape[-1] == 0:
+        flat = attention(
+            query, key, value, kwargs["cu_seq_lens_q"], max_seqlen=kwargs["max_length_q"], scale=self.scaling,
+            window=options.get("sliding_window"),
+        )
+        return self.o_proj(flat.reshape(*input_shape, -1)), None
     output, weights = attend(
         self,
         query,
@@ -230,3 +240,8 @@ def _branch(self: nn.Module, family: Family, x: torch.Tensor, which: int) -> tor
     if family.residual_scale is not None:
         x = x * getattr(self, family.residual_scale)
     return x
+
+
+# A bound method is pickled by its function's name: under the class's own, a pickled model loads with its own forward.
+for _forward in (norm_forward, mlp_forward, attention_forward, layer_forward, linear_forward):
+    _forward.__name__ = "forward"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from aligntune.backends._compat import warn_untested
@@ -19,8 +20,13 @@ if TYPE_CHECKING:
     from aligntune.core.resolve import Job
 
 
-def build(job: Job, prepared: Prepared) -> Built:
+def build(job: Job, prepared: Prepared, *, trainers: Mapping[str, type] = TRAINERS) -> Built:
     """A TRL trainer for the job; TRL's own code trains, saves and evaluates.
+
+    Args:
+        job: what is asked for.
+        prepared: the tokenizer and the rows.
+        trainers: the trainer class of each algorithm.
 
     Raises:
         ConfigError, DataError: what the job asks for and TRL would do otherwise, or in silence.
@@ -50,7 +56,7 @@ def build(job: Job, prepared: Prepared) -> Built:
             reference = reference_from_memory(model)
     try:
         with reference:
-            trainer = TRAINERS[job.spec.name](**kwargs)
+            trainer = trainers[job.spec.name](**kwargs)
     except ValueError as error:
         raise ConfigError(f"{TRAINERS[job.spec.name].__mro__[2].__name__}: {error}") from error
     return Built(trainer, notices=[])

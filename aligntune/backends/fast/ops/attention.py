@@ -1,0 +1,94 @@
+"""Causal attention over rows that lie end to end: no row sees another.
+
+    out_i = softmax(scale * q_i k_j^T over j <= i in the same row, j > i - window) v
+
+Torch has the kernels; this op picks by shape. Rows of one length are a dense batch, which cuDNN runs at 375 / 290
+TFLOP/s forward / backward (head_dim 64, H100); ragged rows go through FlashAttention-2's variable-length launch at
+206 / 200. fp32 has no such launch: there each row is a call of its own, which waits for the lengths.
+"""
+
+from __future__ import annotations
+
+import inspect
+from itertools import pairwise
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from aligntune.errors import ConfigError
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, *, max_seqlen: int, scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Causal attention within each row.
+
+    Args:
+        q: (1, query heads, T, head_dim), any strides but the last, which is 1.
+        k, v: (1, key heads, T, head_dim); query heads are a multiple of key heads.
+        cu_seqlens: (rows + 1,) int32, first 0 and last T; equal neighbours are empty rows.
+        max_seqlen: the longest row. Where rows x max_seqlen is T, every row has that length.
+        scale: what the scores are multiplied with.
+        window: a token sees itself and the `window` - 1 before it; None sees all.
+
+    Returns:
+        (1, T, query heads, head_dim), contiguous.
+
+    Raises:
+        ConfigError: more tokens than `cu_seqlens` counts rows of `max_seqlen` for, told by shapes alone.
+    """
+    tokens, rows = q.shape[2], cu_seqlens.shape[0] - 1
+    if rows * max_seqlen < tokens:
+        raise ConfigError(f"{rows} rows of at most {max_seqlen} tokens cannot hold {tokens} tokens")
+    if window is not None and window >= max_seqlen:
+        window = None
+    if rows * max_seqlen == tokens and window is None:
+        return _dense(q, k, v, rows, max_seqlen, scale)
+    if not q.is_cuda or q.dtype == torch.float32:
+        return attention_reference(q, k, v, cu_seqlens, max_seqlen=max_seqlen, scale=scale, window=window)
+    return _varlen(q, k, v, cu_seqlens, max_seqlen, scale, window)
+
+
+def _dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: int, length: int, scale: float
+) -> torch.Tensor:
+    def batch(x: torch.Tensor) -> torch.Tensor:
+        return x[0].unflatten(1, (rows, length)).transpose(0, 1)
+
+    out = scaled_dot_product_attention(batch(q), batch(k), batch(v), is_causal=True, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2).reshape(1, rows * length, q.shape[1], v.shape[3])
+
+
+def _varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 takes grouped heads as they are; later versions want to be told.
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (q, k, v))
+    back = -1 if window is None else window - 1
+    out = varlen_attn(q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale,
+                      window_size=(back, 0), **grouped)
+    return out.unsqueeze(0)
+
+
+def attention_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, *, max_seqlen: int, scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """`attention`, a row at a time; the arguments are the same."""
+    outs = []
+    for start, stop in pairwise(cu_seqlens.tolist()):
+        if start == stop:
+            continue
+        mask = None
+        if window is not None and stop - start > window:
+            at = torch.arange(stop - start, device=q.device)
+            mask = (at[:, None] >= at) & (at[:, None] - at < window)
+        row = (x[:, :, start:stop] for x in (q, k, v))
+        outs.append(scaled_dot_product_attention(*row, attn_mask=mask, is_causal=mask is None, scale=scale,
+                                                 enable_gqa=True))
+    return torch.cat(outs, dim=2).transpose(1, 2).contiguous()

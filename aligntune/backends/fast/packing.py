@@ -1,0 +1,80 @@
+"""Rows end to end: a micro-batch without padding, made on the CPU with everything the step would have to wait for.
+
+The rows are the micro-batch's own, in their order, so a step trains the same rows as a padded one. Behind them the flat
+length is filled up to a bucket, so that few shapes occur; the filling is a row of its own that nothing is learnt from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+IGNORED = -100
+_ROWS_STEP = 8
+
+
+def bucket(tokens: int, *, smallest: int = 64) -> int:
+    """The flat length that `tokens` are filled up to: at most 1/16 more, beyond `smallest`."""
+    step = max(smallest, 1 << max(0, tokens.bit_length() - 5))
+    return -(-tokens // step) * step
+
+
+@dataclass
+class RowsEndToEnd:
+    """Collates rows of `input_ids` and `labels` (and `seq_lengths`, for packed ones) into one flat row.
+
+    A batch holds, with T the flat length:
+        input_ids, labels, shift_labels, position_ids: (1, T) int64; `labels` is -100 where a row starts, as TRL's
+            padding-free collator has it, `shift_labels` is the label of the next token of the same row.
+        cu_seq_lens_q, cu_seq_lens_k: (rows + 1,) int32; for ragged rows filled up with T to few sizes.
+        max_length_q, max_length_k: int, the longest row.
+        kept: (K,) int64, positions with a label, filled with -1; absent where leaving the others out saves nothing.
+        num_tokens: int, tokens that are not filling.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        lengths, ids, labels = [], [], []
+        for example in examples:
+            own = list(example.get("seq_lengths") or [len(example["input_ids"])])
+            assert sum(own) == len(example["input_ids"]), "seq_lengths do not add up to the row"
+            lengths += own
+            ids += example["input_ids"]
+            labels += example.get("labels", example["input_ids"])
+        real = len(ids)
+        ragged = len(set(lengths)) > 1
+        filling = bucket(real) - real if ragged else 0
+        if filling:
+            lengths.append(filling)
+            ids += [self.pad_token_id] * filling
+            labels += [IGNORED] * filling
+        return self._tensors(lengths, ids, labels, ragged) | {"num_tokens": real}
+
+    def _tensors(self, lengths: list[int], ids: list[int], labels: list[int], ragged: bool) -> dict[str, Any]:
+        sizes = torch.tensor(lengths)
+        ends = sizes.cumsum(0)
+        starts = ends - sizes
+        total = len(ids)
+        position_ids = torch.arange(total) - torch.repeat_interleave(starts, sizes)
+        label_T = torch.tensor(labels)
+        label_T[starts] = IGNORED
+        next_T = torch.cat([label_T[1:], label_T.new_full((1,), IGNORED)])
+        rows = len(lengths)
+        padded_rows = -(-rows // _ROWS_STEP) * _ROWS_STEP if ragged else rows
+        cu_seq_lens = torch.full((padded_rows + 1,), total, dtype=torch.int32)
+        cu_seq_lens[0] = 0
+        cu_seq_lens[1 : rows + 1] = ends
+        longest = max(lengths)
+        batch = {
+            "input_ids": torch.tensor(ids)[None], "labels": label_T[None], "shift_labels": next_T[None],
+            "position_ids": position_ids[None], "cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens,
+            "max_length_q": longest, "max_length_k": longest,
+        }
+        kept = (next_T != IGNORED).nonzero().flatten()
+        size = max(bucket(len(kept)), 64)
+        if size <= total * 15 // 16:
+            batch["kept"] = torch.cat([kept, kept.new_full((size - len(kept),), -1)])
+        return batch

@@ -1,0 +1,102 @@
+"""TRL's trainers with the step's surroundings changed: rows end to end, and nothing that waits for the GPU.
+
+What is computed stays TRL's: the same rows a step, the same loss and denominator, the same metrics under their names.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from aligntune.backends.fast.packing import RowsEndToEnd
+from aligntune.backends.trl.trainers import SFT, TRAINERS
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from aligntune.backends.fast.attachment import Attachment
+
+
+def padded_because(trainer: Trainer, attachment: Attachment) -> str | None:
+    """Why rows of this trainer's batches cannot lie end to end, or None where they can."""
+    model = attachment.model
+    config = model.config.get_text_config()
+    attended = sum(patch.spec.kind == "attention" for patch in attachment.patches)
+    if attachment.head is None or attachment.head.options is None or not attachment.head.options.trl:
+        return "the head is not ours"
+    if trainer.aux_loss_enabled:
+        return "the router's loss wants a mask"
+    if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
+        return "its loss wants logits"
+    if attended != config.num_hidden_layers:
+        return f"{config.num_hidden_layers - attended} attention modules are not ours"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "its attention caps scores, which no launch over ragged rows does"
+    if config._attn_implementation not in ("sdpa", "flash_attention_2", "flash_attention_3"):
+        return f"attn_implementation {config._attn_implementation!r} was asked for"
+    if getattr(config, "attention_dropout", 0.0):
+        return "its attention has dropout"
+    return None
+
+
+class FastSFT(SFT):
+    """TRL's SFTTrainer; training batches are rows end to end where the model allows it."""
+
+    rows_end_to_end = False
+
+    def get_train_dataloader(self) -> Any:
+        if not self.rows_end_to_end:
+            return super().get_train_dataloader()
+        padded = self.data_collator
+        self.data_collator = RowsEndToEnd(self._tokenizer.pad_token_id)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = padded  # evaluation pads, as TRL does: it has no step to keep short
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss on a flat batch: - sum of log p over `num_items_in_batch`; metrics stay on the GPU until logged."""
+        if "num_tokens" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        num_tokens = inputs.pop("num_tokens")
+        inputs["use_cache"] = False
+        # A mask of width 0: transformers hands a 4-dimensional mask on as it is, and our attention reads the sign. An
+        # attention that is not ours cannot take it for a mask and fails.
+        inputs["attention_mask"] = inputs["input_ids"].new_empty((1, 1, 1, 0), dtype=torch.bool)
+        outputs = model(**inputs, fused_lm_head=True)
+        per_token_loss = -outputs.log_probs
+        if self.args.loss_type == "dft":
+            per_token_loss = per_token_loss * outputs.log_probs.exp().detach()
+        num_valid = outputs.label_mask.sum()
+        denominator = num_valid if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        loss = per_token_loss.sum() / denominator.clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        self._note(outputs, num_valid, num_tokens)
+        return (loss, outputs) if return_outputs else loss
+
+    def _note(self, outputs: Any, num_valid: torch.Tensor, num_tokens: int) -> None:
+        sums = torch.stack([num_valid.float(), outputs.entropy.detach().sum().float(), outputs.is_top1.sum().float(),
+                            torch.full((), float(num_tokens), device=num_valid.device)])
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums, reduction="sum")
+        count = sums[0].clamp(min=1)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["entropy"].append(sums[1] / count)
+        metrics["mean_token_accuracy"].append(sums[2] / count)
+        self._flat_tokens = getattr(self, "_flat_tokens", 0) + sums[3].double()
+        metrics["num_tokens"] = [self._flat_tokens]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The one place that reads metrics from the GPU."""
+        for values in self._metrics["train" if self.model.training else "eval"].values():
+            values[:] = [value.item() if isinstance(value, torch.Tensor) else value for value in values]
+        if "num_tokens" in (metrics := self._metrics["train"]):
+            self._total_train_tokens = metrics["num_tokens"][0]
+        super().log(logs, start_time)
+
+
+FAST_TRAINERS = TRAINERS | {"sft": FastSFT}

@@ -1,0 +1,217 @@
+"""Rows end to end: the same rows, loss and gradients as padded batches, and nothing crosses from row to row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from aligntune.backends.base import Prepared
+from aligntune.backends.fast.build import build as build_fast
+from aligntune.backends.fast.ops.attention import attention, attention_reference
+from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd, bucket
+from aligntune.backends.trl.build import build as build_trl
+from aligntune.core.resolve import resolve
+from aligntune.errors import ConfigError
+from tests.core import tiny
+
+SHAPE = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1,
+         "eos_token_id": 2, "initializer_range": 0.2}
+LENGTHS = (5, 11, 3, 1, 8, 8, 2, 7)
+
+
+def model_of(family: str) -> Any:
+    torch.manual_seed(0)
+    if family == "llama":
+        return tiny.llama(intermediate_size=48)
+    if family == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=8))
+    return MistralForCausalLM(MistralConfig(**SHAPE, head_dim=8, sliding_window=4))
+
+
+def rows(lengths: tuple[int, ...] = LENGTHS) -> Dataset:
+    made = []
+    for i, length in enumerate(lengths):
+        ids = [3 + (7 * i + 5 * j) % 250 for j in range(length)]
+        made.append({"input_ids": ids, "labels": [IGNORED if j < length // 3 else t for j, t in enumerate(ids)]})
+    return Dataset.from_list(made)
+
+
+def trainer_of(backend: str, family: str, tmp_path: Any, data: Dataset | None = None, **options: Any) -> Any:
+    job = resolve({
+        "model_name": model_of(family), "dataset_name": "in memory", "algorithm": "sft", "backend": backend,
+        "output_dir": str(tmp_path / backend), "max_steps": 2, "batch_size": 4, "learning_rate": 1e-2,
+        "logging_steps": 1, "report_to": "none", "tokenizer_name": tiny.tokenizer(), "optimizer": "sgd", **options,
+    })
+    builder = {"trl": build_trl, "fast": build_fast}[backend]
+    return builder(job, Prepared(tiny.tokenizer(), data if data is not None else rows(), None))
+
+
+def run(built: Any) -> tuple[list[float], dict[str, torch.Tensor], Any]:
+    trainer = built.trainer
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, {n: p.detach().cpu() for n, p in trainer.model.named_parameters()}, trainer.state.log_history
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_losses_weights_and_metrics_are_those_of_padded_trl(family: str, tmp_path: Any) -> None:
+    built = trainer_of("fast", family, tmp_path)
+    ours, our_weights, our_log = run(built)
+    theirs, their_weights, their_log = run(trainer_of("trl", family, tmp_path))
+    assert built.attestation()["layout"] == "rows: end to end, one attention launch"
+    assert built.attestation()["step"]["problems"] == ()
+    assert ours == pytest.approx(theirs, rel=2e-6)
+    assert len(ours) == 2 and ours[0] > 1
+    start = dict(model_of(family).named_parameters())
+    for name, value in their_weights.items():
+        moved = (value - start[name]).norm()
+        assert moved > 0, name
+        assert (our_weights[name] - value).norm() < 1e-4 * moved, name
+    for ours_entry, theirs_entry in zip(our_log[:2], their_log[:2], strict=True):
+        for key in ("entropy", "mean_token_accuracy", "num_tokens", "grad_norm"):
+            assert ours_entry[key] == pytest.approx(theirs_entry[key], rel=1e-5), key
+
+
+def test_accumulation_with_a_partial_last_window(tmp_path: Any) -> None:
+    """7 rows, micro-batches of 2, windows of 3: the last window has one micro-batch of one row."""
+    options = {"batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": -1, "num_epochs": 1}
+    ours, our_weights, _ = run(trainer_of("fast", "llama", tmp_path, rows(LENGTHS[:7]), **options))
+    theirs, their_weights, _ = run(trainer_of("trl", "llama", tmp_path, rows(LENGTHS[:7]), **options))
+    assert len(ours) == 2
+    assert ours == pytest.approx(theirs, rel=2e-6)
+    assert all(torch.allclose(our_weights[n], w, rtol=1e-4, atol=1e-6) for n, w in their_weights.items())
+
+
+def test_one_row_does_not_move_another(tmp_path: Any) -> None:
+    """Change one row's tokens: the log-probs of the others stay to the bit."""
+    trainer = trainer_of("fast", "llama", tmp_path).trainer
+    collate = RowsEndToEnd(0)
+    examples = [dict(row) for row in rows()][:4]
+    changed = [dict(row) for row in examples]
+    changed[1]["input_ids"] = [9] * len(changed[1]["input_ids"])
+    outs = []
+    for batch in (collate(examples), collate(changed)):
+        batch.pop("num_tokens")
+        outs.append(trainer.model(**batch, attention_mask=torch.empty(1, 1, 1, 0, dtype=torch.bool), use_cache=False,
+                                  fused_lm_head=True).log_probs.detach()[0])
+    ends = torch.tensor(LENGTHS[:4]).cumsum(0)
+    other = torch.ones(int(ends[-1]), dtype=torch.bool)
+    other[int(ends[0]):int(ends[1])] = False
+    assert torch.equal(outs[0][: len(other)][other], outs[1][: len(other)][other])
+    assert not torch.equal(outs[0], outs[1])
+
+
+def test_rows_of_one_length_and_packed_rows(tmp_path: Any) -> None:
+    equal = rows((6, 6, 6, 6))
+    ours, _, _ = run(trainer_of("fast", "llama", tmp_path, equal))
+    theirs, _, _ = run(trainer_of("trl", "llama", tmp_path, equal))
+    assert ours == pytest.approx(theirs, rel=2e-6)
+    packed = trainer_of("fast", "llama", tmp_path / "p", packing=True, max_seq_length=16, batch_size=2)
+    theirs_packed = trainer_of("trl", "llama", tmp_path / "q", packing=True, max_seq_length=16, batch_size=2)
+    assert run(packed)[0] == pytest.approx(run(theirs_packed)[0], rel=2e-6)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"padding_free": False}, "rows: padded, padding_free is false"),
+    ({"attn_implementation": "eager"}, None),
+])
+def test_what_stays_padded_says_so(options: dict, message: str | None, tmp_path: Any) -> None:
+    built = trainer_of("fast", "llama", tmp_path, **options)
+    if message:
+        assert built.attestation()["layout"] == message
+        assert "attention_mask" in next(iter(built.trainer.get_train_dataloader()))
+
+
+def test_padding_free_that_cannot_be_is_an_error(tmp_path: Any) -> None:
+    model = tiny.llama(attention_dropout=0.1)
+    with pytest.raises(ConfigError, match="its attention has dropout"):
+        trainer_of("fast", "llama", tmp_path, model_name=model, padding_free=True)
+
+
+# The collator
+
+
+def test_the_flat_batch() -> None:
+    batch = RowsEndToEnd(0)([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [-100, 9]}])
+    assert batch["num_tokens"] == 5
+    assert batch["input_ids"].shape == (1, 64)
+    assert batch["input_ids"][0, :6].tolist() == [5, 6, 7, 8, 9, 0]
+    assert batch["position_ids"][0, :7].tolist() == [0, 1, 2, 0, 1, 0, 1]
+    assert batch["labels"][0, :6].tolist() == [-100, 6, 7, -100, 9, -100]
+    assert batch["shift_labels"][0, :6].tolist() == [6, 7, -100, 9, -100, -100]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 64, 64, 64, 64, 64, 64]
+    assert batch["max_length_q"] == 59
+    assert "kept" not in batch
+
+
+def test_kept_names_every_position_with_a_label() -> None:
+    labels = [-100] * 900 + list(range(3, 103))
+    batch = RowsEndToEnd(0)([{"input_ids": [4] * 1000, "labels": labels}])
+    kept = batch["kept"]
+    assert kept[kept >= 0].tolist() == (batch["shift_labels"][0] != IGNORED).nonzero().flatten().tolist()
+    assert len(kept) == bucket(100)
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 1000, 4097, 8192, 100_000])
+def test_buckets_hold_and_waste_little(tokens: int) -> None:
+    size = bucket(tokens)
+    assert size >= tokens
+    assert size - tokens < max(64, tokens / 16 + 1)
+    assert len({bucket(t) for t in range(1, 8193)}) < 140
+
+
+# The op
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("lengths", [(4, 4, 4), (1, 7, 3), (9,), (5, 0, 2)])
+def test_attention_is_softmax_within_rows(lengths: tuple[int, ...], window: int | None, device: str) -> None:
+    torch.manual_seed(1)
+    total = sum(lengths)
+    q = torch.randn(1, 4, total, 8, device=device, requires_grad=True)
+    k = torch.randn(1, total, 2, 8, device=device).transpose(1, 2).requires_grad_()
+    v = torch.randn(1, 2, total, 8, device=device, requires_grad=True)
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    out = attention(q, k, v, cu, max_seqlen=max(lengths), scale=0.3, window=window)
+    at, row = torch.arange(total), torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    allowed = (row[:, None] == row) & (at[:, None] >= at)
+    if window:
+        allowed &= at[:, None] - at < window
+    scores = 0.3 * torch.einsum("hqd,hkd->hqk", q[0], k[0].repeat_interleave(2, 0))
+    weights = scores.masked_fill(~allowed.to(device), -torch.inf).softmax(-1)
+    expected = torch.einsum("hqk,hkd->qhd", weights, v[0].repeat_interleave(2, 0))[None]
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    gradient = torch.randn_like(out)
+    ours = torch.autograd.grad(out, (q, k, v), gradient)
+    theirs = torch.autograd.grad(expected, (q, k, v), gradient)
+    for one, two in zip(ours, theirs, strict=True):
+        assert two.norm() > 0
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("lengths", "window"), [((512, 512), None), ((300, 7, 1, 700), None), ((300, 500), 128)])
+def test_attention_on_a_gpu(lengths: tuple[int, ...], window: int | None, dtype: torch.dtype) -> None:
+    from tests.backends.fast.ops.harness import assert_close_to_truth
+
+    total = sum(lengths)
+    leaves = [torch.randn(1, heads, total, 64, device="cuda", dtype=dtype, requires_grad=True) for heads in (8, 2, 2)]
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
+    args = {"max_seqlen": max(lengths), "scale": 0.125, "window": window}
+    gradient = torch.randn(1, total, 8, 64, device="cuda", dtype=dtype)
+
+    def both(op: Any, inputs: list[torch.Tensor], g: torch.Tensor) -> list[torch.Tensor]:
+        out = op(*inputs, cu, **args)
+        return [out, *torch.autograd.grad(out, inputs, g)]
+
+    ours = both(attention, leaves, gradient)
+    eager = both(attention_reference, leaves, gradient)
+    truth = both(attention_reference, [x.detach().float().requires_grad_() for x in leaves], gradient.float())
+    for one, two, three in zip(ours, eager, truth, strict=True):
+        assert_close_to_truth(one, two, three)
