@@ -58,7 +58,7 @@ class FastSFT(SFT):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's loss on a flat batch: - sum of log p over `num_items_in_batch`; metrics stay on the GPU until logged."""
+        """TRL's loss, - sum of log p over `num_items_in_batch`; metrics stay on the GPU until they are logged."""
         if "num_tokens" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         num_tokens = inputs.pop("num_tokens")

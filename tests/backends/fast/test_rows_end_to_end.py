@@ -18,8 +18,8 @@ from aligntune.core.resolve import resolve
 from aligntune.errors import ConfigError
 from tests.core import tiny
 
-SHAPE = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1,
+SHAPE = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1,
          "eos_token_id": 2, "initializer_range": 0.2}
 LENGTHS = (5, 11, 3, 1, 8, 8, 2, 7)
 
