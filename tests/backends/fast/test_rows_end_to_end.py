@@ -18,9 +18,19 @@ from aligntune.core.resolve import resolve
 from aligntune.errors import ConfigError
 from tests.core import tiny
 
-SHAPE = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1,
-         "eos_token_id": 2, "initializer_range": 0.2}
+SHAPE = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
 LENGTHS = (5, 11, 3, 1, 8, 8, 2, 7)
 
 
@@ -42,11 +52,23 @@ def rows(lengths: tuple[int, ...] = LENGTHS) -> Dataset:
 
 
 def trainer_of(backend: str, family: str, tmp_path: Any, data: Dataset | None = None, **options: Any) -> Any:
-    job = resolve({
-        "model_name": model_of(family), "dataset_name": "in memory", "algorithm": "sft", "backend": backend,
-        "output_dir": str(tmp_path / backend), "max_steps": 2, "batch_size": 4, "learning_rate": 1e-2,
-        "logging_steps": 1, "report_to": "none", "tokenizer_name": tiny.tokenizer(), "optimizer": "sgd", **options,
-    })
+    job = resolve(
+        {
+            "model_name": model_of(family),
+            "dataset_name": "in memory",
+            "algorithm": "sft",
+            "backend": backend,
+            "output_dir": str(tmp_path / backend),
+            "max_steps": 2,
+            "batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "report_to": "none",
+            "tokenizer_name": tiny.tokenizer(),
+            "optimizer": "sgd",
+            **options,
+        }
+    )
     builder = {"trl": build_trl, "fast": build_fast}[backend]
     return builder(job, Prepared(tiny.tokenizer(), data if data is not None else rows(), None))
 
@@ -97,11 +119,14 @@ def test_one_row_does_not_move_another(tmp_path: Any) -> None:
     outs = []
     for batch in (collate(examples), collate(changed)):
         batch.pop("num_tokens")
-        outs.append(trainer.model(**batch, attention_mask=torch.empty(1, 1, 1, 0, dtype=torch.bool), use_cache=False,
-                                  fused_lm_head=True).log_probs.detach()[0])
+        outs.append(
+            trainer.model(
+                **batch, attention_mask=torch.empty(1, 1, 1, 0, dtype=torch.bool), use_cache=False, fused_lm_head=True
+            ).log_probs.detach()[0]
+        )
     ends = torch.tensor(LENGTHS[:4]).cumsum(0)
     other = torch.ones(int(ends[-1]), dtype=torch.bool)
-    other[int(ends[0]):int(ends[1])] = False
+    other[int(ends[0]) : int(ends[1])] = False
     assert torch.equal(outs[0][: len(other)][other], outs[1][: len(other)][other])
     assert not torch.equal(outs[0], outs[1])
 
@@ -116,10 +141,13 @@ def test_rows_of_one_length_and_packed_rows(tmp_path: Any) -> None:
     assert run(packed)[0] == pytest.approx(run(theirs_packed)[0], rel=2e-6)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"padding_free": False}, "rows: padded, padding_free is false"),
-    ({"attn_implementation": "eager"}, None),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"padding_free": False}, "rows: padded, padding_free is false"),
+        ({"attn_implementation": "eager"}, None),
+    ],
+)
 def test_what_stays_padded_says_so(options: dict, message: str | None, tmp_path: Any) -> None:
     built = trainer_of("fast", "llama", tmp_path, **options)
     if message:
