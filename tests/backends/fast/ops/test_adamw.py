@@ -322,6 +322,30 @@ def test_prepare_compiles_for_sm90():
     assert_fits(PREPARE)
 
 
+@pytest.mark.slow
+def test_sizes_of_one_compile():
+    """The launcher makes a constant of every integer argument that is 1."""
+    for case, name in ((STEP, "numel"), (STEP_STOCHASTIC, "numel"), (NORM, "numel"), (PREPARE, "num_partials")):
+        types = {**dict(case.signature), name: 1}
+        assert_fits(sm90_case(case.kernel, types, dict(case.constexprs), num_warps=case.num_warps))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("numel", [1, 5003, 3_000_000])
+def test_ten_steps_on_the_gpu(numel):
+    test_ten_steps_of_torch_adamw(adamw_step_, numel, 1.0, "cuda")
+    test_parameter_groups_are_segments(adamw_step_, "cuda")
+    test_a_copy_in_the_models_dtype(adamw_step_, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_on_the_gpu(dtype):
+    test_half_precision_buffers(adamw_step_, dtype, "cuda")
+    test_stochastic_rounding_is_right_on_average("cuda")
+    test_stochastic_rounding_draws_by_seed_step_and_place("cuda")
+
+
 @pytest.mark.gpu
 def test_replays_in_a_cuda_graph_with_lr_and_step_on_the_device():
     ours, same = buffers(5003, "cuda"), buffers(5003, "cuda")

@@ -176,15 +176,15 @@ def test_saves_its_input_and_three_ranks(device):
 # --------------------------------------------------------------------------------------------------------------- PEFT
 
 
-def peft_model(*, dtype=torch.float32, seed=0, bias=False, **options):
+def peft_model(*, dtype=torch.float32, seed=0, bias=False, hidden=40, **options):
     """A PEFT model over three linears on one input, B drawn N(0, 0.02): at PEFT's own zero no A has a gradient."""
     peft = pytest.importorskip("peft")
 
     class Attention(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            for name, width in (("q_proj", 48), ("k_proj", 16), ("v_proj", 16)):
-                self.add_module(name, torch.nn.Linear(40, width, bias=bias))
+            for name, width in (("q_proj", hidden + 8), ("k_proj", 16), ("v_proj", 16)):
+                self.add_module(name, torch.nn.Linear(hidden, width, bias=bias))
 
         def forward(self, x):
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -288,6 +288,16 @@ def test_bf16_is_as_close_to_the_truth_as_peft(under_autocast, device):
                     parameter.mul_(8)
     x = torch.randn(64, 40, generator=torch.Generator().manual_seed(1)).bfloat16()
     assert_rounds_no_worse(model, truth, x, device, autocast=torch.bfloat16 if under_autocast else None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("under_autocast", [True, False])
+def test_16_bits_on_the_gpu(dtype, under_autocast):
+    for number in range(3):
+        model, truth = (peft_model(dtype=dtype, seed=number, hidden=1024).to("cuda") for _ in range(2))
+        x = torch.randn(1000, 1024, generator=torch.Generator().manual_seed(number)).to(dtype)
+        assert_rounds_no_worse(model, truth, x, "cuda", autocast=dtype if under_autocast else None)
 
 
 def test_autocast_of_an_fp32_model(device):

@@ -253,6 +253,25 @@ def test_every_class_compiles(dtype):
 # --------------------------------------------------------------------------------------------------------- on the GPU
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 255])
+def test_odd_sizes_compile(size):
+    """The launcher makes a constant of every integer argument that is 1, and takes odd strides as unaligned."""
+    for case in cases("*bf16", 16):
+        types = {name: size if isinstance(value, int) else value for name, value in case.signature}
+        assert_fits(sm90_case(case.kernel, types, dict(case.constexprs), num_warps=case.num_warps))
+
+
+@pytest.mark.gpu
+def test_masks_on_the_gpu(monkeypatch):
+    test_the_kernels_mask_and_its_mean(0.1, "cuda")
+    test_masks_differ_by_seed_adapter_row_and_column("cuda")
+    for name in GROUPS:
+        test_forward_and_backward_use_the_same_masks(name, "cuda")
+    test_rows_far_apart_in_splits("cuda", monkeypatch)
+    test_recompute_draws_the_same_masks(False, "cuda")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_against_the_truth(dtype, device):

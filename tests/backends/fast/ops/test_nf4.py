@@ -247,6 +247,23 @@ def test_the_other_forms_compile():
     assert assert_fits(SM90_PLAIN).stores == {128: 2}
 
 
+@pytest.mark.slow
+def test_sizes_of_one_compile():
+    """The launcher makes a constant of every integer argument that is 1."""
+    assert_fits(sm90_case(nf4_dequant_kernel, {**SIGNATURE, "numel": 1}, CONSTANTS, num_warps=LAUNCH.num_warps))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "blocksize"), [((1024, 4096), 64), ((77, 129), 64), ((512, 512), 128), ((1, 1), 64)])
+def test_equals_bitsandbytes_on_the_gpu(shape, blocksize, dtype):
+    for nested in (True, False):
+        weight, theirs, _ = quantised(shape, blocksize=blocksize, nested=nested, dtype=dtype, device="cuda")
+        ours = dequantize_nf4(weight)
+        assert ours.dtype == dtype and torch.equal(ours, theirs)
+        assert torch.equal(dequantize_nf4_reference(weight), theirs)
+
+
 @pytest.mark.gpu
 def test_past_two_to_the_31_weights():
     rows = 2**31 // 4096 + 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import triton
 import triton.language as tl
@@ -59,3 +60,9 @@ def test_uniform(device):
     # 32768 numbers: the mean's standard deviation is 18918 / 181 = 104.5.
     assert abs(float(numbers.mean()) - 32767.5) < 4 * 104.5
     assert abs(float(numbers.std()) - 18918.6) < 200
+
+
+@pytest.mark.gpu
+def test_the_same_numbers_on_the_gpu():
+    test_the_authors_known_answer("cuda")
+    test_every_place_is_its_counters("cuda")
