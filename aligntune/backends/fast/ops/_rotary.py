@@ -42,7 +42,7 @@ def rotate(
     cols = tl.arange(0, BLOCK_HALF)
     rest = R + tl.arange(0, BLOCK_REST)
     for start in tl.static_range(0, HEADS, BLOCK_N):
-        heads = (start + tl.arange(0, BLOCK_N))[:, None]
+        heads = (start + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]  # 64 heads x 262,144 x 128 is 2^31
         keep = (heads < HEADS) & (cols < R // 2)[None, :]
         keep_rest = (heads < HEADS) & (rest < D)[None, :]
         at = x_ptr + heads * x_head + cols[None, :]
@@ -88,53 +88,13 @@ def rotate_token(
     c1, c2 = halves(cos_ptr, b * cos_b + s * cos_s, R, BLOCK_HALF)
     s1, s2 = halves(sin_ptr, b * cos_b + s * cos_s, R, BLOCK_HALF)
     rotate(
-        q_ptr + b * q_b + s * q_s,
-        q_h,
-        q_out + b * qo_b + s * qo_s,
-        qo_h,
-        qw_ptr,
-        c1,
-        c2,
-        s1,
-        s2,
-        HQ,
-        D,
-        R,
-        ROUND,
-        BACKWARD,
-        NORM,
-        EPS,
-        CAST_FIRST,
-        OFFSET,
-        ROUND_NORM,
-        BLOCK_Q,
-        BLOCK_HALF,
-        BLOCK_REST,
-    )
+        q_ptr + b * q_b + s * q_s, q_h, q_out + b * qo_b + s * qo_s, qo_h, qw_ptr, c1, c2, s1, s2,
+        HQ, D, R, ROUND, BACKWARD, NORM, EPS, CAST_FIRST, OFFSET, ROUND_NORM, BLOCK_Q, BLOCK_HALF, BLOCK_REST,
+    )  # fmt: skip
     rotate(
-        k_ptr + b * k_b + s * k_s,
-        k_h,
-        k_out + b * ko_b + s * ko_s,
-        ko_h,
-        kw_ptr,
-        c1,
-        c2,
-        s1,
-        s2,
-        HK,
-        D,
-        R,
-        ROUND,
-        BACKWARD,
-        NORM,
-        EPS,
-        CAST_FIRST,
-        OFFSET,
-        ROUND_NORM,
-        BLOCK_K,
-        BLOCK_HALF,
-        BLOCK_REST,
-    )
+        k_ptr + b * k_b + s * k_s, k_h, k_out + b * ko_b + s * ko_s, ko_h, kw_ptr, c1, c2, s1, s2,
+        HK, D, R, ROUND, BACKWARD, NORM, EPS, CAST_FIRST, OFFSET, ROUND_NORM, BLOCK_K, BLOCK_HALF, BLOCK_REST,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -149,7 +109,7 @@ def unrotate(
     w1, w2 = halves(w_ptr, 0, R, BLOCK_HALF)
     w3 = tl.load(w_ptr + rest, rest < D, other=0.0).to(tl.float32)
     for start in tl.static_range(0, HEADS, BLOCK_N):
-        heads = (start + tl.arange(0, BLOCK_N))[:, None]
+        heads = (start + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]  # 64 heads x 262,144 x 128 is 2^31
         keep = (heads < HEADS) & (cols < R // 2)[None, :]
         keep_rest = (heads < HEADS) & (rest < D)[None, :]
         at, dy_at = x_ptr + heads * x_head + cols[None, :], dy_ptr + heads * dy_head + cols[None, :]

@@ -36,18 +36,22 @@ class RopeLaunch:
     block_half: int
     block_rest: int
     programs: int
-    num_warps: int = 4
+    num_warps: int
 
 
 def launch_for(
-    tokens: int, q_heads: int, k_heads: int, head_dim: int, rotary_dim: int, *, tile: int = 2048, sms: int | None = None
+    tokens: int, q_heads: int, k_heads: int, head_dim: int, rotary_dim: int, *, sms: int | None = None
 ) -> RopeLaunch:
-    """Tiles of about `tile` elements a half, 16 a thread; with `sms` (norm weights train) four programs an SM."""
-    half = _runtime.next_power_of_2(rotary_dim // 2)
-    rest = _runtime.next_power_of_2(head_dim - rotary_dim)
-    heads = max(1, tile // max(half, rest))
-    block_q, block_k = (min(heads, _runtime.next_power_of_2(n)) for n in (q_heads, k_heads))
-    return RopeLaunch(block_q, block_k, half, rest, tokens if sms is None else min(tokens, 4 * sms))
+    """Tiles of up to 2048 elements a half, 8 a thread: one 16-byte load of each half.
+
+    With `sms` (norm weights train) a persistent grid of 16 warps an SM; else a program for each token.
+    """
+    half, rest = _runtime.next_power_of_2(rotary_dim // 2), _runtime.next_power_of_2(head_dim - rotary_dim)
+    widest = max(half, rest)
+    block_q, block_k = (min(max(1, 2048 // widest), _runtime.next_power_of_2(n)) for n in (q_heads, k_heads))
+    num_warps = max(1, min(8, block_q * widest // 256))
+    programs = tokens if sms is None else min(tokens, sms * 16 // num_warps)
+    return RopeLaunch(block_q, block_k, half, rest, programs, num_warps)
 
 
 @_runtime.kernel(do_not_specialize=["n_seq"])
@@ -58,8 +62,8 @@ def rope_forward(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     rotate_token(q_ptr, q_b, q_s, q_h, k_ptr, k_b, k_s, k_h, q_out, qo_b, qo_s, qo_h, k_out, ko_b, ko_s, ko_h,
-                  q_ptr, k_ptr, cos_ptr, sin_ptr, cos_b, cos_s, n_seq, HQ, HK, D, R, ROUND, False,
-                  False, 0.0, False, 0.0, False, BLOCK_Q, BLOCK_K, BLOCK_HALF, BLOCK_REST)  # fmt: skip
+                 q_ptr, k_ptr, cos_ptr, sin_ptr, cos_b, cos_s, n_seq, HQ, HK, D, R, ROUND, False,
+                 False, 0.0, False, 0.0, False, BLOCK_Q, BLOCK_K, BLOCK_HALF, BLOCK_REST)  # fmt: skip
 
 
 @_runtime.kernel(do_not_specialize=["n_seq"])
@@ -70,8 +74,8 @@ def rope_backward(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     rotate_token(q_ptr, q_b, q_s, q_h, k_ptr, k_b, k_s, k_h, q_out, qo_b, qo_s, qo_h, k_out, ko_b, ko_s, ko_h,
-                  q_ptr, k_ptr, cos_ptr, sin_ptr, cos_b, cos_s, n_seq, HQ, HK, D, R, ROUND, True,
-                  False, 0.0, False, 0.0, False, BLOCK_Q, BLOCK_K, BLOCK_HALF, BLOCK_REST)  # fmt: skip
+                 q_ptr, k_ptr, cos_ptr, sin_ptr, cos_b, cos_s, n_seq, HQ, HK, D, R, ROUND, True,
+                 False, 0.0, False, 0.0, False, BLOCK_Q, BLOCK_K, BLOCK_HALF, BLOCK_REST)  # fmt: skip
 
 
 @_runtime.kernel(do_not_specialize=["n_seq"])
@@ -83,8 +87,8 @@ def qk_norm_rope_forward(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     rotate_token(q_ptr, q_b, q_s, q_h, k_ptr, k_b, k_s, k_h, q_out, qo_b, qo_s, qo_h, k_out, ko_b, ko_s, ko_h,
-                  qw_ptr, kw_ptr, cos_ptr, sin_ptr, cos_b, cos_s, n_seq, HQ, HK, D, R, ROUND, False,
-                  True, EPS, CAST_FIRST, OFFSET, ROUND_NORM, BLOCK_Q, BLOCK_K, BLOCK_HALF, BLOCK_REST)  # fmt: skip
+                 qw_ptr, kw_ptr, cos_ptr, sin_ptr, cos_b, cos_s, n_seq, HQ, HK, D, R, ROUND, False,
+                 True, EPS, CAST_FIRST, OFFSET, ROUND_NORM, BLOCK_Q, BLOCK_K, BLOCK_HALF, BLOCK_REST)  # fmt: skip
 
 
 @_runtime.kernel(do_not_specialize=["n_tokens", "n_seq"])
@@ -102,57 +106,17 @@ def qk_norm_rope_backward(
     kw1, kw2, kw3 = (tl.zeros([BLOCK_K, BLOCK_HALF], tl.float32), tl.zeros([BLOCK_K, BLOCK_HALF], tl.float32),
                      tl.zeros([BLOCK_K, BLOCK_REST], tl.float32))  # fmt: skip
     for token in range(pid, n_tokens, tl.num_programs(0)):
-        b, s = token // n_seq, token % n_seq
+        b, s = (token // n_seq).to(tl.int64), (token % n_seq).to(tl.int64)
         c1, c2 = halves(cos_ptr, b * cos_b + s * cos_s, R, BLOCK_HALF)
         s1, s2 = halves(sin_ptr, b * cos_b + s * cos_s, R, BLOCK_HALF)
         qw1, qw2, qw3 = unrotate(
-            dq_ptr + b * dq_b + s * dq_s,
-            dq_h,
-            q_ptr + b * q_b + s * q_s,
-            q_h,
-            q_out + b * qo_b + s * qo_s,
-            qo_h,
-            qw_ptr,
-            c1,
-            c2,
-            s1,
-            s2,
-            qw1,
-            qw2,
-            qw3,
-            HQ,
-            D,
-            R,
-            EPS,
-            OFFSET,
-            BLOCK_Q,
-            BLOCK_HALF,
-            BLOCK_REST,
-        )
+            dq_ptr + b * dq_b + s * dq_s, dq_h, q_ptr + b * q_b + s * q_s, q_h, q_out + b * qo_b + s * qo_s, qo_h,
+            qw_ptr, c1, c2, s1, s2, qw1, qw2, qw3, HQ, D, R, EPS, OFFSET, BLOCK_Q, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip
         kw1, kw2, kw3 = unrotate(
-            dk_ptr + b * dk_b + s * dk_s,
-            dk_h,
-            k_ptr + b * k_b + s * k_s,
-            k_h,
-            k_out + b * ko_b + s * ko_s,
-            ko_h,
-            kw_ptr,
-            c1,
-            c2,
-            s1,
-            s2,
-            kw1,
-            kw2,
-            kw3,
-            HK,
-            D,
-            R,
-            EPS,
-            OFFSET,
-            BLOCK_K,
-            BLOCK_HALF,
-            BLOCK_REST,
-        )
+            dk_ptr + b * dk_b + s * dk_s, dk_h, k_ptr + b * k_b + s * k_s, k_h, k_out + b * ko_b + s * ko_s, ko_h,
+            kw_ptr, c1, c2, s1, s2, kw1, kw2, kw3, HK, D, R, EPS, OFFSET, BLOCK_K, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip
     if HAS_DW:
         store_partial(partials_ptr + pid * 2 * D, qw1, qw2, qw3, D, R, BLOCK_HALF, BLOCK_REST)
         store_partial(partials_ptr + pid * 2 * D + D, kw1, kw2, kw3, D, R, BLOCK_HALF, BLOCK_REST)
@@ -177,9 +141,7 @@ class _Shapes:
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int) -> _Shapes:
         if unsqueeze_dim not in (1, 2):
-            raise ValueError(
-                f"rope: unsqueeze_dim is 1 (batch, heads, seq) or 2 (batch, seq, heads), not {unsqueeze_dim}"
-            )
+            raise ValueError(f"rope: unsqueeze_dim is 1 (heads before seq) or 2 (after it), not {unsqueeze_dim}")
         if q.dim() != 4 or k.dim() != 4:
             raise ValueError(f"rope: q {tuple(q.shape)} and k {tuple(k.shape)} must have 4 dimensions")
         seq_dim = 3 - unsqueeze_dim
@@ -235,7 +197,8 @@ def rotate_into(
     q, k = _last_contiguous(q), _last_contiguous(k)
     cos, sin, cos_b, cos_s = _tables(cos, sin, shapes)
     launch = launch_for(shapes.tokens, shapes.q_heads, shapes.k_heads, shapes.head_dim, shapes.rotary_dim)
-    rounds = q.dtype == cos.dtype and q.dtype != torch.float32
+    # With fp32 tables (OLMo 2) eager adds unrounded products, but its backward rounds each to q's dtype.
+    rounds = q.dtype != torch.float32 and (backward or q.dtype == cos.dtype)
     with _runtime.on_device(q):
         (rope_backward if backward else rope_forward)[(launch.programs,)](
             q, *shapes.strides(q), k, *shapes.strides(k), q_out, *shapes.strides(q_out), k_out, *shapes.strides(k_out),
@@ -348,7 +311,7 @@ class _QKNormRope(torch.autograd.Function):
             dq, dk = _last_contiguous(dq), _last_contiguous(dk)
             cos, sin, cos_b, cos_s = _tables(cos, sin, shapes)
             launch = launch_for(
-                shapes.tokens, shapes.q_heads, shapes.k_heads, shapes.head_dim, shapes.rotary_dim, tile=1024,
+                shapes.tokens, shapes.q_heads, shapes.k_heads, shapes.head_dim, shapes.rotary_dim,
                 sms=None if dw is None else _runtime.num_sms(q),
             )  # fmt: skip
             partials = q_weight
