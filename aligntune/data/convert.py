@@ -346,10 +346,9 @@ _NUMBER = re.compile(r"[-+]?\$?\d{1,3}(,\d{3})+(\.\d+)?%?")
 
 def _prompt_example(row: Row, context: Speech, answer: str | None) -> list[Example]:
     """`prompt` (opened already), `answer` where there is a reference, every other column for the rewards to read."""
-    if isinstance(context, str):
-        if not context.strip():
-            raise RowFault("prompt", "is empty")
-    elif context[-1]["role"] not in ("user", "tool"):
+    if not (context if isinstance(context, str) else context[-1]["content"]).strip():
+        raise RowFault("prompt", "is empty")
+    if not isinstance(context, str) and context[-1]["role"] not in ("user", "tool"):
         raise RowFault("prompt", f"ends with the turn of {context[-1]['role']!r}; nothing is left to answer")
     extra = {key: value for key, value in row.items() if key not in NOT_FOR_REWARDS}
     if answer is not None:

@@ -73,7 +73,7 @@ def test_without_offsets_a_token_across_the_edge_is_refused_not_guessed(letters)
         prepared([{"prompt": "1 + 1 = 3", "completion": "4"}], "sft", tokenizer=letters)
 
 
-@pytest.mark.parametrize("text", ["naïve café", "日本語のテスト", "🙂🙃", "ﬁ ligature", "e\u0301", "\u200b", "\t x \r\n"])
+@pytest.mark.parametrize("text", ["naïve", "日本語のテスト", "🙂🙃", "ﬁ ligature", "e\u0301", "\u200b", "\t x \r\n"])
 @pytest.mark.parametrize("family", ["llama3.1", "base-bos", "gemma"])
 def test_multi_byte_text_is_masked_exactly(family, text):
     rows = [{"messages": [user(f"say {text}"), assistant(f"a{text}b"), user(text), assistant(f"c{text}d")]}]
