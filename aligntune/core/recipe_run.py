@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aligntune.core.recipes import PREVIOUS, Plan, StageConfig, load_plan
+from aligntune.core.recipes import Plan, StageConfig, load_plan
 from aligntune.errors import AlignTuneError, CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -383,6 +383,3 @@ def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-__all__ = ["PREVIOUS", "STATE", "StageResult", "check_backends", "check_data", "run_recipe"]

@@ -246,8 +246,9 @@ def _single(recipe: Recipe, overrides: dict[str, Any], faults: list[str]) -> lis
 def _whole(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a recipe with stages as a whole: from the overrides, else the top, else the defaults."""
     layers = (overrides, config, _defaults(config))
-    return {name: next((layer[name] for layer in layers if name in layer), default)
-            for name, default in _WHOLE.items()}
+    values = {name: next((layer[name] for layer in layers if name in layer), default)
+              for name, default in _WHOLE.items()}
+    return {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in values.items()}
 
 
 def _staged(recipe: Recipe, overrides: dict[str, Any], faults: list[str]) -> list[StageConfig]:

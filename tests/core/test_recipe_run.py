@@ -82,7 +82,7 @@ def weights(folder: str) -> dict[str, torch.Tensor]:
 
 def test_stages_hand_their_model_on_and_are_probed(shop: dict[str, str], tmp_path: Path) -> None:
     one = recipe(shop, lora={"use_peft": True, "lora_r": 2})
-    results = aligntune.run_recipe(one, {"output_dir": str(tmp_path / "r")})
+    results = aligntune.run_recipe(one, output_dir=tmp_path / "r")
     first, second = results
     assert [result.name for result in results] == ["1-sft", "2-grpo"]
     assert [(result.global_step, result.summary["status"]) for result in results] == [(2, "finished"), (2, "finished")]
