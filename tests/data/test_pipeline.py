@@ -269,8 +269,10 @@ def test_every_process_prepares_the_same(tmp_path):
     environment = {"PYTHONHASHSEED": "1", "HF_HOME": str(tmp_path), "PATH": ""}
     run = subprocess.run([sys.executable, "-c", SCRIPT, str(path)], capture_output=True, text=True, check=True,
                          cwd=Path(__file__).parents[2], env=environment)  # fmt: skip
-    there = json.loads(run.stdout)
-    assert there == [here.train._fingerprint, here.eval._fingerprint, here.train[:]["input_ids"], here.eval[:]["labels"]]
+    train, evaluation = here.train, here.eval
+    assert json.loads(run.stdout) == [
+        train._fingerprint, evaluation._fingerprint, train[:]["input_ids"], evaluation[:]["labels"],
+    ]  # fmt: skip
     assert not [*tmp_path.rglob("*.arrow")]  # nothing is left in a cache that processes would share
 
 
