@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from aligntune.backends.base import Built, Prepared
 from aligntune.backends.fast.attachment import Attachment
+from aligntune.backends.fast.graphs import eager_because
 from aligntune.backends.fast.scripts import attach_trainer
 from aligntune.backends.fast.trainers import FAST_TRAINERS, FastSFT, padded_because
 from aligntune.backends.trl.build import build as build_trl
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aligntune")
 
-WITNESSED_STEP = 1
-"""The optimizer step whose first micro-step is traced: the one after the first, which also compiles kernels."""
+WITNESSED_STEP = 3
+"""The optimizer step whose first micro-step is traced: the first compiles kernels, the second may capture graphs."""
 
 
 def build(job: Job, prepared: Prepared) -> Built:
@@ -48,7 +49,10 @@ def _layout(job: Job, trainer: Trainer, attachment: Attachment) -> str:
         why = padded_because(trainer, attachment)
     if why is None:
         trainer.rows_end_to_end = True
-        return "rows: end to end, one attention launch"
+        eager = eager_because(trainer)
+        trainer.capture = eager is None
+        how = "forward and backward replayed as CUDA graphs" if eager is None else f"launched one by one, {eager}"
+        return f"rows: end to end, one attention launch; step: {how}"
     if wanted is True:
         raise ConfigError(f"data.padding_free = True: {why}")
     return f"rows: padded, {why}"

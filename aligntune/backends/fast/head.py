@@ -362,7 +362,8 @@ def _fused(
     if getattr(text_config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
     targets = _targets(labels, shift_labels)
-    rows = _ScoredRows(targets) if kept is None else None
+    # Rows that lie end to end come with `kept` where it pays: whoever made the batch has counted.
+    rows = _ScoredRows(targets) if kept is None and "cu_seq_lens_q" not in kwargs else None
     hidden = (backbone := model.base_model(*args, **kwargs)).last_hidden_state
     lm_head = model.get_output_embeddings()
     weight, bias = lm_head.weight, lm_head.bias

@@ -29,7 +29,7 @@ class RowsEndToEnd:
         input_ids, labels, shift_labels, position_ids: (1, T) int64; `labels` is -100 where a row starts, as TRL's
             padding-free collator has it, `shift_labels` is the label of the next token of the same row.
         cu_seq_lens_q, cu_seq_lens_k: (rows + 1,) int32; for ragged rows filled up with T to few sizes.
-        max_length_q, max_length_k: int, the longest row.
+        max_length_q, max_length_k: int, the longest row; for ragged rows a power of two that holds it.
         kept: (K,) int64, positions with a label, filled with -1; absent where leaving the others out saves nothing.
         num_tokens: int, tokens that are not filling.
     """
@@ -67,7 +67,8 @@ class RowsEndToEnd:
         cu_seq_lens = torch.full((padded_rows + 1,), total, dtype=torch.int32)
         cu_seq_lens[0] = 0
         cu_seq_lens[1 : rows + 1] = ends
-        longest = max(lengths)
+        # Attention takes any bound; a power of two keeps the shapes few. Rows of one length are told by the exact one.
+        longest = 1 << (max(lengths) - 1).bit_length() if ragged else max(lengths)
         batch = {
             "input_ids": torch.tensor(ids)[None], "labels": label_T[None], "shift_labels": next_T[None],
             "position_ids": position_ids[None], "cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens,

@@ -5,10 +5,12 @@ What is computed stays TRL's: the same rows a step, the same loss and denominato
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aligntune.backends.fast.graphs import GraphedModel
 from aligntune.backends.fast.packing import RowsEndToEnd
 from aligntune.backends.trl.trainers import SFT, TRAINERS
 
@@ -44,6 +46,8 @@ class FastSFT(SFT):
     """TRL's SFTTrainer; training batches are rows end to end where the model allows it."""
 
     rows_end_to_end = False
+    capture = False
+    graphed: GraphedModel | None = None
 
     def get_train_dataloader(self) -> Any:
         if not self.rows_end_to_end:
@@ -66,7 +70,12 @@ class FastSFT(SFT):
         # A mask of width 0: transformers hands a 4-dimensional mask on as it is, and our attention reads the sign. An
         # attention that is not ours cannot take it for a mask and fails.
         inputs["attention_mask"] = inputs["input_ids"].new_empty((1, 1, 1, 0), dtype=torch.bool)
-        outputs = model(**inputs, fused_lm_head=True)
+        if self.capture and self.model.training:
+            if self.graphed is None or self.graphed.model is not model:
+                self.graphed = GraphedModel(model, [p for p in self.model.parameters() if p.requires_grad])
+            outputs = SimpleNamespace(**self.graphed(inputs))
+        else:
+            outputs = model(**inputs, fused_lm_head=True)
         per_token_loss = -outputs.log_probs
         if self.args.loss_type == "dft":
             per_token_loss = per_token_loss * outputs.log_probs.exp().detach()
