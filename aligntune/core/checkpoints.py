@@ -112,7 +112,7 @@ def fault(path: Path) -> str | None:
     ):
         return "it has weights only, no optimizer state (save_only_model)"
     for name in names:
-        if name.endswith((".pt", ".pth")) and name != "training_args.bin" and not _whole(path / name):
+        if name.endswith((".pt", ".pth")) and not _whole(path / name):
             return f"{name} is cut short"
     return None
 
