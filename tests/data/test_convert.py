@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -268,3 +269,15 @@ def test_bad_rows_say_field_and_why(rows, takes, fault):
 def test_prompts_of_two_types_do_not_share_a_column():
     with pytest.raises(RowFault, match="a conversation where other rows hold plain text"):
         converted([{"prompt": "x"}] * 40 + data.PROMPTS, "prompts", has_template=False)
+
+
+def test_the_table_in_the_docs_is_the_table_of_the_code():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| ")]
+    lines = [[cell.strip() for cell in row] for row in rows]
+    shapes = next(cells for cells in lines if cells[0] == "kind")[2:]
+    told = {cells[0]: cells[2:] for cells in lines if cells[0] in KINDS}
+    assert sorted(told) == sorted(KINDS) and sorted(shapes) == sorted(get_args(Takes))
+    for kind, cells in told.items():
+        for shape, cell in zip(shapes, cells, strict=True):
+            assert (cell != "-") is ((kind, shape) in CELLS), (kind, shape)
