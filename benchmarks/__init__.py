@@ -1,0 +1,1 @@
+"""Benchmarks: each prints a short table and writes what the docs' tables are made from, as JSON."""
