@@ -33,7 +33,8 @@ class Attestation:
     """One step of one attached model.
 
     `kernels`: name -> launches in the trace; `promised`: name -> the least number that the table promises for the calls
-    of this step. `problems`: promises that the trace does not bear out. `lines`: the attachment's report at that time.
+    of this step. `replayed`: no Python forward ran, graphs were replayed. `problems`: promises that the trace does not
+    bear out. `lines`: the attachment's report at that time.
     """
 
     interpreter: bool
@@ -78,10 +79,12 @@ def attest(attachment: Attachment, step: Callable[[], Any]) -> Attestation:
     Raises:
         ConfigError: the attachment is strict, and a promise was broken or something ran eager.
     """
+    if ledger.attesting():
+        raise RuntimeError("a step is being attested already; attest one at a time")
     with ledger.writing() as promises:
         observed, backward = trace(step)
     replayed = not promises.entries
-    if replayed:
+    if replayed and not promises.replays:
         promises = _static(attachment)
     promised = promises.launches(backward=backward)
     problems = [
@@ -127,7 +130,7 @@ def trace(step: Callable[[], Any]) -> tuple[Counter[str], bool]:
 
 
 def _static(attachment: Attachment) -> ledger.Ledger:
-    """The promises of a step whose Python forwards did not run (a replayed graph): one call of each module."""
+    """Where no forward ran and no capture left its promises (someone else's graph): one call of each module."""
     promises = ledger.Ledger()
     for patch in attachment.patches:
         for op in patch.static_ops:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aligntune.backends.fast import ledger
+
 if TYPE_CHECKING:
     from transformers import Trainer
 
@@ -54,6 +56,7 @@ class _Pair:
     upstream: torch.Tensor
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
+    promises: ledger.Ledger
 
 
 @dataclass
@@ -103,14 +106,15 @@ class GraphedModel:
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, pool=self._pool, stream=side):
+        with ledger.writing() as promises, torch.cuda.graph(forward, pool=self._pool, stream=side):
             outputs = _named(self.model(**inputs, fused_lm_head=True))
         upstream = torch.zeros_like(outputs["log_probs"])
         with torch.cuda.graph(backward, pool=self._pool, stream=side):
             gradients = torch.autograd.grad(outputs["log_probs"], self.parameters, upstream, allow_unused=True)
             reached = [(buffer, g) for buffer, g in zip(self.buffers, gradients, strict=True) if g is not None]
             torch._foreach_add_([buffer for buffer, _ in reached], [g for _, g in reached])
-        return _Pair(inputs, {name: value.detach() for name, value in outputs.items()}, upstream, forward, backward)
+        return _Pair(inputs, {name: value.detach() for name, value in outputs.items()}, upstream, forward, backward,
+                     promises)
 
     def hold_gradients(self) -> None:
         """Make `param.grad` the buffers, with what it holds now."""
@@ -132,6 +136,7 @@ class _Replay(torch.autograd.Function):
             if isinstance(value, torch.Tensor):
                 value.copy_(batch[name], non_blocking=True)
         pair.forward.replay()
+        ledger.replayed(pair.promises)
         ctx.graphed, ctx.pair = graphed, pair
         return pair.outputs["log_probs"].clone()
 

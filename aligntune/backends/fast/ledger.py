@@ -58,9 +58,10 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """Entries by (module, op)."""
+    """Entries by (module, op), and the ledgers of graphs that were replayed."""
 
     entries: dict[tuple[int, str], Entry] = field(default_factory=dict)
+    replays: list[Ledger] = field(default_factory=list)
 
     def write(self, module: nn.Module, op: str, tensors: tuple[torch.Tensor | None, ...]) -> None:
         """`module` is about to call `op` on `tensors` (whose gradients decide whether a backward follows)."""
@@ -75,7 +76,7 @@ class Ledger:
 
     def modules(self) -> set[int]:
         """`id` of every module that called an op."""
-        return {module for module, _ in self.entries}
+        return {module for module, _ in self.entries}.union(*(replay.modules() for replay in self.replays))
 
     def launches(self, *, backward: bool) -> Counter[str]:
         """The least number of launches of each kernel that these calls lead to."""
@@ -86,6 +87,10 @@ class Ledger:
                 least[kernel] += entry.calls
             for kernel in in_backward if backward else ():
                 least[kernel] += entry.backwards
+        for replay in self.replays:
+            for kernel, count in replay.launches(backward=backward).items():
+                if kernel not in NODES:  # a replay runs kernels; autograd's nodes ran at the capture
+                    least[kernel] += count
         return +least
 
 
@@ -94,18 +99,30 @@ _open: list[Ledger] = []
 
 @contextmanager
 def writing() -> Iterator[Ledger]:
-    """A ledger that every attached module of this process writes into, in any thread (backward has its own)."""
-    if _open:
-        raise RuntimeError("a step is being attested already; attest one at a time")
+    """A ledger that every attached module of this process writes into, in any thread (backward has its own).
+
+    Around the capture of a graph it collects what a replay of that graph will launch; hand it to `replayed` then.
+    """
     ledger = Ledger()
     _open.append(ledger)
     try:
         yield ledger
     finally:
-        _open.clear()
+        _open.remove(ledger)
+
+
+def attesting() -> bool:
+    """True while some ledger is open."""
+    return bool(_open)
 
 
 def promise(module: nn.Module, op: str, *tensors: torch.Tensor | None) -> None:
     """Written by an instance forward next to the call of an op; does nothing unless a step is being attested."""
     if _open:
-        _open[0].write(module, op, tensors)
+        _open[-1].write(module, op, tensors)
+
+
+def replayed(captured: Ledger) -> None:
+    """Written by whoever replays a graph whose capture filled `captured`, forward and backward alike."""
+    if _open:
+        _open[-1].replays.append(captured)

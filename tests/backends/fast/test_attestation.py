@@ -219,6 +219,35 @@ def test_a_replayed_step_is_held_against_one_call_of_each_module():
     assert "rms_norm_forward: the table promises 5 launches in this step, the trace shows 0" in result.problems
 
 
+def test_what_a_capture_promised_is_promised_for_its_replay():
+    model = build("llama")
+    attachment = attach(model)
+
+    def run() -> None:
+        model(**batch()).loss.backward()
+
+    with ledger.writing() as captured:
+        run()
+    result = attachment.attest(lambda: ledger.replayed(captured))
+    assert result.replayed and not result.backward
+    assert not any("did not call" in problem for problem in result.problems)
+    assert "rms_norm_forward: the table promises 5 launches in this step, the trace shows 0" in result.problems
+    # The "replay" now runs what was captured, a step at a time.
+    twice = attachment.attest(
+        lambda: (ledger.replayed(captured), _unseen(run), ledger.replayed(captured), _unseen(run))
+    )
+    assert twice.ok and twice.replayed and twice.backward
+    assert twice.promised["rms_norm_backward"] == 10 == twice.kernels["rms_norm_backward"]
+    assert "LoraMLP" not in twice.promised
+
+
+def _unseen(run: Any) -> None:
+    """Run as a graph would: no forward writes down what it does."""
+    held, ledger._open[:] = list(ledger._open), []
+    run()
+    ledger._open[:] = held
+
+
 @pytest.mark.gpu
 def test_the_kernels_of_a_graph_replay_are_in_the_trace():
     model = build("llama").cuda()
