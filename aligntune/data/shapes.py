@@ -66,8 +66,7 @@ def _sft(example: Example, encoded: Sequence[Encoded], encoder: Encoder, request
         raise _nothing_left(one, request)
     cut = len(ids) < len(one.ids)
     return Built(
-        {"input_ids": ids, "labels": labels}, [len(one.ids)], len(ids), learnt, cut,
-        encoder.closed(ids, spans) if not cut or spans[-1][1] <= len(ids) else False,
+        {"input_ids": ids, "labels": labels}, [len(one.ids)], len(ids), learnt, cut, encoder.closed(ids, spans),
         lambda: _masked(ids, spans),
     )  # fmt: skip
 

@@ -220,3 +220,14 @@ def test_tools_of_a_row_reach_the_template():
     found = prepared(rows, "sft", "qwen2.5")
     assert '"name": "add_up", "parameters"' in found.tokenizer.decode(found.train[0]["input_ids"])
     assert learnt(found).count("<|im_end|>") == 2 and "<tool_call>" in learnt(found) and "three" in learnt(found)
+
+
+def test_pairs_whose_tokens_part_within_the_prompt_lose_none():
+    row = {"prompt": "two  ", "chosen": "  plus", "rejected": "prompt"}  # a blank of the prompt joins "prompt"
+    for one in (row, {**row, "chosen": row["rejected"], "rejected": row["chosen"]}):
+        found = prepared([one], "preference", "base")
+        ids = found.train[0]
+        for name in ("chosen", "rejected"):
+            whole = found.tokenizer(one["prompt"] + one[name] + "<|endoftext|>")["input_ids"]
+            assert ids["prompt_ids"] + ids[f"{name}_ids"] == whole
+        assert any("a token spans the end of the prompt" in warning for warning in found.report.warnings)
