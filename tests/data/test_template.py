@@ -84,6 +84,13 @@ def test_templates_without_a_system_role(family, lacks):
     assert choose_templates(None, make(family)).own.lacks_system_role is lacks
 
 
+def test_a_template_with_a_system_role_gets_system_turns():
+    found = prepared(data.MESSAGES[:1], "sft", "qwen2.5", system_prompt="Speak.")
+    text = found.tokenizer.decode(found.train[0]["input_ids"])
+    assert text.startswith("<|im_start|>system\nSpeak.<|im_end|>\n<|im_start|>user\nWhat is the capital")
+    assert "fold" not in found.report.conversion
+
+
 def test_a_template_that_drops_system_turns_lacks_the_role_and_one_that_refuses_all_does_not():
     tokenizer = make("qwen3")
     tokenizer.chat_template = "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
