@@ -76,8 +76,8 @@ class Plan:
         examples = CELLS[self.recognised.kind, self.takes][1](row, self)
         if self.takes == "prompts" and isinstance(examples[0].context, list) != self.chat:
             raise RowFault("prompt", "is a conversation where other rows hold plain text")  # one column, one type
-        render = _render_arguments(row)
-        if render:
+        if self.takes != "prompts":  # TRL renders prompts itself, without what a row brings
+            render = _render_arguments(row)
             for example in examples:
                 example.render = render
         return examples
@@ -135,6 +135,8 @@ def make_plan(recognised: Recognised, request: DataRequest, *, has_template: boo
         description += "; system_prompt put before conversations without a system turn"
     if fold and (request.system_prompt or recognised.form == "turns"):
         description += "; the template has no system role: system turns are folded into the first user turn"
+    if takes == "prompts" and "tools" in recognised.columns:
+        description += "; the column tools goes to the rewards, it is not rendered into the prompts"
     return Plan(recognised, takes, chat, fold, request.system_prompt, request.assistant_turns, description)
 
 
@@ -270,10 +272,11 @@ def _answer_to_sft(row: Row, plan: Plan) -> list[Example]:
 def _pair_to_pair(row: Row, plan: Plan) -> list[Example]:
     context, chosen, rejected = _pair(row, plan)
     extra = {}
-    if plan.takes == "reward" and row.get("margin") is not None:
-        if isinstance(row["margin"], bool) or not isinstance(row["margin"], int | float):
-            raise RowFault("margin", f"{type_name(row['margin'])}, expected a number")
-        extra["margin"] = float(row["margin"])
+    if plan.takes == "reward" and "margin" in plan.recognised.columns:  # the collator takes it of all rows or none
+        margin = present(row, "margin")
+        if isinstance(margin, bool) or not isinstance(margin, int | float):
+            raise RowFault("margin", f"{type_name(margin)}, expected a number")
+        extra["margin"] = float(margin)
     return [Example(context, (chosen, rejected), extra)]
 
 

@@ -47,12 +47,14 @@ class Recognised:
         why: the columns and forms that decided it.
         roles: {"prompt", "completion", ...: the column that plays that part}.
         form: "turns", "transcripts" (hh-rlhf) or "strings": how prompts and completions are written.
+        columns: all columns of the dataset.
     """
 
     kind: str
     why: str
     roles: Mapping[str, str]
     form: str = "strings"
+    columns: tuple[str, ...] = ()
 
 
 Rule = Callable[[Sequence[str], Sequence[Row]], dict[str, str] | None]
@@ -156,7 +158,8 @@ def recognise(rows: Rows, request: DataRequest) -> Recognised:
         roles = RULES[kind](rows.columns, sample)
         if roles is not None:
             form = _form(roles, sample)
-            return Recognised(kind, f"columns {', '.join(roles.values())}{FORMS[form]}", roles, form)
+            why = f"columns {', '.join(roles.values())}{FORMS[form]}"
+            return Recognised(kind, why, roles, form, tuple(rows.columns))
     known = "\n".join(f"  {kind}: {columns}" for kind, columns in KINDS.items())
     raise DataError(f"{rows.name}: the columns {', '.join(rows.columns)} are of no known kind. Kinds and their "
                     f"columns:\n{known}\ncolumn_mapping={{'your column': 'a column above'}} renames them")  # fmt: skip

@@ -221,6 +221,8 @@ def test_rows_bring_tools_and_template_arguments():
     assert converted(rows)[0].render == {"tools": [{"name": "f"}], "a": 1}
     with pytest.raises(RowFault, match="tools: is neither a list nor JSON"):
         converted([{**rows[0], "tools": "{oops"}])
+    asked = plan(rows, "prompts")
+    assert asked.convert(rows[0])[0].render == {} and "not rendered into the prompts" in asked.description
 
 
 def test_margins_of_reward_rows():
@@ -229,6 +231,8 @@ def test_margins_of_reward_rows():
     assert converted(rows, "preference")[0].extra == {}
     with pytest.raises(RowFault, match="margin: is text, expected a number"):
         converted([{**data.PREFERENCE[0], "margin": "2"}], "reward")
+    with pytest.raises(RowFault, match="margin: missing"):
+        converted([*rows, data.PREFERENCE[1]], "reward")
 
 
 @pytest.mark.parametrize(
