@@ -20,14 +20,12 @@ from torch import nn
 
 from aligntune.backends.fast.families import Family, modeling_module
 from aligntune.backends.fast.ledger import WITH_ITS_NEIGHBOUR, promise
-from aligntune.backends.fast.lora import gated_mlp, hooked, instance_forward, linear_forward, project
+from aligntune.backends.fast.lora import KEY, gated_mlp, hooked, instance_forward, linear_forward, project
 from aligntune.backends.fast.ops.attention import attention
 from aligntune.backends.fast.ops.glu import glu
 from aligntune.backends.fast.ops.rms_norm import rms_norm
 from aligntune.backends.fast.ops.rope import qk_norm_rope, rope
 from aligntune.errors import ConfigError
-
-KEY = "_aligntune"
 
 
 @dataclass
@@ -186,16 +184,15 @@ def _rotated(
     if family.optional_rope is not None and not getattr(self, family.optional_rope):
         return q, k, v
     cos, sin = position_embeddings
-    norms: tuple[NormSpec | None, ...] = ()
     if family.qk_norm == "head":
-        norms = (self.q_norm.__dict__.get(KEY), self.k_norm.__dict__.get(KEY))
-        if None not in norms and not any(passing_by_is_wrong(n, norm_forward) for n in (self.q_norm, self.k_norm)):
+        norm: NormSpec | None = self.q_norm.__dict__.get(KEY)
+        if norm is not None and not any(passing_by_is_wrong(n, norm_forward) for n in (self.q_norm, self.k_norm)):
             trained = ", trained" if self.q_norm.weight.requires_grad or self.k_norm.weight.requires_grad else ""
             promise(self, f"qk_norm_rope{trained}", q, k, self.q_norm.weight, self.k_norm.weight)
             promise(self.q_norm, WITH_ITS_NEIGHBOUR)
             promise(self.k_norm, WITH_ITS_NEIGHBOUR)
             q, k = qk_norm_rope(
-                q, k, self.q_norm.weight, self.k_norm.weight, cos, sin, eps=norms[0].eps, convention=norms[0].convention
+                q, k, self.q_norm.weight, self.k_norm.weight, cos, sin, eps=norm.eps, convention=norm.convention
             )
             return q, k, v
         note("q_norm and k_norm run apart from the rotary embedding: they have hooks")

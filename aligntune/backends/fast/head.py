@@ -118,7 +118,11 @@ def _restore(state: dict[str, Any], name: str, original: Any) -> None:
 def is_trl_forward(forward: Any) -> bool:
     """True for the forward that TRL's `add_fused_lm_head` makes (and not for ours, which takes the same keyword)."""
     function = getattr(forward, "__func__", forward)
-    return "fused_lm_head" in (getattr(function, "__kwdefaults__", None) or {}) and not _is_ours(function)
+    return _takes_fused(function) and not _is_ours(function)
+
+
+def _takes_fused(function: Any) -> bool:
+    return "fused_lm_head" in (getattr(function, "__kwdefaults__", None) or {})
 
 
 def _is_ours(function: Any) -> bool:
@@ -128,7 +132,7 @@ def _is_ours(function: Any) -> bool:
 def _under_autocast(model: nn.Module, forward: Any) -> Any:
     """The function inside accelerate's mixed-precision wrappers."""
     function = getattr(forward, "__func__", forward)
-    while function is not type(model).forward and "fused_lm_head" not in (getattr(function, "__kwdefaults__", 0) or ()):
+    while function is not type(model).forward and not _takes_fused(function):
         inner = getattr(function, "__wrapped__", None)
         if inner is None:
             break
@@ -157,7 +161,7 @@ def install(model: nn.Module, *, strict: bool) -> Head | None:
     original = model.__dict__.get("_original_forward") if prepared else current
     if prepared and getattr(original, "__func__", None) is type(model).forward:
         original = None
-    bound = MethodType(_root_forward(type(model)), model)
+    bound = MethodType(_root_forward(type(model)), model)  # type: ignore[arg-type]
     model.__dict__[KEY] = options
     head = Head(bound, original, options)
     if prepared:
@@ -235,7 +239,7 @@ def _guard(model: nn.Module) -> nn.Module | None:
     if backbone is model or "forward" in backbone.__dict__:
         return None
     backbone.__dict__[_ROOT] = model
-    backbone.__dict__["forward"] = MethodType(_guarded_forward(type(backbone)), backbone)
+    backbone.__dict__["forward"] = MethodType(_guarded_forward(type(backbone)), backbone)  # type: ignore[arg-type]
     return backbone
 
 
@@ -445,9 +449,9 @@ def _plain(
 
 def _aux_loss(model: nn.Module, router_logits: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """The load-balancing loss, by the function of the model's own file."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
     config = model.config.get_text_config()
-    balance = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
-    if balance is None:
-        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func as balance
+    balance = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", load_balancing_loss_func)
     experts = getattr(config, "num_experts", None) or model.num_experts
     return balance(router_logits, experts, config.num_experts_per_tok, attention_mask)

@@ -17,6 +17,8 @@ from aligntune.backends.fast.ledger import promise
 from aligntune.backends.fast.ops.lora import Adapter, LoraLinear, lora_linear_group, lora_mlp
 from aligntune.backends.fast.ops.nf4 import NF4Weight
 
+KEY = "_aligntune"  # where `attach` leaves a module's spec
+
 # (module, qualified name) of the forward that a linear layer's class runs -> what it is.
 _KINDS = {
     ("torch.nn.modules.linear", "Linear.forward"): "plain",
@@ -32,8 +34,9 @@ def slot(module: nn.Module) -> str:
 
 
 def instance_forward(module: nn.Module) -> Callable[..., Any] | None:
-    """The forward set on this instance, or None where the class's runs."""
-    return module.__dict__.get(slot(module))
+    """The forward set on this instance, or None where the class's runs (also under accelerate's device hooks)."""
+    found = module.__dict__.get(slot(module))
+    return None if getattr(found, "__func__", None) is type(module).forward else found
 
 
 def hooked(module: nn.Module) -> bool:
@@ -55,7 +58,15 @@ def _kind_of_forward(forward: Callable[..., Any]) -> str | None:
 
 def _touched(module: nn.Module) -> bool:
     """True if the module does more than its class's forward (`attach` sets none on the layers inside an adapter)."""
-    return hooked(module) or "forward" in module.__dict__ or "parametrizations" in module._modules
+    if "forward" in module.__dict__ and (instance_forward(module) is not None or _moves_weights(module)):
+        return True
+    return hooked(module) or "parametrizations" in module._modules
+
+
+def _moves_weights(module: nn.Module) -> bool:
+    """True under a hook of accelerate's that does more than send inputs to the device that the weights are on."""
+    hook = module.__dict__.get("_hf_hook")
+    return hook is not None and (type(hook).__name__ != "AlignDevicesHook" or hook.offload)
 
 
 def read(module: nn.Module) -> LoraLinear | str:
@@ -158,12 +169,12 @@ def _group(parent: nn.Module, names: tuple[str, ...], note: Callable[[str], None
 
 
 def _attached(module: nn.Module) -> bool:
-    return "_aligntune" in module.__dict__
+    return KEY in module.__dict__
 
 
 def _foreign(module: nn.Module) -> bool:
-    function = getattr(instance_forward(module), "__func__", instance_forward(module))
-    return function is not None and function is not linear_forward
+    found = instance_forward(module)
+    return (found is not None and getattr(found, "__func__", None) is not linear_forward) or _moves_weights(module)
 
 
 def _promise_linears(parent: nn.Module, linears: Sequence[LoraLinear], x: torch.Tensor, *, inner: bool = False) -> None:
@@ -209,7 +220,7 @@ def linear_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) 
     """One linear layer with its adapters (or a bare NF4 one), where no group passes it by."""
     found: LoraLinear | str = "it was called with arguments besides its input" if args or kwargs else read(self)
     if isinstance(found, str):
-        self.__dict__["_aligntune"].fall_out(found)
+        self.__dict__[KEY].fall_out(found)
         return type(self).forward(self, x, *args, **kwargs)
     if not _gains([found], x):
         return type(self).forward(self, x)

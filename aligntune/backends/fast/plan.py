@@ -35,6 +35,7 @@ def eager(op: str, reason: str) -> Decision:
 def decide(module: nn.Module) -> Decision | None:
     """The decision for `module`; None for modules that are no business of ours (or have nothing to gain)."""
     known = families.identify(module)
+    decision: Decision | None
     if lora.kind_of(module) in ("lora", "nf4"):
         decision = _linear(module)
     elif known is not None:

@@ -80,9 +80,10 @@ def accelerate_trl(*, strict: bool = False) -> Iterator[list[Attachment]]:
 def _subclasses(cls: type) -> list[type]:
     """Every class under `cls` that is loaded, each once."""
     found: dict[type, None] = {}
-    waiting = [cls]
+    waiting: list[type] = [cls]
     while waiting:
-        for child in waiting.pop().__subclasses__():
+        children: list[type] = type.__subclasses__(waiting.pop())
+        for child in children:
             if child not in found:
                 found[child] = None
                 waiting.append(child)

@@ -99,6 +99,24 @@ def test_biases_packed_projections_and_experts(family):
     assert_same_step(ours, theirs)
 
 
+def test_a_family_outside_the_table_takes_its_layers_one_by_one():
+    import transformers
+
+    config = transformers.GemmaConfig(
+        vocab_size=101, hidden_size=44, intermediate_size=70, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=12, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    ours = get_peft_model(transformers.GemmaForCausalLM(config), LoraConfig(r=4, target_modules=ALL)).train()
+    draw_b(ours)
+    theirs = copy.deepcopy(ours)
+    attachment = attach(ours)
+    assert_same_step(ours, theirs)
+    assert "model.layers.*.self_attn.k_proj: lora (x1)" in str(attachment)
+    result = attachment.attest(lambda: ours(**batch()).loss.backward())
+    assert result.ok and result.kernels["LoraLinearGroup"] == 4 and result.kernels["LoraMLP"] == 1
+
+
 def test_attached_before_the_adapters_came_and_again_after():
     model = build("llama", num_hidden_layers=1)
     attachment = attach(model)

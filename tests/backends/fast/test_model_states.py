@@ -164,21 +164,35 @@ def test_device_hooks_of_accelerate_stay_around_our_forwards(first):
     model, plain = build("llama"), build("llama")
     if first == "attach":
         attach(model)
-    for module in [model.model.norm, model.model.layers[0].mlp, model.model.layers[1].self_attn.q_proj]:
+    hooked = [model.model.norm, model.model.layers[0].mlp, *model.model.layers[1].modules()]
+    for module in hooked:
         add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
     if first == "hooks":
         attach(model)
     attachment = attachment_of(model)
-    assert attachment.attached
-    model(**batch()).loss.backward()
+    assert attachment.attached and len(attachment.patches) == 11
+    result = attachment.attest(lambda: model(**batch()).loss.backward())
+    assert result.ok and not result.eager
+    assert result.kernels["LoraLinearGroup"] == result.kernels["LoraMLP"] == 2
     plain(**batch()).loss.backward()
     for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert q.grad.norm() > 0 and torch.allclose(p.grad, q.grad, atol=1e-5), name
     detach(model)
     assert torch.allclose(logits(model), logits(plain), atol=1e-6)
-    for module in (model.model.norm, model.model.layers[0].mlp):
+    for module in hooked:
         remove_hook_from_module(module)
         assert module.forward.__func__ is type(module).forward
+
+
+def test_weights_that_a_hook_moves_are_left_to_the_hook():
+    model, plain = build("llama"), build("llama")
+    attachment = attach(model)
+    projection = model.model.layers[0].self_attn.v_proj
+    hook = AlignDevicesHook(execution_device="cpu")
+    add_hook_to_module(projection, hook)
+    hook.offload, hook.weights_map, hook.tied_params_map = True, dict(projection.named_parameters()), None
+    assert torch.allclose(model(**batch()).loss, plain(**batch()).loss, atol=1e-5)
+    assert [line for line in map(str, attachment.report) if "v_proj has hooks" in line]
 
 
 def test_weights_of_an_attached_model_can_be_shared_and_swapped():
