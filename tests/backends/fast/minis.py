@@ -87,11 +87,12 @@ def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **o
     config = getattr(transformers, config_class)(**(_SMALL | settings | overrides))
     generator = torch.Generator().manual_seed(seed)
     model = getattr(transformers, model_class)(config)
+    spread = config.hidden_size**-0.5  # keeps activations, and so rounding, of one size whatever the width
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             # Norm weights sit at 1 (Llama) or 0 (Gemma), where a wrong convention would not show.
-            parameter.add_(0.2 * noise) if parameter.dim() == 1 else parameter.copy_(0.15 * noise)
+            parameter.add_(0.2 * noise) if parameter.dim() == 1 else parameter.copy_(spread * noise)
     return model.to(dtype).train()
 
 

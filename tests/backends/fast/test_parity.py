@@ -110,7 +110,7 @@ def test_attention_stays_the_models_own(implementation):
 
 # ------------------------------------------------------------------------------------------------------------- on a GPU
 
-GPU_SIZES: dict[str, Any] = {"hidden_size": 250, "intermediate_size": 690, "head_dim": 62}
+GPU_SIZES: dict[str, Any] = {"hidden_size": 252, "intermediate_size": 690, "head_dim": 60}
 
 
 def gpu_build(family: str, **settings: Any) -> Any:
@@ -132,10 +132,14 @@ def test_fp32_on_a_gpu(family, lora):
     assert result.ok, result.problems
 
 
+# In half precision a router picks other experts here and there, whoever computes: no distance of gradients is small.
+DENSE = [name for name in MINIS if name not in ("qwen3_moe", "mixtral")]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("how", ["cast", "autocast"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("family", MINIS)
+@pytest.mark.parametrize("family", DENSE)
 def test_bf16_is_no_further_from_an_fp32_oracle_than_eager(family, lora, how):
     oracle = with_lora(gpu_build(family)) if lora else gpu_build(family)
     low = copy.deepcopy(oracle)
@@ -165,7 +169,7 @@ def test_bf16_is_no_further_from_an_fp32_oracle_than_eager(family, lora, how):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", MINIS)
+@pytest.mark.parametrize("family", DENSE)
 def test_fp16_under_a_scaled_loss(family):
     oracle = gpu_build(family)
     low = copy.deepcopy(oracle).half()
