@@ -1,11 +1,11 @@
 """The head and the cross-entropy on logits: time over the bare products, bandwidth of the passes, peak memory.
 
-    python -m benchmarks.ops.head [--sweep] [--json FILE]
+    python -m benchmarks.ops.head [--sweep] [--json FILE] [--site-liger DIR]
 
 Rows: bare GEMMs (the products alone, in one piece), eager, torch.compile, ours, liger's fused linear cross-entropy
 where it is installed, TRL's chunked head. Each runs forward and backward, with the hidden states and (trained) the
 weight taking gradients. "over_gemms" is time / bare - 1; peak memory is what a step allocates above its inputs and the
-weight. `--sweep` times the pass alone for every launch the table could hold, and whole steps for several chunk sizes.
+weight; "error" is the largest relative error of dX and dW against the same loss in fp32. `--sweep` times the pass alone for every launch the table could hold, and whole steps for several chunk sizes.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from aligntune.backends.fast.ops import _logits_pass, head
 from aligntune.backends.fast.ops._logits_pass import STATISTICS, Launch, LogitTransform, RowStatistics, run_loss
 from aligntune.backends.fast.ops.cross_entropy import cross_entropy
+from benchmarks.ops.__main__ import commit, versions
 
 SHAPES = [(8192, 2048, 128_256), (8192, 4096, 151_936)]
 GIB = 2**30
@@ -138,6 +139,8 @@ def head_rows(shape: tuple[int, int, int], *, trained: bool) -> list[dict[str, A
     flops = (6 if trained else 4) * tokens * hidden * vocab
     common = {"op": "head", "tokens": tokens, "hidden": hidden, "vocab": vocab, "trained": trained}
     rows = [common | {"method": "bare GEMMs", "ms": bare, "tflops": flops / bare / 1e9}]
+    wanted = [t for t in (x, weight) if t.requires_grad]
+    truth = fp32_gradients(x, weight, targets)
 
     def clear() -> None:
         x.grad = weight.grad = None
@@ -154,10 +157,19 @@ def head_rows(shape: tuple[int, int, int], *, trained: bool) -> list[dict[str, A
             rows.append(common | {"method": name, "failed": "out of memory"})
             continue
         clear()
-        with torch.no_grad():
-            loss = float(method(x, weight, targets))
-        rows.append(common | {"method": name, "ms": ms, "over_gemms": ms / bare - 1, "peak_gib": gib, "loss": loss})
+        loss = method(x, weight, targets)
+        found = torch.autograd.grad(loss, wanted)
+        rows.append(common | {
+            "method": name, "ms": ms, "over_gemms": ms / bare - 1, "peak_gib": gib, "loss": loss.item(),
+            "error": max(float((a - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True)),
+        })  # fmt: skip
     return rows
+
+
+def fp32_gradients(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """dX, and dW where the weight trains, of the same loss in fp32."""
+    wide = [t.detach().float().requires_grad_(t.requires_grad) for t in (x, weight)]
+    return torch.autograd.grad(eager_loss(*wide, targets), [t for t in wide if t.requires_grad])
 
 
 def cross_entropy_rows(tokens: int, vocab: int, bandwidth: float) -> list[dict[str, Any]]:
@@ -254,13 +266,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--site-liger", type=Path, help="a directory that holds liger_kernel")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") == "1" or not torch.cuda.is_available():
         sys.exit("a benchmark needs an NVIDIA GPU, and TRITON_INTERPRET unset")
+    if args.site_liger:
+        sys.path.append(str(args.site_liger))
     bandwidth = copy_bandwidth()
-    rows: list[dict[str, Any]] = [
-        {"op": "copy", "device": torch.cuda.get_device_name(), "torch": torch.__version__, "tb_per_s": bandwidth / 1e12}
-    ]
+    rows: list[dict[str, Any]] = []
     for shape in SHAPES:
         for trained in (False, True):
             rows += chunk_rows(shape, trained=trained) if args.sweep else head_rows(shape, trained=trained)
@@ -272,7 +285,15 @@ def main() -> None:
             )
         )
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        report = {
+            "command": " ".join(("python -m benchmarks.ops.head", *sys.argv[1:])),
+            "commit": commit(),
+            "device": torch.cuda.get_device_name(),
+            "versions": versions(),
+            "copy_bytes_per_s": bandwidth,
+            "rows": rows,
+        }
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

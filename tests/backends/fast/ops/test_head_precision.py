@@ -7,9 +7,14 @@ import torch
 
 from aligntune.backends.fast.ops import _projection, _runtime, head
 from aligntune.backends.fast.ops._logits_pass import STATISTICS
-from aligntune.backends.fast.ops.head import linear_cross_entropy, linear_cross_entropy_reference
+from aligntune.backends.fast.ops.head import (
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    token_loss,
+    token_loss_reference,
+)
 from tests.backends.fast.ops.harness import assert_close_to_truth, relative_error
-from tests.backends.fast.ops.head_cases import KINDS, make, run
+from tests.backends.fast.ops.head_cases import KINDS, as_dict, make, run
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +46,33 @@ def test_fp16_against_the_truth(kind, trained, device, chunks_of_four):
     )
     for name in ("log_probs", "entropy", "dx", *(["dweight", "dbias"] if trained else [])):
         assert_close_to_truth(ours[name], eager[name], truth[name], eps=1e-5, what=name)
+
+
+@pytest.mark.parametrize("fp32_logits", [True, False])
+@pytest.mark.parametrize("kind", ["loss", "tokens"])
+def test_fp16_gradients_do_not_underflow(kind, fp32_logits, device):
+    """1/n and a loss scale of 2^16, as a gradient scaler has it: p_j / n = 1.5e-8 on its own is 0 in fp16."""
+    x, weight, _, targets = make(2, 8, 4096, device, dtype=torch.float16, scale=0.01)
+    targets[:] = 7
+    grads = {}
+    for reference in (False, True):
+        wide = (lambda t: t.double()) if reference else (lambda t: t)
+        leaf = wide(weight).detach().requires_grad_()
+        if kind == "loss":
+            fn = linear_cross_entropy_reference if reference else linear_cross_entropy
+            out = as_dict(
+                fn(wide(x), leaf, targets, num_items_in_batch=16_384, fp32_logits=fp32_logits and not reference)
+            )
+        else:
+            fn = token_loss_reference if reference else token_loss
+            out = as_dict(
+                fn(wide(x), leaf, targets, lambda log_probs, _: -log_probs, denominator=16_384,
+                   fp32_logits=fp32_logits and not reference)
+            )  # fmt: skip
+        (out["loss"] * 2.0**16).backward()
+        grads[reference] = leaf.grad
+    assert grads[False][8:].count_nonzero() > 0.99 * grads[False][8:].numel()
+    assert relative_error(grads[False][8:], grads[True][8:]) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
