@@ -5,7 +5,9 @@
 Rows: bare GEMMs (the products alone, in one piece), eager, torch.compile, ours, liger's fused linear cross-entropy
 where it is installed, TRL's chunked head. Each runs forward and backward, with the hidden states and (trained) the
 weight taking gradients. "over_gemms" is time / bare - 1; peak memory is what a step allocates above its inputs and the
-weight; "error" is the largest relative error of dX and dW against the same loss in fp32. `--sweep` times the pass alone for every launch the table could hold, and whole steps for several chunk sizes.
+weight; "error" is the largest relative error of dX and dW against the same loss in fp32.
+
+`--sweep` times the pass alone for every launch the table could hold, and whole steps for several chunk sizes.
 """
 
 from __future__ import annotations
@@ -169,7 +171,7 @@ def head_rows(shape: tuple[int, int, int], *, trained: bool) -> list[dict[str, A
 def fp32_gradients(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """dX, and dW where the weight trains, of the same loss in fp32."""
     wide = [t.detach().float().requires_grad_(t.requires_grad) for t in (x, weight)]
-    return torch.autograd.grad(eager_loss(*wide, targets), [t for t in wide if t.requires_grad])
+    return torch.autograd.grad(eager_loss(wide[0], wide[1], targets), [t for t in wide if t.requires_grad])
 
 
 def cross_entropy_rows(tokens: int, vocab: int, bandwidth: float) -> list[dict[str, Any]]:
