@@ -4,7 +4,7 @@
 |---|---|
 | `builtin:tiny` | a Llama of 2.6 million parameters with random weights from a fixed seed |
 | `builtin:tiny-instruct` | the same, trained on `builtin:instruct` by the recipe `tiny-instruct` |
-| `builtin:arithmetic` | chat rows: a sum or a difference, and its answer |
+| `builtin:arithmetic` | chat rows: a sum, and its answer |
 | `builtin:arithmetic-preference` | the same problems with a right and a wrong answer |
 | `builtin:arithmetic-prompts` | the same problems as prompts with an `answer` column, for rewards |
 | `builtin:pydoc` | chat rows from the docstrings of the running Python's standard library |

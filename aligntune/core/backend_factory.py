@@ -194,6 +194,7 @@ def build_trainer(job: Job, callbacks: list[Any] | None = None) -> AlignTrainer:
 
     from aligntune.backends.loading import load_tokenizer
     from aligntune.core import notices
+    from aligntune.core.early_stop import StopAt
     from aligntune.core.run_dir import RunDir
     from aligntune.core.trainer import AlignTrainer
     from aligntune.data import prepare
@@ -214,6 +215,8 @@ def build_trainer(job: Job, callbacks: list[Any] | None = None) -> AlignTrainer:
     logger.info("%s", data.report.text())
     for callback in callbacks or []:
         built.trainer.add_callback(callback)
+    if job.options.stop_metric is not None:
+        built.trainer.add_callback(StopAt(job.options.stop_metric, job.options.stop_value))
     return AlignTrainer(
         built.trainer, config=job.config, run_dir=run_dir, tokenizer=data.tokenizer, backend=backend.name,
         algorithm=job.spec.name, attestation=built.attestation, data_report=data.report.markdown(),

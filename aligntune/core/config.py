@@ -207,6 +207,11 @@ class EvaluationSection:
     val_split_ratio: float | None = option(None, "Hold this share of the training rows out for evaluation.", gt=0, lt=1)
     eval_steps: int | None = option(None, "Evaluate every N optimizer steps during training; null never.", ge=1)
     eval_batch_size: int | None = option(None, "Sequences per device in evaluation; null is batch_size.", ge=1)
+    stop_metric: str | None = option(
+        None, "Stop training, with a checkpoint, once this metric of an evaluation during training reaches stop_value: "
+        "'mean_token_accuracy', 'reward', or 'loss', which has to fall to it."
+    )
+    stop_value: float | None = option(None, "See stop_metric.")
 
 
 @dataclass

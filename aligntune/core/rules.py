@@ -86,6 +86,10 @@ def _evaluation(values: Values, faults: list[str]) -> None:
         faults.append(f"evaluation.val_split_ratio and evaluation.{sources[0]}: give one source of evaluation data")
     if values["eval_steps"] is not None and not sources and values["val_split_ratio"] is None:
         faults.append("evaluation.eval_steps: no evaluation data: eval_dataset_name, eval_split or val_split_ratio")
+    if (values["stop_metric"] is None) != (values["stop_value"] is None):
+        faults.append("evaluation.stop_metric and evaluation.stop_value: give both or neither")
+    elif values["stop_metric"] is not None and values["eval_steps"] is None:
+        faults.append("evaluation.stop_metric: it is read when training evaluates: give eval_steps")
 
 
 def _lengths(values: Values, origin: Origin, faults: list[str], notices: list[str]) -> None:

@@ -11,19 +11,24 @@ import pytest
 from aligntune.builtin import arithmetic, docstrings, is_builtin, load_dataset, names
 from aligntune.errors import ConfigError
 
-QUESTION = re.compile(r"(?:What is|Compute|Find) (\d+) ([+-]) (\d+)[?.]")
+QUESTION = re.compile(r"What is (\d+) \+ (\d+)\?")
+
+
+SIZES = {"train": 9490, "test": 510}
+PINNED_TEST = ["What is 52 + 22?", "What is 4 + 43?", "What is 7 + 88?"]
+PINNED_TRAIN = ["What is 10 + 9?", "What is 3 + 43?", "What is 72 + 29?"]
 
 
 def solve(question):
-    left, sign, right = QUESTION.fullmatch(question).groups()
-    return int(left) + int(right) if sign == "+" else int(left) - int(right)
+    left, right = QUESTION.fullmatch(question).groups()
+    return int(left) + int(right)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_the_three_forms_of_arithmetic_agree_and_are_right(split):
     forms = ("", "-preference", "-prompts")
     chat, pairs, prompts = (load_dataset(f"builtin:arithmetic{form}", split) for form in forms)
-    assert len(chat) == len(pairs) == len(prompts) == {"train": 9588, "test": 512}[split]
+    assert len(chat) == len(pairs) == len(prompts) == SIZES[split]
     assert (chat.column_names, pairs.column_names, prompts.column_names) == (
         ["messages"], ["prompt", "chosen", "rejected"], ["prompt", "answer"])
     for row, pair, prompt in zip(chat, pairs, prompts, strict=True):
@@ -37,26 +42,19 @@ def test_the_three_forms_of_arithmetic_agree_and_are_right(split):
 
 def test_train_and_held_out_share_no_problem_in_either_order():
     def problems(split):
-        found = set()
-        for row in load_dataset("arithmetic", split):
-            left, sign, right = QUESTION.fullmatch(row["messages"][0]["content"]).groups()
-            found.add((sign, *sorted((int(left), int(right)))))
-        return found
+        rows = load_dataset("arithmetic", split)
+        return [tuple(map(int, QUESTION.fullmatch(row["messages"][0]["content"]).groups())) for row in rows]
 
     train, test = problems("train"), problems("test")
-    assert len(train) == 9588 and len(test) == 512  # no problem twice
-    assert not train & test
-    assert train | test == {(sign, a, b) for sign in "+-" for a in range(100) for b in range(a, 100)}
+    assert (len(train), len(test)) == (SIZES["train"], SIZES["test"])
+    assert len({*train}) == len(train) and len({*test}) == len(test)  # no row twice
+    assert not {tuple(sorted(p)) for p in train} & {tuple(sorted(p)) for p in test}
+    assert {*train, *test} == {(a, b) for a in range(100) for b in range(100)}
 
 
 def test_the_rows_are_pinned():
     assert [problem.question for problem in arithmetic.problems("test")[:3]] == PINNED_TEST
     assert [problem.question for problem in arithmetic.problems("train")[:3]] == PINNED_TRAIN
-    assert {problem.question.split()[0] for problem in arithmetic.problems("test")} == {"What", "Compute", "Find"}
-
-
-PINNED_TEST = ["Compute 44 + 8.", "Find 72 - 38.", "Compute 82 - 80."]
-PINNED_TRAIN = ["What is 32 + 70?", "Find 11 + 73.", "What is 18 - 5?"]
 
 
 def test_pydoc_is_this_pythons_documentation():

@@ -65,6 +65,9 @@ def around(name: str) -> dict:
         return {"use_peft": True}
     if name == "eval_steps":
         return {"val_split_ratio": 0.1}
+    if name in ("stop_metric", "stop_value"):
+        other = {"stop_metric": {"stop_value": 0.5}, "stop_value": {"stop_metric": "loss"}}[name]
+        return {"val_split_ratio": 0.1, "eval_steps": 2, **other}
     return {}
 
 
@@ -246,6 +249,8 @@ def test_embeddings_among_the_targets_become_modules_to_save() -> None:
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"eval_steps": 5}, "no evaluation data"),
+    ({"stop_value": 5.0}, "give both or neither"),
+    ({"stop_value": 5.0, "stop_metric": "loss"}, "give eval_steps"),
     ({"val_split_ratio": 0.1, "eval_split": "test"}, "one source of evaluation data"),
     ({"warmup_steps": 5, "warmup_ratio": 0.1}, "one of the two"),
     ({"model_name": ""}, "model_name: none given"),
