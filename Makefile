@@ -25,7 +25,7 @@ quickstart: $(STAMP)
 	$(BIN)/aligntune train quickstart
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-full: $(STAMP)
 	$(BIN)/python -m tests.full_report $(PYTEST_ARGS)
