@@ -65,14 +65,11 @@ def around(name: str) -> dict:
         return {"use_peft": True}
     if name == "eval_steps":
         return {"val_split_ratio": 0.1}
-    if name in ("stop_metric", "stop_value"):
-        other = {"stop_metric": {"stop_value": 0.5}, "stop_value": {"stop_metric": "loss"}}[name]
-        return {"val_split_ratio": 0.1, "eval_steps": 2, **other}
     return {}
 
 
 EVERY = [(algorithm, row) for algorithm in ALGORITHM_NAMES for row in option_table(algorithm).values()
-         if row.name != "algorithm"]
+         if row.name not in ("algorithm", "stop_metric", "stop_value")]
 
 
 @pytest.mark.parametrize(("algorithm", "row"), EVERY, ids=[f"{a}-{r.name}" for a, r in EVERY])
@@ -106,6 +103,15 @@ def test_explicit_beats_config_beats_algorithm_default_beats_default(algorithm: 
         stated = resolve({**base, row.name: default}, nested)
         assert getattr(stated.options, row.name) == default
         assert stated.origin[row.name] == "argument"
+
+
+@pytest.mark.parametrize(("name", "first", "second"), [("stop_metric", "loss", "reward"), ("stop_value", 0.5, 0.6)])
+def test_precedence_of_the_two_that_need_each_other(name: str, first: object, second: object) -> None:
+    config = {"evaluation": {"val_split_ratio": 0.1, "eval_steps": 2, "stop_metric": "loss", "stop_value": 0.5}}
+    base = {**BASE, "algorithm": "sft"}
+    assert getattr(resolve(base).options, name) is None
+    assert getattr(resolve(base, config).options, name) == first
+    assert getattr(resolve({**base, name: second}, config).options, name) == second
 
 
 def test_unset_counts_as_not_given() -> None:
