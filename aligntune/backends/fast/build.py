@@ -41,6 +41,7 @@ def build(job: Job, prepared: Prepared) -> Built:
 def _layout(job: Job, trainer: Trainer, attachment: Attachment) -> str:
     """Lay the rows of an SFT run's batches end to end where they can be, and say how they lie."""
     wanted = vars(job.options).get("padding_free", "auto")
+    why: str | None
     if not isinstance(trainer, FastSFT):
         why = "this trainer's batches are TRL's"
     elif wanted is False:

@@ -52,7 +52,7 @@ class FastSFT(SFT):
     def get_train_dataloader(self) -> Any:
         if not self.rows_end_to_end:
             return super().get_train_dataloader()
-        padded = self.data_collator
+        padded = self.data_collator  # type: ignore[has-type]
         self.data_collator = RowsEndToEnd(self._tokenizer.pad_token_id)
         try:
             return super().get_train_dataloader()

@@ -88,7 +88,7 @@ def attention_reference(
         if window is not None and stop - start > window:
             at = torch.arange(stop - start, device=q.device)
             mask = (at[:, None] >= at) & (at[:, None] - at < window)
-        row = (x[:, :, start:stop] for x in (q, k, v))
-        outs.append(scaled_dot_product_attention(*row, attn_mask=mask, is_causal=mask is None, scale=scale,
-                                                 enable_gqa=True))
+        q_row, k_row, v_row = (x[:, :, start:stop] for x in (q, k, v))
+        outs.append(scaled_dot_product_attention(q_row, k_row, v_row, attn_mask=mask, is_causal=mask is None,
+                                                 scale=scale, enable_gqa=True))
     return torch.cat(outs, dim=2).transpose(1, 2).contiguous()
