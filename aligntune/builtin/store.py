@@ -1,7 +1,7 @@
 """Put a trained `builtin:tiny` into the package as `builtin:tiny-instruct`.
 
-    aligntune train tiny-instruct
-    python -m aligntune.builtin.store runs/tiny-instruct/checkpoint-N
+    aligntune train tiny-instruct precision=fp32
+    python -m aligntune.builtin.store runs/tiny-instruct/2-sft/checkpoint-N
 
 The weights are stored in bfloat16; the config says float32, so every loader widens them again.
 """
