@@ -109,13 +109,15 @@ class Case:
     num_warps: int = 4
     num_stages: int = 3
     maxnreg: int | None = None
+    enable_fp_fusion: bool = True
 
 
 @dataclass(frozen=True)
 class Resources:
     """What the compiler made: registers a thread, spill instructions (LDL/STL in SASS), stack and shared-memory bytes.
 
-    `loads` counts global loads by width in bits, `stores` global stores; `mma` counts tensor-core instructions.
+    `loads` counts global loads by width in bits, `stores` global stores; `mma` counts tensor-core instructions;
+    `half_fmas` the products of half-precision numbers that were fused with a sum, and so not rounded.
     """
 
     registers: int
@@ -125,6 +127,7 @@ class Resources:
     loads: dict[int, int]
     stores: dict[int, int]
     mma: int
+    half_fmas: int
 
 
 _pending: list[Case] = []
@@ -138,6 +141,7 @@ def sm90_case(
     num_warps: int = 4,
     num_stages: int = 3,
     maxnreg: int | None = None,
+    enable_fp_fusion: bool = True,
 ) -> Case:
     """Register a compile of `kernel` (a kernel object or "module:name") and return its key for `resources`.
 
@@ -146,7 +150,8 @@ def sm90_case(
     divisible, 2^31 and more are i64. Pointers are taken as 16-byte aligned.
     """
     name = kernel if isinstance(kernel, str) else f"{kernel.fn.__module__}:{kernel.fn.__name__}"
-    case = Case(name, tuple(signature.items()), tuple(constexprs.items()), num_warps, num_stages, maxnreg)
+    case = Case(name, tuple(signature.items()), tuple(constexprs.items()), num_warps, num_stages, maxnreg,
+                enable_fp_fusion)
     if case not in _results and case not in _pending:
         _pending.append(case)
     return case
@@ -216,11 +221,12 @@ def _compile(case: dict[str, Any], workdir: str) -> dict[str, Any]:
             attrs[(index,)] = [["tt.divisibility", 16]]
         signature[arg] = value
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    options = {key: case[key] for key in ("num_warps", "num_stages", "maxnreg")}
+    options = {key: case[key] for key in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     binary = Path(workdir) / "kernel.cubin"
     binary.write_bytes(compiled.asm["cubin"])
-    return _read_binary(binary, compiled.metadata.shared)
+    fused = len(re.findall(r"\bfma\.rn\.(?:bf16|f16)", compiled.asm["ptx"]))
+    return _read_binary(binary, compiled.metadata.shared) | {"half_fmas": fused}
 
 
 def _read_binary(binary: Path, dynamic_shared: int) -> dict[str, Any]:

@@ -65,7 +65,8 @@ def test_ten_steps_of_torch_adamw(fn, numel, max_norm, device):
         assert torch.equal(grad, kept), "the gradient is read, not scaled in place"
     assert clipped > 0 or max_norm is None or numel < 5003
     assert int(ours["step"]) == 10
-    assert_same(ours["param"], theirs.detach())
+    # A parameter on its way to 0 keeps the rounding errors of its earlier, larger self: 10 of half a unit of 2.
+    assert_same(ours["param"], theirs.detach(), atol=10 * 2**-23)
     state = optimizer.state[theirs]
     assert_same(ours["exp_avg"], state["exp_avg"])
     assert_same(ours["exp_avg_sq"], state["exp_avg_sq"], atol=1e-12)
