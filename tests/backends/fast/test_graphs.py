@@ -1,0 +1,100 @@
+"""Captured steps: the same bits as launched ones, over accumulation, shapes seen once, and evaluation in between."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from aligntune import create_sft_trainer
+from aligntune.backends.fast import graphs
+from aligntune.builtin import load_tokenizer
+
+pytestmark = pytest.mark.gpu
+WORDS = ["alpha", "beta", "gamma", "delta", "one", "two", "three", "four"]
+
+
+def model() -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.1,
+    )).cuda()  # fmt: skip
+
+
+def rows(lengths: tuple[int, ...], count: int = 64) -> list[dict[str, str]]:
+    """Rows of so many words; where they are to be equal, of one and the same word."""
+    draw, words = random.Random(0), WORDS if len(lengths) > 1 else WORDS[:1]
+    return [{"text": " ".join(draw.choices(words, k=draw.choice(lengths)))} for _ in range(count)]
+
+
+def train(tmp_path: Any, data: list[dict[str, str]], *, steps: int = 16, **options: Any) -> Any:
+    trainer = create_sft_trainer(
+        model(), data, backend="fast", tokenizer_name=load_tokenizer("builtin:tiny"), use_peft=True, lora_r=8,
+        lora_dropout=0.0, batch_size=4, max_steps=steps, learning_rate=3e-3, output_dir=str(tmp_path), overwrite=True,
+        logging_steps=1, progress=False, gradient_checkpointing=False, lr_scheduler="constant", **options,
+    )  # fmt: skip
+    with torch.no_grad():
+        torch.manual_seed(5)
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.02)
+    trainer.train()
+    return trainer
+
+
+def history(trainer: Any, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.trainer.state.log_history if name in entry]
+
+
+def assert_same_run(captured: Any, launched: Any) -> None:
+    losses = history(captured, "loss")
+    assert losses[0] > 1 and losses[-1] < losses[0] - 0.5, losses
+    assert losses == history(launched, "loss")
+    assert history(captured, "grad_norm") == history(launched, "grad_norm")
+    ours, theirs = (
+        {name: p.detach() for name, p in one.model.named_parameters() if p.requires_grad}
+        for one in (captured, launched)
+    )
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(("accumulation", "precision"), [(1, "bf16"), (3, "bf16"), (1, "fp32")])
+@pytest.mark.parametrize("lengths", [(60,), (3, 5, 40, 60)], ids=["equal", "ragged"])
+def test_replayed_steps_are_launched_ones_to_the_bit(lengths, accumulation, precision, tmp_path, monkeypatch):
+    options = {"gradient_accumulation_steps": accumulation, "precision": precision}
+    captured = train(tmp_path / "captured", rows(lengths), **options)
+    monkeypatch.setattr("aligntune.backends.fast.build.eager_because", lambda _: "a test asked for it")
+    launched = train(tmp_path / "launched", rows(lengths), **options)
+    assert launched.trainer.graphed is None and captured.trainer.graphed.pairs
+    assert_same_run(captured, launched)
+    assert captured.attestation()["step"]["problems"] == []
+
+
+def test_more_shapes_than_graphs(tmp_path, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 1)
+    captured = train(tmp_path / "captured", rows((3, 5, 40, 60, 90)), steps=24)
+    assert len(captured.trainer.graphed.pairs) == 1 < len(captured.trainer.graphed.seen)
+    monkeypatch.setattr("aligntune.backends.fast.build.eager_because", lambda _: "a test asked for it")
+    assert_same_run(captured, train(tmp_path / "launched", rows((3, 5, 40, 60, 90)), steps=24))
+
+
+def test_evaluation_between_replays_changes_nothing(tmp_path):
+    data = rows((60,))
+    plain = train(tmp_path / "plain", data)
+    evaluated = train(tmp_path / "evaluated", data, eval_dataset_name=data[:8], eval_steps=2)
+    assert history(evaluated, "eval_loss")
+    assert_same_run(evaluated, plain)
+
+
+def test_memory_does_not_grow_with_the_number_of_graphs(tmp_path):
+    """Every pair lives in one pool, captured from one stream."""
+    few = train(tmp_path / "few", rows((60,)))
+    torch.cuda.synchronize()
+    one = torch.cuda.memory_reserved()
+    many = train(tmp_path / "many", rows((3, 20, 40, 60, 90), count=256), steps=64)
+    assert len(many.trainer.graphed.pairs) >= 4 > len(few.trainer.graphed.pairs)
+    assert torch.cuda.memory_reserved() < 2 * one + 2**28
