@@ -24,6 +24,8 @@ class AlgorithmSpec:
         online: it generates completions while it trains.
         needs_reward: it wants reward functions or a reward model.
         reference: it may compare with a frozen reference model.
+        groups: an online method that compares the completions of one prompt, so that it wants two or more.
+        without: common options that it does not take.
         differs: each difference of the published algorithm from TRL's own defaults, a sentence each.
     """
 
@@ -36,6 +38,8 @@ class AlgorithmSpec:
     online: bool = False
     needs_reward: bool = False
     reference: bool = False
+    groups: bool = True
+    without: tuple[str, ...] = ()
     differs: tuple[str, ...] = ()
 
 

@@ -163,7 +163,7 @@ class TrainSection:
 
 @dataclass
 class RolloutSection:
-    num_generations: int = option(8, "Completions per prompt (the group size G).", ge=2, audience="online")
+    num_generations: int = option(8, "Completions per prompt (the group size G).", ge=1, audience="online")
     max_completion_length: int = option(256, "Longest completion in tokens.", ge=1, audience="online")
     temperature: float = option(1.0, "Sampling temperature.", gt=0, audience="online")
     top_p: float = option(1.0, "Sample from the smallest set of tokens with this much probability.", gt=0, le=1,

@@ -95,7 +95,8 @@ def option_table(algorithm: str | None) -> dict[str, OptionInfo]:
 
 
 def _takes(spec: AlgorithmSpec, row: OptionInfo) -> bool:
-    return {"all": True, "online": spec.online, "offline": not spec.online, "sft": spec.name == "sft"}[row.audience]
+    audience = {"all": True, "online": spec.online, "offline": not spec.online, "sft": spec.name == "sft"}
+    return audience[row.audience] and row.name not in spec.without
 
 
 def takers(name: str) -> list[str]:

@@ -27,7 +27,10 @@ def check(values: Values, origin: Origin, spec: AlgorithmSpec, faults: list[str]
     _evaluation(values, faults)
     if spec.online:
         _lengths(values, origin, faults, notices)
-        _batch(values, origin, faults, notices, world_size())
+        if spec.groups:
+            _batch(values, origin, faults, notices, world_size())
+        else:
+            _rollout(values, faults, world_size())
         _rewards(values, faults)
     if values["warmup_steps"] is not None and origin["warmup_ratio"] in ("argument", "config"):
         faults.append("train.warmup_steps and train.warmup_ratio: give one of the two")
@@ -111,6 +114,10 @@ def _lengths(values: Values, origin: Origin, faults: list[str], notices: list[st
 def _batch(values: Values, origin: Origin, faults: list[str], notices: list[str], processes: int) -> None:
     """batch_size x accumulation x processes must divide by num_generations (one group is never split)."""
     batch, group = values["batch_size"], values["num_generations"]
+    if group < 2:
+        faults.append(f"rollout.num_generations = {group}: must be an integer >= 2, for completions of one prompt are "
+                      "compared")
+        return
     # What one round of generation makes: steps_per_generation micro-steps, by default one optimizer step's.
     steps_name = "steps_per_generation" if values["steps_per_generation"] else "gradient_accumulation_steps"
     steps = values[steps_name]
@@ -135,6 +142,14 @@ def _batch(values: Values, origin: Origin, faults: list[str], notices: list[str]
             faults.append(_pairs(batch, steps, processes, group, steps_name))
     else:
         faults.append(_pairs(batch, steps, processes, group, steps_name))
+
+
+def _rollout(values: Values, faults: list[str], processes: int) -> None:
+    """Where completions stand alone, a rollout still holds every completion of its prompts."""
+    count = values["batch_size"] * values["gradient_accumulation_steps"] * values["num_mini_batches"] * processes
+    if count % values["num_generations"]:
+        faults.append(f"rollout.num_generations = {values['num_generations']}: must divide the {count} completions of "
+                      "a rollout (batch_size x gradient_accumulation_steps x num_mini_batches x processes)")
 
 
 def _pairs(batch: int, steps: int, processes: int, group: int, steps_name: str) -> str:
