@@ -232,7 +232,9 @@ class MetricsLog(TrainerCallback):
         lengths = (getattr(self.trainer, "_metrics", None) or {}).get("train", {}).get("completions/mean_length")
         batch = getattr(self.trainer.args, "generation_batch_size", None)
         if lengths and batch:
-            self.generated += sum(lengths) * batch
+            # Dynamic sampling draws more completions than it trains on.
+            drawn = self.trainer._metrics["train"].get("dynamic_sampling/drawn_completions") or [batch] * len(lengths)
+            self.generated += sum(length * count for length, count in zip(lengths, drawn, strict=True))
         now, tokens, generated = self._logged
         self._logged = (self.clock.training(), self.tokens, self.generated)
         seconds = self._logged[0] - now

@@ -6,13 +6,16 @@ import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from aligntune.algorithms.dapo import overlong_buffer
 from aligntune.backends._compat import warn_untested
 from aligntune.backends.base import Built, Prepared
 from aligntune.backends.loading import Precision, load_model, lora_config, precision_of
+from aligntune.backends.trl.dynamic_sampling import DynamicSampling
 from aligntune.backends.trl.options import trl_config
 from aligntune.backends.trl.trainers import TRAINERS, reference_from_memory
 from aligntune.core.model_hygiene import copy_model, forget_patched_forward
 from aligntune.errors import ConfigError, DataError
+from aligntune.rewards.overlong import SoftOverlong
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,6 +42,8 @@ def build(job: Job, prepared: Prepared, *, trainers: Mapping[str, type] = TRAINE
     forget_patched_forward(model)
     rewards = _rewards(job) if job.spec.online else []
     args = trl_config(job, precision, eval_rows=len(prepared.eval) if prepared.eval is not None else 0)
+    if job.spec.name == "dapo":
+        _overlong(job, args, rewards)
     peft_config = lora_config(job)
     kwargs: dict[str, Any] = {
         "model": model, "args": args, "train_dataset": prepared.train, "eval_dataset": prepared.eval,
@@ -58,8 +63,25 @@ def build(job: Job, prepared: Prepared, *, trainers: Mapping[str, type] = TRAINE
         with reference:
             trainer = trainers[job.spec.name](**kwargs)
     except ValueError as error:
-        raise ConfigError(f"{TRAINERS[job.spec.name].__mro__[2].__name__}: {error}") from error
+        theirs = next(kind for kind in trainers[job.spec.name].__mro__ if not kind.__module__.startswith("aligntune"))
+        raise ConfigError(f"{theirs.__name__}: {error}") from error
+    if isinstance(trainer, DynamicSampling):
+        trainer.dynamic_sampling = job.options.dynamic_sampling
+        trainer.max_resample_rounds = job.options.max_resample_rounds
     return Built(trainer, notices=[])
+
+
+def _overlong(job: Job, args: Any, rewards: list[Any]) -> None:
+    """Add DAPO's punishment of long completions to the rewards."""
+    longest = job.options.max_completion_length
+    buffer = overlong_buffer(job.options, longest)
+    if buffer > longest:
+        raise ConfigError(f"loss.overlong_buffer_len = {buffer}: must be at most max_completion_length = {longest}")
+    if buffer:
+        rewards.append(SoftOverlong(longest, buffer))
+        args.reward_weights = [*args.reward_weights, job.options.overlong_penalty_factor]
+        job.notices.append(f"soft overlong punishment: the last {buffer} of {longest} tokens of a completion cost up "
+                           f"to {job.options.overlong_penalty_factor:g} of its reward")
 
 
 def _packed(job: Job, rows: Any) -> Any:

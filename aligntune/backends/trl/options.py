@@ -7,7 +7,7 @@ import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from trl import DPOConfig, GRPOConfig, SFTConfig
+from trl import DPOConfig, GRPOConfig, RLOOConfig, SFTConfig
 
 from aligntune.backends._compat import config_kwargs
 from aligntune.core.rules import world_size
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from aligntune.core.resolve import Job
 
 CONFIGS: dict[str, type] = {
-    "sft": SFTConfig, "dpo": DPOConfig, "grpo": GRPOConfig, "gspo": GRPOConfig, "dapo": GRPOConfig,
-    "dr_grpo": GRPOConfig,
+    "sft": SFTConfig, "dpo": DPOConfig, "rloo": RLOOConfig, "grpo": GRPOConfig, "gspo": GRPOConfig,
+    "dapo": GRPOConfig, "dr_grpo": GRPOConfig,
 }
 
 SAME_FIELD: dict[str, str] = {
@@ -35,7 +35,9 @@ SAME_FIELD: dict[str, str] = {
     "precompute_ref_log_probs": "precompute_ref_log_probs", "use_weighting": "use_weighting",
     "epsilon": "epsilon", "epsilon_high": "epsilon_high", "scale_rewards": "scale_rewards",
     "importance_sampling_level": "importance_sampling_level", "sync_ref_model": "sync_ref_model",
-    "mask_truncated_completions": "mask_truncated_completions",
+    "mask_truncated_completions": "mask_truncated_completions", "delta": "delta",
+    "top_entropy_quantile": "top_entropy_quantile", "normalize_advantages": "normalize_advantages",
+    "reward_clip_range": "reward_clip_range",
     # rollouts
     "num_generations": "num_generations", "max_completion_length": "max_completion_length",
     "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",

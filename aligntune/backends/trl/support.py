@@ -17,7 +17,7 @@ class TRLBackend:
     """Hugging Face TRL, unmodified: its trainers and losses, with options set and data prepared by us."""
 
     name = "trl"
-    support = dict.fromkeys(("sft", "dpo", "grpo", "gspo", "dapo", "dr_grpo"), _YES)
+    support = dict.fromkeys(("sft", "dpo", "rloo", "grpo", "gspo", "dapo", "dr_grpo"), _YES)
     gates = (
         Gate("rollout_engine", ("fast",), "TRL generates with 'hf' and 'vllm'"),
         Gate("gradient_checkpointing", ("offload",), "TRL recomputes (True) or keeps (False) activations"),

@@ -1,4 +1,4 @@
-"""TRL's trainers with the two things changed that no option changes: who prepares the data, and telemetry.
+"""TRL's trainers with what no option changes: who prepares the data, no telemetry, and DAPO's dynamic sampling.
 
 Losses, generation, optimisation are TRL's own.
 """
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from trl import DPOTrainer, GRPOTrainer, SFTTrainer
+from trl import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
 
+from aligntune.backends.trl.dynamic_sampling import DynamicSampling
 from aligntune.core.model_hygiene import plain_forward
 from aligntune.core.run_dir import on_main_process
 from aligntune.errors import BackendUnavailableError
@@ -48,7 +49,15 @@ class GRPO(_Quiet, GRPOTrainer):
     """TRL's GRPOTrainer."""
 
 
-TRAINERS = {"sft": SFT, "dpo": DPO, "grpo": GRPO, "gspo": GRPO, "dapo": GRPO, "dr_grpo": GRPO}
+class DAPO(DynamicSampling, GRPO):
+    """TRL's GRPOTrainer on batches whose groups have a spread of rewards."""
+
+
+class RLOO(_Quiet, RLOOTrainer):
+    """TRL's RLOOTrainer."""
+
+
+TRAINERS = {"sft": SFT, "dpo": DPO, "rloo": RLOO, "grpo": GRPO, "gspo": GRPO, "dapo": DAPO, "dr_grpo": GRPO}
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from aligntune.core.resolve import Job, resolve
 from aligntune.errors import ConfigError, DataError, UnsupportedAlgorithmError
 from tests.core import tiny
 
-ONLINE = ("grpo", "gspo", "dapo", "dr_grpo")
+ONLINE = ("rloo", "grpo", "gspo", "dapo", "dr_grpo")
 ALGORITHMS = ("sft", "dpo", *ONLINE)
 SFT_LOSS = 5.6252174
 DPO_LOSS = 1.1806706
@@ -71,9 +71,6 @@ def parameters(model: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_each_algorithm_trains_three_steps(algorithm: str, adapters: bool, tmp_path: Any) -> None:
     options: dict[str, Any] = {"use_peft": True, "lora_r": 4} if adapters else {}
-    if algorithm == "dapo":
-        # A random model never ends its turn, so that overlong filtering would leave nothing to learn from.
-        options["mask_truncated_completions"] = False
     trainer = trainer_of(algorithm, tmp_path, **options)
     before = parameters(trainer.model)
     out = trainer.train()
@@ -111,7 +108,9 @@ def test_one_epoch_of_eight_rows_at_batch_four_is_two_steps(tmp_path: Any) -> No
     ("gspo", {"loss_type": "grpo", "importance_sampling_level": "sequence", "beta": 0.0, "epsilon": 3e-4,
               "epsilon_high": 4e-4, "steps_per_generation": 4}),
     ("dapo", {"loss_type": "dapo", "importance_sampling_level": "token", "beta": 0.0, "epsilon": 0.2,
-              "epsilon_high": 0.28, "mask_truncated_completions": True}),
+              "epsilon_high": 0.28, "mask_truncated_completions": False, "reward_weights": [1.0, 1.0]}),
+    ("rloo", {"beta": 0.05, "epsilon": 0.2, "epsilon_high": None, "normalize_advantages": False,
+              "reward_clip_range": None, "num_iterations": 1}),
     ("dr_grpo", {"loss_type": "dr_grpo", "importance_sampling_level": "token", "beta": 0.0, "scale_rewards": "none"}),
 ])
 def test_published_constants_reach_trl(algorithm: str, expected: dict, tmp_path: Any) -> None:
@@ -250,8 +249,8 @@ def test_gates_of_the_backend() -> None:
 
 
 def test_overlong_filtering_leaves_truncated_completions_out(tmp_path: Any) -> None:
-    """No completion may end, so every one is cut: with DAPO's default nothing may move."""
-    trainer = trainer_of("dapo", tmp_path, trainer_options={"generation_kwargs": {"suppress_tokens": [2]}})
+    """No completion may end, so every one is cut: nothing may move."""
+    trainer = trainer_of("dapo", tmp_path, mask_truncated_completions=True, trainer_options={"generation_kwargs": {"suppress_tokens": [2]}})
     before = parameters(trainer.model)
     trainer.train()
     assert all(torch.equal(before[name], value) for name, value in trainer.model.named_parameters())
