@@ -250,7 +250,8 @@ def test_gates_of_the_backend() -> None:
 
 def test_overlong_filtering_leaves_truncated_completions_out(tmp_path: Any) -> None:
     """No completion may end, so every one is cut: nothing may move."""
-    trainer = trainer_of("dapo", tmp_path, mask_truncated_completions=True, trainer_options={"generation_kwargs": {"suppress_tokens": [2]}})
+    trainer = trainer_of("dapo", tmp_path, mask_truncated_completions=True,
+                         trainer_options={"generation_kwargs": {"suppress_tokens": [2]}})
     before = parameters(trainer.model)
     trainer.train()
     assert all(torch.equal(before[name], value) for name, value in trainer.model.named_parameters())
