@@ -1,0 +1,102 @@
+"""The critic that a PPO job asks for."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from aligntune.backends.loading import nf4_config
+from aligntune.backends.trl.ppo_critic import backbone_of
+from aligntune.backends.trl.reward_model import RewardModel
+from aligntune.builtin import is_builtin, model_path
+from aligntune.core.model_hygiene import copy_model, keep_4bit_layout
+from aligntune.errors import AlignTuneError, ConfigError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from aligntune.backends.loading import Precision
+    from aligntune.core.resolve import Job
+
+
+def value_model(job: Job, model: Any, precision: Precision, peft_config: LoraConfig | None, rewards: list[Any]) -> Any:
+    """The critic's model, with gradients on what it trains; None where a head on the policy's trunk is asked for.
+
+    Under LoRA the critic is its base with adapters of its own, of the policy's configuration.
+
+    Raises:
+        AlignTuneError: it cannot be loaded.
+        ConfigError: 'reward' without a reward model, or a model that does not read from left to right.
+    """
+    wanted = job.options.value_model_name
+    if wanted is None:
+        job.notices.append("critic: a value head on the policy's trunk; value_model_name gives it a model of its own")
+        return None
+    trains = None
+    if wanted == "policy":
+        trains = {name for name, value in model.named_parameters() if value.requires_grad}
+        critic = copy_model(model)
+    elif wanted == "reward":
+        scorer = next((reward for reward in rewards if isinstance(reward, RewardModel)), None)
+        if scorer is None:
+            raise ConfigError("loss.value_model_name = 'reward': there is no reward_model_name to copy")
+        critic = copy_model(scorer.model)
+    else:
+        critic = _load(wanted, job, precision) if isinstance(wanted, str) else wanted
+    _check(critic, wanted, model)
+    keep_4bit_layout(critic)
+    if hasattr(critic, "peft_config"):
+        for name, value in critic.named_parameters():
+            value.requires_grad_("lora_" in name if trains is None else name in trains)
+    elif peft_config is not None:
+        _add_adapters(critic, peft_config, job.options.seed)
+    elif getattr(critic, "is_loaded_in_4bit", False):
+        raise ConfigError("loss.value_model_name: a 4-bit critic cannot be trained whole; use_peft=True gives it "
+                          "adapters")
+    else:
+        critic.float().requires_grad_(True)
+    return critic
+
+
+def _check(critic: Any, wanted: Any, model: Any) -> None:
+    base = critic.get_base_model() if hasattr(critic, "peft_config") else critic
+    one_way = base.get_output_embeddings() is not None or isinstance(getattr(base, "score", None), torch.nn.Linear)
+    name = wanted if isinstance(wanted, str) else type(base).__name__
+    if not one_way or getattr(base.config, "is_encoder_decoder", False):
+        raise ConfigError(f"loss.value_model_name: {name} is no causal model, whose value of a token would not see the "
+                          "tokens after it")
+    sizes = [one.config.get_text_config().vocab_size for one in (base, model)]
+    if sizes[0] < sizes[1]:
+        raise ConfigError(f"loss.value_model_name: {name} has {sizes[0]} tokens, the policy {sizes[1]}: the critic "
+                          "reads the policy's ids")
+
+
+def _add_adapters(critic: Any, peft_config: LoraConfig, seed: int) -> None:
+    from peft import inject_adapter_in_model
+
+    config = copy.deepcopy(peft_config)
+    backbone = backbone_of(critic)
+    names = {name.rpartition(".")[2] for name, _ in backbone.named_modules()}
+    config.modules_to_save = [name for name in config.modules_to_save or [] if name in names] or None
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, backbone)
+
+
+def _load(name: str, job: Job, precision: Precision) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    source = str(model_path(name)) if is_builtin(name) else name
+    kwargs: dict[str, Any] = {"trust_remote_code": job.options.trust_remote_code}
+    if job.options.quantization == "nf4":
+        kwargs |= {"quantization_config": nf4_config(precision), "device_map": {"": precision.device}}
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=job.options.trust_remote_code)
+        scores = any("SequenceClassification" in kind for kind in config.architectures or [])
+        kind: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+        dtype = precision.dtype if job.options.use_peft else torch.float32
+        return kind.from_pretrained(source, dtype=dtype, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        raise AlignTuneError(f"the critic {name!r} cannot be loaded: {error}") from error

@@ -1,0 +1,134 @@
+"""Reward models as reward functions: any sequence-classification model, in batches, with its own tokenizer."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from aligntune.builtin import is_builtin, model_path
+from aligntune.errors import AlignTuneError, ConfigError
+
+if TYPE_CHECKING:
+    from aligntune.backends.loading import Precision
+    from aligntune.core.resolve import Job
+
+
+class RewardModel:
+    """f(prompts, completions, **columns) -> one score a completion, in the form of a reward function.
+
+    The score is the model's one output; of two, the log-odds of the second label.
+
+    Args:
+        model: a sequence-classification model with one or two labels.
+        tokenizer: its tokenizer.
+        name: shown in logs.
+        template_from: the tokenizer that renders conversations; default: `tokenizer`.
+        batch_size: texts scored together.
+
+    Raises:
+        ConfigError: more than two labels.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, name: str, template_from: Any = None, batch_size: int = 8
+    ) -> None:
+        labels = model.config.num_labels
+        if labels not in (1, 2):
+            raise ConfigError(f"reward_model_name: {name} has {labels} labels; a reward has one (or two, of which the "
+                              "second is the good one)")
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.template_from = template_from or tokenizer
+        self.__name__ = name
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        # The model reads its score at the last token that is not this one.
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+    @torch.inference_mode()
+    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        scores: list[float] = []
+        for start in range(0, len(texts), self.batch_size):
+            encoded = self.tokenizer(
+                texts[start:start + self.batch_size], return_tensors="pt", padding=True, padding_side="right",
+                add_special_tokens=False,
+            ).to(self.model.device)
+            logits = self.model(**encoded).logits.float()
+            scores += (logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]).tolist()
+        return scores
+
+    def _text(self, prompt: Any, completion: Any) -> str:
+        if isinstance(prompt, str):
+            return prompt + completion
+        return self.template_from.apply_chat_template([*prompt, *completion], tokenize=False)
+
+
+def load_reward_model(job: Job, precision: Precision, policy_tokenizer: Any) -> RewardModel:
+    """The job's reward model, frozen, on its device: a path, a hub id, or a model object.
+
+    An object that names no checkpoint reads with the policy's tokenizer, which is said; so does, for conversations,
+    a model whose tokenizer has no chat template.
+
+    Raises:
+        AlignTuneError: it cannot be loaded.
+        ConfigError: it has no trained head, or no vocabulary for the policy's tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    given, options = job.options.reward_model_name, job.options
+    model = _load(given, job, precision) if isinstance(given, str) else given
+    source = given if isinstance(given, str) else getattr(model.config, "_name_or_path", "")
+    name = os.path.basename(source.rstrip("/")) if source else type(model).__name__
+    tokenizer = None
+    if source:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(_local(source), trust_remote_code=options.trust_remote_code)
+        except (OSError, ValueError, ImportError) as error:
+            if isinstance(given, str):
+                raise AlignTuneError(f"no tokenizer of the reward model {source!r} can be loaded: {error}") from error
+    if tokenizer is None:
+        vocabulary = model.config.get_text_config().vocab_size
+        if len(policy_tokenizer) > vocabulary:
+            raise ConfigError(f"reward_model_name: {name} names no tokenizer, and the policy's has "
+                              f"{len(policy_tokenizer)} tokens to its {vocabulary}")
+        job.notices.append(f"the reward model {name} names no tokenizer: it reads with the policy's")
+        tokenizer = policy_tokenizer
+    rendering = tokenizer
+    if tokenizer.chat_template is None and policy_tokenizer.chat_template is not None:
+        rendering = policy_tokenizer
+        job.notices.append(f"the reward model {name} has no chat template: conversations are rendered with the policy's")
+    if model.config.num_labels == 2:
+        job.notices.append(f"the reward model {name} has two labels: the reward is the log-odds of the second")
+    if getattr(model, "hf_device_map", None) is None and not getattr(model, "is_loaded_in_4bit", False):
+        model = model.to(_device(precision))
+    batch = max(options.batch_size, options.eval_batch_size or 0)
+    return RewardModel(model, tokenizer, name=name, template_from=rendering, batch_size=batch)
+
+
+def _device(precision: Precision) -> torch.device:
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.device("cuda", local) if precision.device == "cuda" else torch.device("cpu")
+
+
+def _local(name: str) -> str:
+    return str(model_path(name)) if is_builtin(name) else name
+
+
+def _load(name: str, job: Job, precision: Precision) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    kwargs: dict[str, Any] = {"trust_remote_code": job.options.trust_remote_code, "dtype": precision.dtype}
+    if precision.device == "cuda":
+        kwargs["device_map"] = {"": _device(precision).index}
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            _local(name), output_loading_info=True, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        raise AlignTuneError(f"the reward model {name!r} cannot be loaded: {error}") from error
+    if info["missing_keys"]:
+        raise ConfigError(f"reward_model_name: {name!r} is no reward model: it has no {sorted(info['missing_keys'])[0]}"
+                          "; `aligntune train` with algorithm 'reward' makes one")
+    return model
