@@ -22,7 +22,7 @@ from aligntune.backends.fast import ledger
 if TYPE_CHECKING:
     from transformers import Trainer
 
-MOST_GRAPHS = 24
+MOST_GRAPHS = 32
 _OUTPUTS = ("log_probs", "entropy", "is_top1", "label_mask")
 
 Batch = dict[str, Any]

@@ -183,6 +183,15 @@ def test_strict_makes_a_broken_promise_an_error(monkeypatch):
         attachment.attest(lambda: model(**batch()).loss.backward())
 
 
+def test_a_ledger_within_a_ledger_closes_itself_and_no_other():
+    """A graph captured in the attested step, before anything was written: both ledgers are empty, so they look alike."""
+    with ledger.writing() as outer:
+        with ledger.writing() as inner:
+            pass
+        assert ledger._open == [outer] and inner is not outer
+    assert not ledger.attesting()
+
+
 def test_the_step_runs_once_and_its_error_ends_the_attestation():
     model = build("llama")
     attachment = attach(model)

@@ -173,7 +173,7 @@ def test_the_flat_batch() -> None:
     assert batch["labels"][0, :6].tolist() == [-100, 6, 7, -100, 9, -100]
     assert batch["shift_labels"][0, :6].tolist() == [6, 7, -100, 9, -100, -100]
     assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 64, 64, 64, 64, 64, 64]
-    assert batch["max_length_q"] == 64
+    assert batch["max_length_q"] == 1024
     assert "kept" not in batch
 
 
@@ -182,15 +182,22 @@ def test_kept_names_every_position_with_a_label() -> None:
     batch = RowsEndToEnd(0)([{"input_ids": [4] * 1000, "labels": labels}])
     kept = batch["kept"]
     assert kept[kept >= 0].tolist() == (batch["shift_labels"][0] != IGNORED).nonzero().flatten().tolist()
-    assert len(kept) == bucket(100)
+    assert len(kept) == 250  # a quarter
+
+
+@pytest.mark.parametrize(("labelled", "size"), [(0, 256), (256, 256), (257, 512), (768, 768), (769, None)])
+def test_kept_comes_in_few_sizes(labelled: int, size: int | None) -> None:
+    labels = [-100] * (1024 - labelled) + [5] * labelled
+    batch = RowsEndToEnd(0)([{"input_ids": [4] * 1024, "labels": labels}])
+    assert (len(batch["kept"]) if size else "kept" not in batch) == (size or True)
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 1000, 4097, 8192, 100_000])
 def test_buckets_hold_and_waste_little(tokens: int) -> None:
     size = bucket(tokens)
     assert size >= tokens
-    assert size - tokens < max(64, tokens / 16 + 1)
-    assert len({bucket(t) for t in range(1, 8193)}) < 140
+    assert size - tokens < max(64, tokens / 8 + 1)
+    assert len({bucket(t) for t in range(1, 8193)}) < 60 and len({bucket(t) for t in range(4096, 8192)}) == 9
 
 
 # The op
