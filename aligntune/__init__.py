@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 from aligntune._version import __version__
 
 if TYPE_CHECKING:
-    from aligntune.core.backend_factory import BackendType, create_rl_trainer, create_sft_trainer, create_trainer
+    from aligntune.core.backend_factory import (
+        BackendType,
+        create_reward_trainer,
+        create_rl_trainer,
+        create_sft_trainer,
+        create_trainer,
+    )
     from aligntune.core.introspection import explain, list_algorithms, list_backends
     from aligntune.core.options import UNSET
     from aligntune.core.recipe_run import run_recipe
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "create_sft_trainer": "aligntune.core.backend_factory", "create_rl_trainer": "aligntune.core.backend_factory",
+    "create_reward_trainer": "aligntune.core.backend_factory",
     "create_trainer": "aligntune.core.backend_factory", "BackendType": "aligntune.core.backend_factory",
     "explain": "aligntune.core.introspection", "list_algorithms": "aligntune.core.introspection",
     "list_backends": "aligntune.core.introspection", "list_recipes": "aligntune.core.recipes",
@@ -45,8 +52,8 @@ _HOMES = {
 
 __all__ = [
     "UNSET", "AlignTrainer", "AlignTuneError", "BackendType", "BackendUnavailableError", "CheckpointError",
-    "ConfigError", "DataError", "NonFiniteError", "UnsupportedAlgorithmError", "__version__", "create_rl_trainer",
-    "create_sft_trainer", "create_trainer", "explain", "list_algorithms", "list_backends",
+    "ConfigError", "DataError", "NonFiniteError", "UnsupportedAlgorithmError", "__version__", "create_reward_trainer",
+    "create_rl_trainer", "create_sft_trainer", "create_trainer", "explain", "list_algorithms", "list_backends",
     "list_recipes", "run_recipe",
 ]
 

@@ -97,18 +97,23 @@ def _local(name: str) -> str:
     return str(model_path(name)) if is_builtin(name) else name
 
 
-def load_model(job: Job, precision: Precision) -> Any:
+def load_model(job: Job, precision: Precision, *, scores: bool = False) -> Any:
     """The job's model on its device: the object given as it is, or loaded in the storage type the job asks for.
+
+    Args:
+        scores: a reward model: one number a sequence in place of logits; from a language model, its head is new.
 
     Raises:
         AlignTuneError: it cannot be loaded; the message keeps the loader's reason.
         ConfigError: quantization contradicts the checkpoint, or a 4-bit base would train whole.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 
     options = job.options
     if not isinstance(options.model_name, str):
         model = options.model_name
+        if scores:
+            _must_score(model)
         _settle_quantization(job, getattr(model.config, "quantization_config", None))
         return model.to(precision.device) if _movable(model) else model
     source = _local(options.model_name)
@@ -128,10 +133,21 @@ def load_model(job: Job, precision: Precision) -> Any:
         kwargs["quantization_config"] = nf4_config(precision)
     if quantized or precision.device == "cuda":
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0)) if precision.device == "cuda" else "cpu"}
+    auto = AutoModelForCausalLM
+    if scores:
+        auto, kwargs["num_labels"] = AutoModelForSequenceClassification, 1
+        set_seed(options.seed)  # the new head is drawn here
     try:
-        return AutoModelForCausalLM.from_pretrained(source, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
+        return auto.from_pretrained(source, **kwargs)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:  # RuntimeError: weights of other shapes
         raise AlignTuneError(f"{options.model_name!r} cannot be loaded: {error}") from error
+
+
+def _must_score(model: Any) -> None:
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    if "SequenceClassification" not in type(base).__name__:
+        raise ConfigError(f"model_name: a {type(base).__name__} object scores no sequences; save it and give the "
+                          "folder (it then gets a score head), or give a sequence-classification model")
 
 
 def nf4_config(precision: Precision) -> Any:
@@ -190,7 +206,7 @@ def lora_config(job: Job) -> LoraConfig | None:
     init = {"default": True}.get(options.lora_init, options.lora_init)
     alpha = options.lora_alpha
     return LoraConfig(
-        task_type=TaskType.CAUSAL_LM, r=options.lora_r,
+        task_type=TaskType.SEQ_CLS if job.spec.takes == "reward" else TaskType.CAUSAL_LM, r=options.lora_r,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         lora_dropout=options.lora_dropout, target_modules=options.lora_target_modules, bias=options.lora_bias,
         modules_to_save=options.modules_to_save, use_dora=options.use_dora, use_rslora=options.use_rslora,

@@ -126,6 +126,49 @@ def create_rl_trainer(
     return build_trainer(resolve(explicit, config, algorithms=RL_ALGORITHMS, what="create_rl_trainer"), callbacks)
 
 
+def create_reward_trainer(
+    model_name: Any = UNSET,
+    dataset_name: Any = UNSET,
+    *,
+    backend: str | BackendType | Unset = UNSET,
+    output_dir: str | os.PathLike[str] | None | Unset = UNSET,
+    num_epochs: float | Unset = UNSET,
+    max_steps: int | Unset = UNSET,
+    batch_size: int | Unset = UNSET,
+    learning_rate: float | Unset = UNSET,
+    max_seq_length: int | Unset = UNSET,
+    max_samples: int | None | Unset = UNSET,
+    system_prompt: str | None | Unset = UNSET,
+    config: Any = None,
+    callbacks: list[Any] | None = None,
+    **options: Any,
+) -> AlignTrainer:
+    """A trainer for a reward model on pairs; what it saves is a `reward_model_name` for online methods.
+
+    Args:
+        model_name: hub id, local folder or "builtin:NAME" of a language model, which gets a new score head, or of a
+            sequence-classification model; or an object of the latter.
+        dataset_name: as for `create_sft_trainer`: preference pairs, with a column `margin` or without.
+        config: YAML path, mapping or OmegaConf config; explicit arguments win over it.
+        callbacks: transformers callbacks to add.
+        **options: any other option, by its flat name; the list stands below.
+
+    Returns:
+        An `AlignTrainer`; `train()` trains.
+
+    Raises:
+        ConfigError: every unknown name, wrong type, value out of range and contradiction, all at once.
+        DataError: the dataset cannot be read, is of another kind, or has bad rows.
+        BackendUnavailableError, UnsupportedAlgorithmError: an explicit backend never falls back.
+    """
+    explicit = {
+        "model_name": model_name, "dataset_name": dataset_name, "backend": backend, "output_dir": output_dir,
+        "num_epochs": num_epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate,
+        "max_seq_length": max_seq_length, "max_samples": max_samples, "system_prompt": system_prompt, **options,
+    }
+    return build_trainer(resolve(explicit, config, algorithms=("reward",), what="create_reward_trainer"), callbacks)
+
+
 def create_trainer(config: Any, overrides: Mapping[str, Any] | None = None, **options: Any) -> AlignTrainer:
     """A trainer for whatever algorithm the config names; what `aligntune train` calls.
 
@@ -236,8 +279,10 @@ def _document() -> None:
     shared = [row for row in rows if row.audience in ("all", "offline")]
     sft = [row for row in rows if row.audience == "sft"]
     online = [row for row in rows if row.audience == "online"]
-    own = infos(ALGORITHMS.load("sft").options, "loss")
-    create_sft_trainer.__doc__ = f"{create_sft_trainer.__doc__}\n    Options:\n\n{describe([*shared, *sft, *own])}\n"
+    offline = ((create_sft_trainer, "sft", [*shared, *sft]), (create_reward_trainer, "reward", shared))
+    for factory, name, common in offline:
+        own = infos(ALGORITHMS.load(name).options, "loss")
+        factory.__doc__ = f"{factory.__doc__}\n    Options:\n\n{describe([*common, *own])}\n"
     text = f"{create_rl_trainer.__doc__}\n    Options:\n\n{describe(shared)}\n\n    Online algorithms:\n\n"
     text += describe(online)
     for name in RL_ALGORITHMS:

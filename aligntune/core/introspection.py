@@ -51,8 +51,8 @@ TAKES = {
     "sft": "text, messages, Alpaca rows, prompt-completion pairs; of preference pairs the chosen side",
     "preference": "preference pairs: prompt, chosen, rejected (strings or messages; the prompt may be inside both)",
     "prompts": "prompts, with what the rewards read (a reference answer, say); preference pairs give their prompts",
-    "unpaired": "prompt, completion and a label, good or bad",
-    "reward": "preference pairs",
+    "unpaired": "prompt, completion and a label, good or bad; preference pairs give one of each",
+    "reward": "preference pairs: prompt, chosen, rejected; a column margin says by how much chosen is better",
 }
 
 

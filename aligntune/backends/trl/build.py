@@ -12,6 +12,8 @@ from aligntune.backends.base import Built, Prepared
 from aligntune.backends.loading import Precision, load_model, lora_config, precision_of
 from aligntune.backends.trl.dynamic_sampling import DynamicSampling
 from aligntune.backends.trl.options import trl_config
+from aligntune.backends.trl.ppo_build import value_model
+from aligntune.backends.trl.reward_model import load_reward_model
 from aligntune.backends.trl.trainers import TRAINERS, reference_from_memory
 from aligntune.core.model_hygiene import copy_model, forget_patched_forward
 from aligntune.errors import ConfigError, DataError
@@ -37,10 +39,10 @@ def build(job: Job, prepared: Prepared, *, trainers: Mapping[str, type] = TRAINE
     warn_untested()
     precision = precision_of(job)
     job.notices.append(f"precision: {precision.why}")
-    model = load_model(job, precision)
+    model = load_model(job, precision, scores=job.spec.takes == "reward")
     # Another trainer's patched forward would stay under this one's, and follow that trainer's model.
     forget_patched_forward(model)
-    rewards = _rewards(job) if job.spec.online else []
+    rewards = _rewards(job, precision, prepared.tokenizer) if job.spec.online else []
     args = trl_config(job, precision, eval_rows=len(prepared.eval) if prepared.eval is not None else 0)
     if job.spec.name == "dapo":
         _overlong(job, args, rewards)
@@ -52,11 +54,15 @@ def build(job: Job, prepared: Prepared, *, trainers: Mapping[str, type] = TRAINE
     reference: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if job.spec.name == "sft" and job.options.packing:
         kwargs["train_dataset"] = _packed(job, prepared.train)
-    elif job.spec.name == "dpo":
-        kwargs["ref_model"] = _dpo_reference(job, model, precision, peft_config is not None)
+    elif job.spec.reference and not job.spec.online:
+        if job.spec.takes == "unpaired":
+            job.notices += _unpaired_notices(job, prepared.train)
+        kwargs["ref_model"] = _reference(job, model, precision, peft_config is not None)
     elif job.spec.online:
         _enough_prompts(args, prepared.train)
         kwargs["reward_funcs"] = rewards
+        if job.spec.name == "ppo":
+            kwargs["value_model"] = value_model(job, model, precision, peft_config, rewards)
         if args.beta and peft_config is None and not hasattr(model, "peft_config"):
             reference = reference_from_memory(model)
     try:
@@ -98,7 +104,26 @@ def _packed(job: Job, rows: Any) -> Any:
     return packed
 
 
-def _dpo_reference(job: Job, model: PreTrainedModel, precision: Precision, adapters: bool) -> Any:
+def _unpaired_notices(job: Job, rows: Any) -> list[str]:
+    """What KTO's user should know of the rows: the weights that their labels ask for, a last batch without a KL."""
+    options, notices = job.options, []
+    good = sum(rows["label"])
+    bad = len(rows) - good
+    if not good or not bad:
+        notices.append(f"all {len(rows)} completions are labelled {'good' if good else 'bad'}: nothing pulls the other "
+                       "way")
+    elif not 1 <= (ratio := options.desirable_weight * good / max(options.undesirable_weight * bad, 1e-9)) <= 4 / 3:
+        notices.append(
+            f"{good} good and {bad} bad completions: desirable_weight x good is {ratio:.2g} times undesirable_weight x "
+            f"bad, and 1 to 1.33 is advised: desirable_weight {options.undesirable_weight * bad / good:.3g} to "
+            f"{4 / 3 * options.undesirable_weight * bad / good:.3g} would be"
+        )
+    if options.loss_type == "kto" and len(rows) % options.batch_size == 1:
+        notices.append("the last batch of an epoch has one row, whose mismatched completion is its own")
+    return notices
+
+
+def _reference(job: Job, model: PreTrainedModel, precision: Precision, adapters: bool) -> Any:
     """The reference model, from memory; None where TRL takes the base with adapters off."""
     source = job.options.ref_model_name
     if source is not None and not isinstance(source, str):
@@ -115,7 +140,7 @@ def _dpo_reference(job: Job, model: PreTrainedModel, precision: Precision, adapt
     return copy_model(model)
 
 
-def _rewards(job: Job) -> list[Any]:
+def _rewards(job: Job, precision: Precision, tokenizer: Any) -> list[Any]:
     """Reward functions, then the reward model; their weights go back into the job, one each."""
     from aligntune.rewards import resolve_rewards
 
@@ -124,7 +149,7 @@ def _rewards(job: Job) -> list[Any]:
     functions, own = resolve_rewards(given, weights[: len(given)] if weights else None)
     last = [] if model is None else [weights[-1] if weights else 1.0]
     job.set("reward_function_weights", [*map(float, own or [1.0] * len(functions)), *last])
-    return [*functions, *([model] if model is not None else [])]
+    return [*functions, *([load_reward_model(job, precision, tokenizer)] if model is not None else [])]
 
 
 def _enough_prompts(args: Any, rows: Any) -> None:

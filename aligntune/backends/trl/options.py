@@ -7,9 +7,11 @@ import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from trl import DPOConfig, GRPOConfig, RLOOConfig, SFTConfig
+from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, RLOOConfig, SFTConfig
 
 from aligntune.backends._compat import config_kwargs
+from aligntune.backends.trl.offline import CPOConfig, ORPOConfig
+from aligntune.backends.trl.ppo_config import PPOConfig
 from aligntune.core.rules import world_size
 from aligntune.errors import ConfigError, nearest
 
@@ -18,8 +20,10 @@ if TYPE_CHECKING:
     from aligntune.core.resolve import Job
 
 CONFIGS: dict[str, type] = {
-    "sft": SFTConfig, "dpo": DPOConfig, "rloo": RLOOConfig, "grpo": GRPOConfig, "gspo": GRPOConfig,
-    "dapo": GRPOConfig, "dr_grpo": GRPOConfig,
+    "sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ipo": DPOConfig, "kto": KTOConfig,
+    "orpo": ORPOConfig, "simpo": CPOConfig, "cpo": CPOConfig,
+    "rloo": RLOOConfig, "grpo": GRPOConfig, "gspo": GRPOConfig,
+    "dapo": GRPOConfig, "dr_grpo": GRPOConfig, "ppo": PPOConfig,
 }
 
 SAME_FIELD: dict[str, str] = {
@@ -38,6 +42,13 @@ SAME_FIELD: dict[str, str] = {
     "mask_truncated_completions": "mask_truncated_completions", "delta": "delta",
     "top_entropy_quantile": "top_entropy_quantile", "normalize_advantages": "normalize_advantages",
     "reward_clip_range": "reward_clip_range",
+    "center_rewards_coefficient": "center_rewards_coefficient", "desirable_weight": "desirable_weight",
+    "undesirable_weight": "undesirable_weight", "cpo_alpha": "cpo_alpha", "simpo_gamma": "simpo_gamma",
+    **{name: name for name in (
+        "num_ppo_epochs", "num_mini_batches", "cliprange", "cliprange_value", "vf_coef", "entropy_coef", "gamma", "lam",
+        "kl_coef", "kl_estimator", "kl_control", "kl_goal", "kl_gain", "target_kl", "whiten_rewards",
+        "whiten_advantages", "missing_eos_penalty", "value_learning_rate",
+    )},
     # rollouts
     "num_generations": "num_generations", "max_completion_length": "max_completion_length",
     "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
@@ -46,6 +57,8 @@ SAME_FIELD: dict[str, str] = {
 }
 
 FIXED: dict[str, dict[str, Any]] = {
+    "ipo": {"loss_type": ["ipo"]},
+    "simpo": {"loss_type": "simpo"},
     "grpo": {"use_bias_correction_kl": False},
     # "grpo" counts each sequence once, as GSPO's equation 5 does; TRL's default would weight it by its length.
     "gspo": {"importance_sampling_level": "sequence", "loss_type": "grpo", "use_bias_correction_kl": False},
@@ -76,14 +89,19 @@ def trl_config(job: Job, precision: Precision, *, eval_rows: int) -> Any:
                    "padding_free": options.padding_free is True}
         if options.packing:
             kwargs["max_length"] = options.max_seq_length
-    elif name == "dpo":
+    elif not job.spec.online:
         if options.padding_free is True:
-            raise ConfigError("data.padding_free = True: TRL's DPO takes it and pads all the same; leave it at 'auto'")
+            raise ConfigError(f"data.padding_free = True: TRL's {name} pads all the same; leave it at 'auto'")
         kwargs["max_length"] = options.max_seq_length
-        loss = options.loss_type
-        kwargs["loss_type"] = [loss] if isinstance(loss, str) else list(loss)
+        if name == "dpo":
+            loss = options.loss_type
+            kwargs["loss_type"] = [loss] if isinstance(loss, str) else list(loss)
+        if cls in (ORPOConfig, CPOConfig):
+            kwargs["remove_unused_columns"] = False  # their collator picks; they would set it and complain
     else:
         kwargs |= _rollout(job)
+        if name == "ppo" and options.use_peft and options.lora_dropout:
+            kwargs["disable_dropout"] = False  # it would turn off the dropout that was asked for
     kwargs |= FIXED.get(name, {})
     _pass_through(job, cls, fields, kwargs)
     try:

@@ -17,7 +17,10 @@ class TRLBackend:
     """Hugging Face TRL, unmodified: its trainers and losses, with options set and data prepared by us."""
 
     name = "trl"
-    support = dict.fromkeys(("sft", "dpo", "rloo", "grpo", "gspo", "dapo", "dr_grpo"), _YES)
+    support = dict.fromkeys((
+        "sft", "reward", "dpo", "ipo", "kto", "orpo", "simpo", "cpo",
+        "rloo", "grpo", "gspo", "dapo", "dr_grpo", "ppo",
+    ), _YES)
     gates = (
         Gate("rollout_engine", ("fast",), "TRL generates with 'hf' and 'vllm'"),
         Gate("gradient_checkpointing", ("offload",), "TRL recomputes (True) or keeps (False) activations"),

@@ -17,23 +17,18 @@ from accelerate import PartialState
 from trl import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
 
 from aligntune.backends.trl.dynamic_sampling import DynamicSampling
+from aligntune.backends.trl.offline import CPO, KTO, ORPO, Quiet, Reward
+from aligntune.backends.trl.ppo import PPOTrainer
 from aligntune.core.model_hygiene import plain_forward
 from aligntune.core.run_dir import on_main_process
 from aligntune.errors import BackendUnavailableError
 
 
-class _Quiet:
-    """TRL trainers report their use to the hub when they are built; ours report nothing."""
-
-    def _send_telemetry(self) -> None:
-        return None
-
-
-class SFT(_Quiet, SFTTrainer):
+class SFT(Quiet, SFTTrainer):
     """TRL's SFTTrainer on rows that hold `input_ids` and `labels`."""
 
 
-class DPO(_Quiet, DPOTrainer):
+class DPO(Quiet, DPOTrainer):
     """TRL's DPOTrainer on rows that hold `prompt_ids`, `chosen_ids` and `rejected_ids`.
 
     TRL would tokenise again and drop rows without a word; the pre-flight has done both, out loud.
@@ -45,7 +40,7 @@ class DPO(_Quiet, DPOTrainer):
         return super()._prepare_dataset(dataset, *args, **kwargs)
 
 
-class GRPO(_Quiet, GRPOTrainer):
+class GRPO(Quiet, GRPOTrainer):
     """TRL's GRPOTrainer."""
 
 
@@ -53,11 +48,13 @@ class DAPO(DynamicSampling, GRPO):
     """TRL's GRPOTrainer on batches whose groups have a spread of rewards."""
 
 
-class RLOO(_Quiet, RLOOTrainer):
+class RLOO(Quiet, RLOOTrainer):
     """TRL's RLOOTrainer."""
 
 
-TRAINERS = {"sft": SFT, "dpo": DPO, "rloo": RLOO, "grpo": GRPO, "gspo": GRPO, "dapo": DAPO, "dr_grpo": GRPO}
+TRAINERS = {"sft": SFT, "reward": Reward, "dpo": DPO, "ipo": DPO, "kto": KTO, "orpo": ORPO, "simpo": CPO, "cpo": CPO,
+            "rloo": RLOO, "grpo": GRPO, "gspo": GRPO, "dapo": DAPO, "dr_grpo": GRPO,
+            "ppo": PPOTrainer}
 
 
 @contextlib.contextmanager

@@ -1,0 +1,96 @@
+"""TRL's trainers of methods on fixed data, on columns that the pre-flight made.
+
+What is changed is who prepares the rows: TRL would tokenise again, cut, and drop rows without a word.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from typing import Any
+
+from trl import KTOTrainer, RewardTrainer
+
+with warnings.catch_warnings():
+    # "may change or be removed": the version range of pyproject.toml answers that, not a line in every run.
+    warnings.filterwarnings("ignore", message=".*experimental.*")
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+from aligntune.data import with_kl_completions
+
+__all__ = ["CPO", "KTO", "ORPO", "CPOConfig", "ORPOConfig", "Quiet", "Reward"]
+
+
+class Quiet:
+    """TRL trainers report their use to the hub when they are built; ours report nothing."""
+
+    def _send_telemetry(self) -> None:
+        return None
+
+
+class Reward(Quiet, RewardTrainer):
+    """TRL's RewardTrainer on rows that hold `chosen_ids` and `rejected_ids` (and `margin`).
+
+    TRL takes such rows as they are and drops those above `max_length`; the pre-flight has made them bad rows.
+    """
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        if "chosen_ids" in dataset.column_names:
+            return dataset
+        return super()._prepare_dataset(dataset, *args, **kwargs)
+
+
+class KTO(Quiet, KTOTrainer):
+    """TRL's KTOTrainer on rows that hold `prompt_ids`, `completion_ids` and `label`."""
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        columns = dataset.column_names
+        if "prompt_ids" not in columns:
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if "KL_completion_ids" in columns:
+            return dataset
+        size = args.per_device_eval_batch_size
+        if dataset_name == "train":
+            # TRL never shuffles (the mismatched completions belong to fixed batches), and pairs come as a thousand
+            # good completions, then a thousand bad ones.
+            dataset = dataset.shuffle(seed=args.seed, keep_in_memory=True, load_from_cache_file=False)
+            size = args.per_device_train_batch_size
+        return with_kl_completions(dataset, size) if self.calculate_KL else dataset
+
+
+class _PairIds(Quiet):
+    """For trainers that tokenise text pairs row by row: `prompt_ids`, `chosen_ids`, `rejected_ids` as their columns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # TRL's newer trainers keep their metrics so; evaluation means over rows are made from them.
+        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        super().__init__(*args, **kwargs)
+
+    def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, list[int]]:
+        if "prompt_ids" not in feature:
+            return super().tokenize_row(feature, model)  # type: ignore[misc]
+        prompt = feature["prompt_ids"]
+        row = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+        for side in ("chosen", "rejected"):
+            answer = feature[f"{side}_ids"]
+            row |= {f"{side}_input_ids": prompt + answer, f"{side}_attention_mask": [1] * (len(prompt) + len(answer)),
+                    f"{side}_labels": [-100] * len(prompt) + answer}
+        return row
+
+    def store_metrics(self, metrics: dict[str, float], train_eval: str = "train") -> None:
+        super().store_metrics(metrics, train_eval)  # type: ignore[misc]
+        for name, value in metrics.items():
+            self._metrics[train_eval][name.removeprefix("eval_")].append(value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)  # type: ignore[misc]
+        self._metrics["train" if "loss" in logs else "eval"].clear()
+
+
+class ORPO(_PairIds, ORPOTrainer):
+    """TRL's experimental ORPOTrainer."""
+
+
+class CPO(_PairIds, CPOTrainer):
+    """TRL's experimental CPOTrainer, for CPO and SimPO."""
