@@ -57,29 +57,29 @@ class _Rollouts:
 
 @dataclass
 class _Drawn:
-    """The groups drawn for one generation batch, of all processes, in order."""
+    """The groups drawn for one generation batch, of all processes, in order; the first `wanted` are the sampler's."""
 
     wanted: int
     rounds: int = 0
-    kept: list[_Group] = field(default_factory=list)
-    flat: list[_Group] = field(default_factory=list)
+    groups: list[_Group] = field(default_factory=list)
 
     @property
-    def count(self) -> int:
-        return len(self.kept) + len(self.flat)
+    def kept(self) -> int:
+        return sum(group.spread for group in self.groups)
 
     @property
     def missing(self) -> int:
-        return max(0, self.wanted - len(self.kept))
+        return max(0, self.wanted - self.kept)
 
     def next_round(self, unit: int) -> int:
         """How many prompts to draw: as many as fill the batch at the rate so far; a multiple of `unit`."""
-        needed = math.ceil(self.missing * self.count / len(self.kept)) if self.kept else self.wanted
+        needed = math.ceil(self.missing * len(self.groups) / self.kept) if self.kept else self.wanted
         return min(self.wanted, math.ceil(needed / unit) * unit)
 
     def batch(self) -> list[_Group]:
-        """Kept groups first come first served; where the bound was reached, the first flat ones fill up."""
-        return [*self.kept[: self.wanted], *self.flat[: self.missing]]
+        """The sampler's groups, each flat one replaced while there is one with a spread."""
+        fresh = (group for group in self.groups[self.wanted :] if group.spread)
+        return [group if group.spread else next(fresh, group) for group in self.groups[: self.wanted]]
 
 
 class DynamicSampling:
@@ -124,12 +124,11 @@ class DynamicSampling:
         fresh: Iterator[dict[str, Any]] | None = None
         local = inputs
         while True:
-            for group in self._draw_groups(local):
-                (drawn.kept if group.spread else drawn.flat).append(group)
+            drawn.groups += self._draw_groups(local)
             if not drawn.missing or drawn.rounds == self.max_resample_rounds:
                 break
             if fresh is None:
-                fresh = self._fresh_rows({_key(group.rows[0][0]) for group in (*drawn.kept, *drawn.flat)})
+                fresh = self._fresh_rows({_key(group.rows[0][0]) for group in drawn.groups})
             drawn.rounds += 1
             rows = [dict(row) for row in _take(fresh, drawn.next_round(unit)) for _ in range(size)]
             share = len(rows) // processes
@@ -198,13 +197,12 @@ class DynamicSampling:
         metrics = self._metrics["train"]
         for key in [key for key in metrics if key.startswith("completions/")]:
             del metrics[key][marks.get(key, 0):]  # one entry a round; the ones below are of all rounds
-        every = [*drawn.kept, *drawn.flat]
-        dropped = [*drawn.kept[drawn.wanted :], *drawn.flat[drawn.missing :]]
+        trained = sum(len(row) for group in drawn.batch() for row in group.completion_ids)
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        ids = [row for group in every for row in group.completion_ids]
+        ids = [row for group in drawn.groups for row in group.completion_ids]
         lengths = [len(row) for row in ids]
         ended = [len(row) for row in ids if row[-1] in ends] or [0]
-        rewards = _total(torch.cat([group.rewards for group in every]), self.reward_weights)
+        rewards = _total(torch.cat([group.rewards for group in drawn.groups]), self.reward_weights)
         values = {
             "completions/mean_length": sum(lengths) / len(lengths),
             "completions/min_length": min(lengths), "completions/max_length": max(lengths),
@@ -214,9 +212,9 @@ class DynamicSampling:
             "dynamic_sampling/rounds": drawn.rounds,
             "dynamic_sampling/bound_reached": drawn.missing > 0,
             "dynamic_sampling/drawn_completions": len(ids),
-            "dynamic_sampling/discarded_completions": len(dropped) * self.num_generations,
-            "dynamic_sampling/discarded_tokens": sum(len(row) for group in dropped for row in group.completion_ids),
-            "dynamic_sampling/flat_groups": len(drawn.flat) / drawn.count,
+            "dynamic_sampling/discarded_completions": len(ids) - drawn.wanted * self.num_generations,
+            "dynamic_sampling/discarded_tokens": sum(lengths) - trained,
+            "dynamic_sampling/flat_groups": 1 - drawn.kept / len(drawn.groups),
             "dynamic_sampling/reward_drawn": torch.nanmean(rewards).item(),
         }
         for name, value in values.items():
