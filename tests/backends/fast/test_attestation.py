@@ -184,7 +184,7 @@ def test_strict_makes_a_broken_promise_an_error(monkeypatch):
 
 
 def test_a_ledger_within_a_ledger_closes_itself_and_no_other():
-    """A graph captured in the attested step, before anything was written: both ledgers are empty, so they look alike."""
+    """A graph captured in the attested step before anything was written: both are empty, so they look alike."""
     with ledger.writing() as outer:
         with ledger.writing() as inner:
             pass
