@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 # Every training starts with a full collection: without this each one walks a million objects of imported modules.
@@ -36,13 +36,23 @@ def tokenizer(*, template: str | None = TEMPLATE) -> Any:
 def llama(*, seed: int = 0, dropout: float = 0.0, **overrides: Any) -> LlamaForCausalLM:
     """About 40,000 parameters, every one of them a function of `seed`."""
     torch.manual_seed(seed)
+    return LlamaForCausalLM(_config(dropout, overrides))
+
+
+def scorer(*, seed: int = 0, **overrides: Any) -> LlamaForSequenceClassification:
+    """The same size with a score head in place of logits."""
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(_config(0.0, {"num_labels": 1} | overrides))
+
+
+def _config(dropout: float, overrides: dict[str, Any]) -> LlamaConfig:
     settings: dict[str, Any] = {
         "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
         "attention_dropout": dropout, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
         "initializer_range": 0.2, "tie_word_embeddings": False,
     }
-    return LlamaForCausalLM(LlamaConfig(**(settings | overrides)))
+    return LlamaConfig(**(settings | overrides))
 
 
 def text_rows(count: int = 16) -> Dataset:

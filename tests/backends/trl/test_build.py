@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from aligntune.algorithms import ALGORITHMS as TABLE
 from aligntune.backends.base import Prepared, require
 from aligntune.backends.trl.build import build
 from aligntune.backends.trl.support import BACKEND
@@ -18,7 +19,8 @@ from aligntune.errors import ConfigError, DataError, UnsupportedAlgorithmError
 from tests.core import tiny
 
 ONLINE = ("rloo", "grpo", "gspo", "dapo", "dr_grpo")
-ALGORITHMS = ("sft", "dpo", *ONLINE)
+OFFLINE = ("sft", "reward", "dpo", "ipo", "kto", "orpo", "simpo", "cpo")
+ALGORITHMS = (*OFFLINE, *ONLINE)
 SFT_LOSS = 5.6252174
 DPO_LOSS = 1.1806706
 """First losses of the seeded model on the rows below, as first computed (torch 2.13, fp32)."""
@@ -35,20 +37,27 @@ def rows(algorithm: str, count: int = 16) -> Dataset:
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    if algorithm == "sft":
+    takes = TABLE.load(algorithm).takes
+    if takes == "sft":
         made = [{"input_ids": ids(f"ask {i}: ") + ids(f"say {i * i}") + [2],
                  "labels": [-100] * len(ids(f"ask {i}: ")) + ids(f"say {i * i}") + [2]} for i in range(count)]
-    elif algorithm == "dpo":
+    elif takes in ("preference", "reward"):
         made = [{"prompt_ids": ids(f"say {i}"), "chosen_ids": ids(f" {i}" * (i % 3 + 1)) + [2],
                  "rejected_ids": ids(" no" * (i % 2 + 1)) + [2]} for i in range(count)]
+        if takes == "reward":
+            made = [{side: row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")} for row in made]
+    elif takes == "unpaired":
+        made = [{"prompt_ids": ids(f"say {i}"), "completion_ids": ids(f" {i}" * (i % 3 + 1)) + [2],
+                 "label": i % 3 > 0} for i in range(count)]
     else:
         made = [{"prompt": f"count to {i}:", "answer": str(i)} for i in range(count)]
     return Dataset.from_list(made)
 
 
 def job_of(algorithm: str, tmp_path: Any, model: Any = None, **options: Any) -> Job:
+    made = tiny.scorer if algorithm == "reward" else tiny.llama
     given: dict[str, Any] = {
-        "model_name": model if model is not None else tiny.llama(), "dataset_name": "in memory",
+        "model_name": model if model is not None else made(), "dataset_name": "in memory",
         "algorithm": algorithm, "backend": "trl", "output_dir": str(tmp_path), "max_steps": 3, "batch_size": 4,
         "learning_rate": 1e-3, "logging_steps": 1, "report_to": "none", "tokenizer_name": tiny.tokenizer(),
     }
@@ -78,7 +87,7 @@ def test_each_algorithm_trains_three_steps(algorithm: str, adapters: bool, tmp_p
     assert torch.isfinite(torch.tensor(out.training_loss))
     moved = [name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])]
     assert moved
-    assert all(("lora_" in name) == adapters for name in moved)
+    assert all(("lora_" in name or "score.modules_to_save" in name) == adapters for name in moved)
     assert (tmp_path / "checkpoint-3").is_dir()
 
 
@@ -212,7 +221,7 @@ def test_nothing_is_reported_to_the_hub(tmp_path: Any, monkeypatch: pytest.Monke
         raise AssertionError("telemetry was sent")
 
     monkeypatch.setattr(base, "send_telemetry", caught)
-    for algorithm in ("sft", "dpo", "grpo"):
+    for algorithm in ALGORITHMS:
         trainer_of(algorithm, tmp_path / algorithm)
 
 
