@@ -1,7 +1,8 @@
 """PPO in TRL's style: TRL's GRPOTrainer makes the rollouts, this one adds a critic, GAE, and passes of mini batches.
 
-Generation, rewards, log-probs, the reference, adapters and logs are GRPOTrainer's. A dataloader item is a rollout; TRL's
-sampler repeats it once for each micro-step that learns from it, and `_prepare_inputs` hands out the micro-batches.
+Generation, rewards, log-probs, the reference, adapters and logs are GRPOTrainer's. An item of the dataloader is the
+prompts of a rollout; TRL's sampler repeats it once for each micro-step that learns from it, and `_prepare_inputs` hands
+out the micro-batches.
 """
 
 from __future__ import annotations
@@ -272,8 +273,8 @@ class PPOTrainer(GRPOTrainer):
         if self.accelerator.num_processes == 1:
             return
         parameters = list(self.critic.trainable().values())
-        flat = torch.cat([
-            (torch.zeros_like(value) if value.grad is None else value.grad).reshape(-1).float() for value in parameters])
+        gradients = [torch.zeros_like(value) if value.grad is None else value.grad for value in parameters]
+        flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients])
         flat = self.accelerator.reduce(flat, reduction="mean")
         for value, part in zip(parameters, flat.split([value.numel() for value in parameters]), strict=True):
             value.grad = part.view_as(value).to(value.dtype)
@@ -366,9 +367,9 @@ class PPOTrainer(GRPOTrainer):
         ppo_state.save(self, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            ppo_state.load(self, checkpoint)
+            ppo_state.load(self, checkpoint)  # before the optimizer, which would not say that the critic is another
+        super()._load_optimizer_and_scheduler(checkpoint)
 
 
 class _CriticSteps(TrainerCallback):

@@ -99,7 +99,7 @@ def load_reward_model(job: Job, precision: Precision, policy_tokenizer: Any) -> 
     rendering = tokenizer
     if tokenizer.chat_template is None and policy_tokenizer.chat_template is not None:
         rendering = policy_tokenizer
-        job.notices.append(f"the reward model {name} has no chat template: conversations are rendered with the policy's")
+        job.notices.append(f"the reward model {name} has no chat template: the policy's renders conversations for it")
     if model.config.num_labels == 2:
         job.notices.append(f"the reward model {name} has two labels: the reward is the log-odds of the second")
     if getattr(model, "hf_device_map", None) is None and not getattr(model, "is_loaded_in_4bit", False):
