@@ -138,6 +138,9 @@ def _shared(job: Job, precision: Precision, eval_rows: int) -> dict[str, Any]:
 
 def _rollout(job: Job) -> dict[str, Any]:
     options = job.options
+    bounds = vars(options).get("reward_clip_range")
+    if bounds is not None and (len(bounds) != 2 or bounds[0] > bounds[1]):
+        raise ConfigError(f"loss.reward_clip_range = {bounds!r}: must be two numbers, the lower bound first")
     evaluation_batch = (options.eval_batch_size or options.batch_size) * world_size()
     return {
         # TRL wants whole groups in an evaluation batch too.

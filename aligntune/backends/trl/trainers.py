@@ -1,4 +1,4 @@
-"""TRL's trainers with what no option changes: who prepares the data, no telemetry, and DAPO's dynamic sampling.
+"""TRL's trainers with what no option changes: whose data, no telemetry, dynamic sampling, whole checkpoints.
 
 Losses, generation, optimisation are TRL's own.
 """
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from trl import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
 
@@ -40,7 +41,28 @@ class DPO(Quiet, DPOTrainer):
         return super()._prepare_dataset(dataset, *args, **kwargs)
 
 
-class GRPO(Quiet, GRPOTrainer):
+class _KeepsRollout:
+    """Mixin: a rollout under way is part of a checkpoint, as the random state is; TRL would sample another.
+
+    GSPO has one under way after three steps in four.
+    """
+
+    def _rollout_file(self: Any, folder: str) -> Path:
+        return Path(folder, f"rollout_{self.args.process_index}.pth")
+
+    def _save_rng_state(self: Any, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        if self._buffered_inputs is not None and self._step % (self.args.steps_per_generation * self.num_iterations):
+            torch.save(self._buffered_inputs, self._rollout_file(output_dir))
+
+    def _load_rng_state(self: Any, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None and self._rollout_file(checkpoint).is_file():
+            self._buffered_inputs = torch.load(
+                self._rollout_file(checkpoint), map_location=self.accelerator.device, weights_only=True)
+
+
+class GRPO(_KeepsRollout, Quiet, GRPOTrainer):
     """TRL's GRPOTrainer."""
 
 
@@ -48,7 +70,7 @@ class DAPO(DynamicSampling, GRPO):
     """TRL's GRPOTrainer on batches whose groups have a spread of rewards."""
 
 
-class RLOO(Quiet, RLOOTrainer):
+class RLOO(_KeepsRollout, Quiet, RLOOTrainer):
     """TRL's RLOOTrainer."""
 
 
