@@ -1,0 +1,1 @@
+"""Whole SFT steps of backend "fast" beside its peers, each through its own trainer, on one GPU."""
