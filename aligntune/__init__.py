@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from aligntune._version import __version__
 
 if TYPE_CHECKING:
+    from aligntune.compare import compare
     from aligntune.core.backend_factory import (
         BackendType,
         create_reward_trainer,
@@ -47,14 +48,14 @@ _HOMES = {
     "AlignTrainer": "aligntune.core.trainer", "AlignTuneError": "aligntune.errors",
     "BackendUnavailableError": "aligntune.errors", "CheckpointError": "aligntune.errors",
     "ConfigError": "aligntune.errors", "DataError": "aligntune.errors", "NonFiniteError": "aligntune.errors",
-    "UnsupportedAlgorithmError": "aligntune.errors",
+    "UnsupportedAlgorithmError": "aligntune.errors", "compare": "aligntune.compare",
 }
 
 __all__ = [
     "UNSET", "AlignTrainer", "AlignTuneError", "BackendType", "BackendUnavailableError", "CheckpointError",
-    "ConfigError", "DataError", "NonFiniteError", "UnsupportedAlgorithmError", "__version__", "create_reward_trainer",
-    "create_rl_trainer", "create_sft_trainer", "create_trainer", "explain", "list_algorithms", "list_backends",
-    "list_recipes", "run_recipe",
+    "ConfigError", "DataError", "NonFiniteError", "UnsupportedAlgorithmError", "__version__", "compare",
+    "create_reward_trainer", "create_rl_trainer", "create_sft_trainer", "create_trainer", "explain", "list_algorithms",
+    "list_backends", "list_recipes", "run_recipe",
 ]
 
 

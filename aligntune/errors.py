@@ -73,6 +73,12 @@ class RewardError(AlignTuneError, RuntimeError):
     exit_code = 8
 
 
+class ComparisonError(AlignTuneError, RuntimeError):
+    """Two arms that cannot be compared: one of them died."""
+
+    exit_code = 10
+
+
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """The choice closest in spelling to `name`, or None where none is close."""
     choices = list(choices)

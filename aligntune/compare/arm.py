@@ -1,0 +1,210 @@
+"""One arm of a comparison, in its own process: `python -m aligntune.compare.arm SPEC.json`.
+
+The spec says what to train and what to write down; `arm.json` beside it is the result, `log.txt` what was said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aligntune.errors import AlignTuneError, ConfigError
+
+RESULT, GRADIENTS, PROBE = "arm.json", "gradients.safetensors", "probe.safetensors"
+
+
+@dataclass
+class ArmSpec:
+    """What one process trains.
+
+    Args:
+        label: the arm's name in the report.
+        role: "a", "b", "oracle" or "yardstick".
+        repeat: which repeat, from 0.
+        config: the recipe, as a mapping.
+        overrides: options over it: the user's, then the arm's own.
+        folder: where its run and results lie.
+        seed: of weights, data order and sampling.
+        started: `time.time()` when the process was started.
+        setup: "module:function" called with the built AlignTrainer before training, or None.
+        peer: a name of `peers.PEERS`, or None for a backend of ours.
+        gradient_steps: steps whose gradients are kept.
+        stop_after: end after this step.
+        probe: keep the final model's distribution on the probe rows.
+        hypotheses: the first step's loss under likely mistakes (the oracle's task).
+    """
+
+    label: str
+    role: str
+    repeat: int
+    config: dict[str, Any]
+    overrides: dict[str, Any]
+    folder: str
+    seed: int
+    started: float = 0.0
+    setup: str | None = None
+    peer: str | None = None
+    gradient_steps: list[int] = field(default_factory=lambda: [1])
+    stop_after: int | None = None
+    probe: bool = True
+    hypotheses: bool = False
+
+
+def run_arm(spec: ArmSpec) -> dict[str, Any]:
+    """Train the arm in this process and return what `arm.json` holds.
+
+    Raises:
+        AlignTuneError: whatever building or training raises on purpose.
+    """
+    import torch
+    from transformers import set_seed
+
+    from aligntune.compare import batches, peers, probes
+    from aligntune.compare.flops import work
+    from aligntune.compare.recorder import Recorder, save_gradients
+    from aligntune.core.environment import snapshot
+    from aligntune.core.trainer import peak_memory
+
+    folder = Path(spec.folder)
+    before = peers.prepare(spec.peer)
+    set_seed(spec.seed)
+    trainer = peers.build(spec, before)
+    inner = trainer.trainer
+    inner.args.save_strategy, inner.args.eval_strategy = "no", "no"
+    if spec.setup is not None:
+        attribute(spec.setup)(trainer)
+    recorder = Recorder(inner, started=spec.started, gradient_steps=tuple(spec.gradient_steps),
+                        stop_after=spec.stop_after)
+    extra: dict[str, Any] = {"leak": None, "hypotheses": None}
+    recorder.before_forward = _questions(spec, trainer, recorder, extra)
+    recorder.install()
+    start = time.time()
+    try:
+        trainer.train()
+    finally:
+        recorder.remove()
+    if torch.cuda.is_available():
+        recorder.memory |= {"peak_allocated": torch.cuda.max_memory_allocated(),
+                            "peak_reserved": torch.cuda.max_memory_reserved()}
+    peaks = peak_memory()
+    save_gradients(recorder, folder / GRADIENTS)
+    if spec.probe:
+        rows = probes.probe_rows(trainer)
+        probes.save_distributions(trainer.model, rows, folder / PROBE)
+    config = trainer.config if trainer.config is not None else {}
+    return {
+        "status": "ok", "label": spec.label, "role": spec.role, "repeat": spec.repeat, "seed": spec.seed,
+        "algorithm": trainer.algorithm, "online": trainer.online, "steps": recorder.steps,
+        "norms": recorder.norms, "shifted": batches.shifted(recorder.first_documents),
+        "precision": _precision(inner.args), "weights": recorder.weights, "memory": {**recorder.memory, **peaks},
+        "cold_start": recorder.cold_start, "train_window": [start, time.time()],
+        "capture_seconds": getattr(getattr(inner, "graphed", None), "capture_seconds", None),
+        "attestation": trainer.attestation(), "environment": snapshot(), "config": _plain(config),
+        "config_digest": digest_of(config), "work": work(trainer.model), "interpreter": _interpreted(),
+        "beta": float(getattr(inner, "beta", 0.0) or 0.0), "load": os.getloadavg(), **extra,
+    }
+
+
+def _questions(spec: ArmSpec, trainer: Any, recorder: Any, extra: dict[str, Any]) -> Any:
+    """What is asked of the model between steps: at the second step, so that the first counts as a start only."""
+    from aligntune.compare import batches, probes
+
+    def ask(compute_loss: Any, inputs: dict[str, Any]) -> None:
+        step, first = trainer.trainer.state.global_step + 1, len(recorder._inputs) == 1
+        if trainer.algorithm != "sft" or not first:
+            return
+        if spec.hypotheses and step == 1:
+            # Only whole steps can be compared: with accumulation the later micro-batches are not here yet.
+            if trainer.trainer.args.gradient_accumulation_steps == 1:
+                found = batches.documents(batches.keep(inputs))
+                extra["hypotheses"] = probes.hypotheses(trainer.model, found)
+        elif step == 2 and extra["leak"] is None:
+            extra["leak"] = probes.leak_between_documents(trainer.trainer, compute_loss, inputs)
+
+    return ask
+
+
+def attribute(name: str) -> Any:
+    """The object that "module:attribute" names.
+
+    Raises:
+        ConfigError: not of that form, no such module or attribute.
+    """
+    module, colon, path = name.partition(":")
+    if not colon or not path:
+        raise ConfigError(f"setup: {name!r} is not module:function")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"setup: {name!r}: {error}") from error
+    return found
+
+
+def digest_of(config: Any) -> str:
+    """12 hexadecimal digits of a configuration, its output folder left out."""
+    plain = {key: value for key, value in _plain(config).items() if key not in ("output_dir", "overwrite", "resume")}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    found = OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else config
+    return {str(key): value for key, value in found.items()} if isinstance(found, Mapping) else {}
+
+
+def _precision(args: Any) -> str:
+    return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def outcome(spec: ArmSpec) -> dict[str, Any]:
+    """`run_arm`, with an error on purpose or too little memory as a result instead of a traceback."""
+    import torch
+
+    try:
+        return run_arm(spec)
+    except AlignTuneError as error:
+        return {"status": "error", "kind": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        traceback.print_exc()
+        return {"status": "out of memory", "kind": type(error).__name__, "message": str(error).partition("\n")[0],
+                "exit_code": 1}
+
+
+def write_spec(spec: ArmSpec) -> Path:
+    """The spec as a file in its folder."""
+    folder = Path(spec.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "spec.json"
+    path.write_text(json.dumps(asdict(spec), indent=1), encoding="utf-8")
+    return path
+
+
+def main() -> None:
+    """Run the arm that the spec file in `sys.argv` describes."""
+    from aligntune.core.run_dir import jsonable
+
+    path = Path(sys.argv[1])
+    spec = ArmSpec(**json.loads(path.read_text(encoding="utf-8")))
+    found = outcome(spec)
+    (path.parent / RESULT).write_text(json.dumps(jsonable(found)), encoding="utf-8")
+    sys.exit(0 if found["status"] == "ok" else 1)
+
+
+if __name__ == "__main__":
+    main()

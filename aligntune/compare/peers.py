@@ -1,0 +1,91 @@
+"""Arms that are not a backend of ours: other packages, driven through TRL's trainers on the same prepared rows.
+
+A peer runs in the interpreter given by `--python-b` where its package wants versions of its own; aligntune is put on
+that interpreter's path.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from aligntune.errors import BackendUnavailableError
+
+if TYPE_CHECKING:
+    from aligntune.compare.arm import ArmSpec
+
+
+@dataclass(frozen=True)
+class Peer:
+    """How a peer is reached.
+
+    Args:
+        package: imported before torch and transformers, which some peers insist on.
+        install: the command that brings it.
+        options: options of the job.
+        model: makes the model from the job's options, or None where ours does.
+    """
+
+    package: str
+    install: str
+    options: dict[str, Any] = field(default_factory=dict)
+    model: Callable[[Any, dict[str, Any]], Any] | None = None
+
+
+def _unsloth_model(package: Any, options: dict[str, Any]) -> Any:
+    """A model with unsloth's kernels, and its adapters where the job trains any."""
+    model, _ = package.FastLanguageModel.from_pretrained(
+        options["model_name"], max_seq_length=options["max_seq_length"],
+        load_in_4bit=options.get("quantization") == "nf4", full_finetuning=not options["use_peft"],
+    )
+    if not options["use_peft"]:
+        return model
+    targets = options["lora_target_modules"]
+    if targets == "all-linear":
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    checkpointing = options["gradient_checkpointing"]
+    return package.FastLanguageModel.get_peft_model(
+        model, r=options["lora_r"], lora_alpha=options["lora_alpha"], lora_dropout=options["lora_dropout"],
+        target_modules=targets, random_state=options["seed"],
+        use_gradient_checkpointing="unsloth" if checkpointing in ("auto", "offload") else checkpointing,
+    )
+
+
+PEERS: dict[str, Peer] = {
+    "liger": Peer("liger_kernel", "pip install liger-kernel", {"trainer_options": {"use_liger_kernel": True}}),
+    "unsloth": Peer("unsloth", "pip install unsloth (in an environment of its own; --python-b names it)",
+                    model=_unsloth_model),
+}
+
+
+def prepare(name: str | None) -> Any:
+    """Import a peer's package, before anything it wants to be imported before.
+
+    Raises:
+        BackendUnavailableError: this interpreter has no such package.
+    """
+    if name is None:
+        return None
+    peer = PEERS[name]
+    try:
+        return importlib.import_module(peer.package)
+    except ImportError as error:
+        raise BackendUnavailableError(f"the peer {name!r} is not here ({error}); {peer.install}") from error
+
+
+def build(spec: ArmSpec, package: Any) -> Any:
+    """The AlignTrainer of an arm."""
+    from aligntune.algorithms import ALGORITHMS
+    from aligntune.core.backend_factory import build_trainer
+    from aligntune.core.resolve import resolve
+
+    job = resolve(spec.overrides, spec.config, algorithms=ALGORITHMS.names(), what=f"the arm {spec.label!r}")
+    peer = PEERS[spec.peer] if spec.peer is not None else None
+    if peer is not None and peer.model is not None:
+        source = job.options.model_name
+        if job.options.tokenizer_name is None:
+            job.set("tokenizer_name", source)
+        job.set("model_name", peer.model(package, vars(job.options)))
+    return build_trainer(job)

@@ -1,0 +1,201 @@
+"""Which processes run, in which order, and how one is started and read.
+
+The order is A B B A (A B B A A B for three repeats): whatever drifts while they run, drifts against both arms alike.
+Before them runs the oracle (which also fills the machine's caches), after them the yardstick.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aligntune.compare.arm import RESULT, ArmSpec, outcome, write_spec
+from aligntune.compare.machine import Watch
+from aligntune.compare.settings import Arm, Settings
+from aligntune.errors import ComparisonError, ConfigError
+
+Runner = Callable[[ArmSpec, Arm], dict[str, Any]]
+LATER_STEP = 3
+"""Where adapters' gradients are looked at again: at the first step those of lora_A are 0, for B is 0; at the second
+they still are under a warm-up that starts from 0."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process to start."""
+
+    role: str
+    repeat: int
+    arm: Arm
+
+
+def order(repeats: int) -> list[tuple[str, int]]:
+    """("a", 0), ("b", 0), ("b", 1), ("a", 1), ...: each repeat holds both arms, first A then B, then B then A."""
+    found: list[tuple[str, int]] = []
+    for repeat in range(repeats):
+        pair = ("a", "b") if repeat % 2 == 0 else ("b", "a")
+        found += [(name, repeat) for name in pair]
+    return found
+
+
+def plan(settings: Settings, *, attention: str | None) -> list[Run]:
+    """Every run of the comparison, in order.
+
+    Args:
+        attention: the recipe's attn_implementation.
+    """
+    arms = {"a": settings.a, "b": settings.b}
+    timed = [Run(name, repeat, arms[name]) for name, repeat in order(settings.repeats)]
+    if not settings.oracle:
+        return timed
+    shared = {name: value for name, value in settings.a.options.items() if _data_option(name)}
+    fp32 = {**shared, "model.precision": "fp32", "model.model_dtype": "fp32", "model.attn_implementation": "eager"}
+    oracle = Run("oracle", 0, Arm("oracle (fp32, eager attention)", "trl", fp32))
+    # Two implementations of one function: eager and sdpa attention of transformers. A plain trl arm is one of them.
+    other = "sdpa" if attention == "eager" else "eager"
+    a = settings.a
+    plain = a.backend == "trl" and a.peer is None and a.setup is None and not a.options
+    names = [other] if plain else ["eager", "sdpa"]
+    yardsticks = [Run("yardstick", number, Arm(f"yardstick (trl, {name})", "trl",
+                                               {**shared, "model.attn_implementation": name}))
+                  for number, name in enumerate(names)]
+    return [oracle, *timed, *yardsticks]
+
+
+def _data_option(name: str) -> bool:
+    return name.rpartition(".")[2] in ("packing", "batch_size", "gradient_accumulation_steps", "max_seq_length", "beta",
+                                       "use_peft", "lora_r", "lora_alpha", "learning_rate")
+
+
+def spec_of(settings: Settings, run: Run, folder: Path, *, seed: int, online: bool, peft: bool) -> ArmSpec:
+    """What the process of a run is told."""
+    options: dict[str, Any] = dict(settings.overrides)
+    for name, value in run.arm.options.items():
+        _put(options, name, value)
+    if run.arm.peer is not None:
+        from aligntune.compare.peers import PEERS
+
+        for name, value in PEERS[run.arm.peer].options.items():
+            _put(options, name, value)
+    for name, value in (("report_to", "none"), ("progress", False), ("stop_metric", None), ("stop_value", None)):
+        _put(options, name, value)
+    if settings.steps is not None:
+        _put(options, "max_steps", settings.steps)
+    # Online methods are compared over seeds: their rollouts part at the first rounding that flips a sampled token.
+    own_seed = seed + run.repeat if online and run.role in ("a", "b") else seed
+    path = folder / "arms" / f"{run.role}-{run.repeat + 1}"
+    options |= {"backend": run.arm.backend, "output_dir": str(path / "run"), "overwrite": True, "seed": own_seed}
+    steps = [1, LATER_STEP] if peft else [1]
+    return ArmSpec(
+        label=run.arm.label, role=run.role, repeat=run.repeat, config=settings.config, overrides=options,
+        folder=str(path), seed=own_seed, setup=run.arm.setup, peer=run.arm.peer,
+        gradient_steps=steps if run.repeat == 0 or run.role == "yardstick" else [],
+        stop_after=steps[-1] if run.role == "oracle" else None, probe=run.role != "oracle",
+        hypotheses=run.role == "oracle",
+    )
+
+
+def _put(options: dict[str, Any], name: str, value: Any) -> None:
+    """Set an option, over one that is there by its flat name or with its section."""
+    flat = name.rpartition(".")[2]
+    for other in [key for key in options if key.rpartition(".")[2] == flat]:
+        if flat == "trainer_options" and isinstance(options[other], dict) and isinstance(value, dict):
+            value = {**options[other], **value}
+        del options[other]
+    options[name] = value
+
+
+def in_a_fresh_process(spec: ArmSpec, arm: Arm) -> dict[str, Any]:
+    """Start the arm's interpreter, watch the card, and read what the arm wrote.
+
+    Raises:
+        ComparisonError: the process died without a result; names its log.
+    """
+    spec.started = time.time()
+    path = write_spec(spec)
+    folder = path.parent
+    log = folder / "log.txt"
+    watch = Watch(folder)
+    watch.start()
+    lines: list[str] = []
+    try:
+        with log.open("wb") as file:
+            spec.started = time.time()
+            write_spec(spec)
+            done = subprocess.run(
+                [arm.python or sys.executable, "-m", "aligntune.compare.arm", str(path)], stdout=file,
+                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=_environment(arm), check=False)
+    except OSError as error:
+        raise ConfigError(f"arm {spec.label!r}: {arm.python!r} cannot be started: {error}") from error
+    finally:
+        lines = watch.stop()
+    result = folder / RESULT
+    if not result.is_file():
+        tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:]
+        raise ComparisonError(f"arm {spec.label!r} ended with exit code {done.returncode} and no result; {log}:\n  "
+                              + "\n  ".join(tail))
+    found = json.loads(result.read_text(encoding="utf-8"))
+    return {**found, "machine": watch.summary(lines, found.get("train_window"))}
+
+
+def in_this_process(spec: ArmSpec, arm: Arm) -> dict[str, Any]:
+    """Run the arm here: quicker, for small models; memory and cold start are then this process's, and say little."""
+    from aligntune.core.run_dir import jsonable
+
+    Path(spec.folder).mkdir(parents=True, exist_ok=True)
+    return {**json.loads(json.dumps(jsonable(outcome(spec)))), "machine": None}
+
+
+def _environment(arm: Arm) -> dict[str, str]:
+    environment = {**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
+    if arm.python is not None:
+        # Another interpreter has its own packages: ours is put on its path, from where it lies.
+        home = str(Path(__file__).resolve().parents[2])
+        environment["PYTHONPATH"] = os.pathsep.join([home, *filter(None, [environment.get("PYTHONPATH")])])
+    return environment
+
+
+def execute(settings: Settings, folder: Path, *, runner: Runner = in_a_fresh_process, say: Callable[[str], None],
+            seed: int, online: bool, peft: bool, attention: str | None) -> dict[str, list[dict[str, Any]]]:
+    """Run everything; results by role, in the order of the repeats.
+
+    Raises:
+        ComparisonError: an arm failed. An oracle or yardstick that does not fit or cannot run is said, not raised.
+    """
+    runs = plan(settings, attention=attention)
+    found: dict[str, list[dict[str, Any]]] = {"a": [], "b": [], "oracle": [], "yardstick": []}
+    for number, run in enumerate(runs, 1):
+        spec = spec_of(settings, run, folder, seed=seed, online=online, peft=peft)
+        say(f"[{number}/{len(runs)}] {run.role}{run.repeat + 1 if run.role != 'oracle' else ''}: {run.arm.label}")
+        spec.started = time.time()
+        result = runner(spec, run.arm)
+        result["folder"] = spec.folder
+        if result["status"] != "ok":
+            _failed(run, result, say)
+        found[run.role].append(result)
+    for role in found.values():
+        role.sort(key=lambda one: one.get("repeat", 0))
+    return found
+
+
+def _failed(run: Run, result: dict[str, Any], say: Callable[[str], None]) -> None:
+    text = f"{run.arm.label!r}: {result['status']}: {result['kind']}: {result['message']}"
+    if run.role in ("a", "b"):
+        error = ComparisonError(f"arm {text}; log in {result['folder']}")
+        error.exit_code = result.get("exit_code") or error.exit_code
+        raise error
+    say(f"the {run.role} could not be run: {text}")
+
+
+def leftovers(results: Sequence[dict[str, Any]]) -> list[Path]:
+    """The large files that arms left: gradients and probe distributions."""
+    from aligntune.compare.arm import GRADIENTS, PROBE
+
+    return [path for one in results for name in (GRADIENTS, PROBE) if (path := Path(one["folder"]) / name).is_file()]

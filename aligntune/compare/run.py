@@ -1,0 +1,117 @@
+"""One comparison from the words of the user to the folder of outputs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from aligntune.compare import outputs
+from aligntune.compare.protocol import Runner, execute, in_a_fresh_process, leftovers, plan, spec_of
+from aligntune.compare.report import SCHEMA, Report, build
+from aligntune.compare.schema import faults_of
+from aligntune.compare.settings import Settings, check_counts, read_arm, read_assertion
+from aligntune.core.environment import command_line
+from aligntune.core.recipes import load_plan, read_recipe
+from aligntune.core.resolve import Job, resolve
+from aligntune.errors import ConfigError
+
+
+def run(
+    recipe: Any, *, a: Any, b: Any, overrides: dict[str, Any], steps: int | None, repeats: int, warmup: int,
+    oracle: bool, target_loss: float | None, price: float | None, asserts: Sequence[str], baseline: Any,
+    python_a: str | None, python_b: str | None, setup_a: str | None, setup_b: str | None, output_dir: Any, keep: bool,
+    runner: Runner | None, command: Sequence[str] | None,
+) -> Report:
+    """`aligntune.compare`, see there."""
+    check_counts(steps=steps, repeats=repeats, warmup=warmup)
+    read = read_recipe(recipe)
+    if read.staged:
+        raise ConfigError("compare takes one job; this recipe has stages: write the stage to compare as a recipe of "
+                          "its own")
+    arms = read_arm(a, python=python_a, setup=setup_a), read_arm(b, python=python_b, setup=setup_b)
+    settings = Settings(
+        recipe=str(read.path) if read.path is not None else read.name, config=read.config, overrides=overrides,
+        a=arms[0], b=arms[1], steps=steps, repeats=repeats, warmup=warmup, oracle=oracle, target_loss=target_loss,
+        price=price, asserts=tuple(read_assertion(text) for text in asserts), keep=keep,
+    )
+    earlier = read_baseline(baseline) if baseline is not None else None
+    job = _check(settings, Path("comparisons"))
+    folder = _folder(output_dir, read.name)
+    results = execute(
+        settings, folder, runner=runner or in_a_fresh_process, say=_say, seed=int(job.options.seed),
+        online=job.spec.online, peft=_peft(job), attention=job.options.attn_implementation,
+    )
+    data = build(settings, results, command=list(command) if command is not None else command_line(), baseline=earlier)
+    faults = faults_of(data)
+    assert not faults, faults
+    report = Report(data, folder)
+    outputs.write(report)
+    if not keep:
+        for path in leftovers([one for runs in results.values() for one in runs]):
+            path.unlink()
+    return report
+
+
+def _check(settings: Settings, folder: Path) -> Job:
+    """Every arm's options, resolved as the arm will resolve them: typos are told once, here, before anything runs."""
+    load_plan(settings.config, {**settings.overrides, "backend": "trl"})
+    found: Job | None = None
+    for one in plan(settings, attention=None):
+        spec = spec_of(settings, one, folder, seed=0, online=False, peft=False)
+        job = resolve(spec.overrides, settings.config, what=f"arm {one.arm.label!r}")
+        if job.objects:
+            raise ConfigError(f"{', '.join(sorted(job.objects))}: arms run in processes of their own and take names "
+                              "and paths, not Python objects")
+        found = job if one.role == "a" else found
+    assert found is not None
+    plain = resolve({**settings.overrides, **settings.a.options, "backend": "trl"}, settings.config)
+    found.set("seed", plain.options.seed)
+    return found
+
+
+def _peft(job: Job) -> bool:
+    return bool(job.options.use_peft)
+
+
+def _folder(output_dir: Any, name: str) -> Path:
+    if output_dir is None:
+        stem = re.sub(r"[^A-Za-z0-9._]+", "-", name)
+        output_dir = Path("comparisons") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(os.fspath(output_dir)).expanduser().absolute()
+    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+        report = folder / outputs.JSON
+        if not report.is_file():
+            raise ConfigError(f"output_dir: {str(folder)!r} holds something that is not a comparison")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def read_baseline(path: Any) -> dict[str, Any]:
+    """An earlier report.json.
+
+    Raises:
+        ConfigError: no such file, or not a report of this schema.
+    """
+    file = Path(os.fspath(path))
+    if file.is_dir():
+        file = file / outputs.JSON
+    if not file.is_file():
+        raise ConfigError(f"baseline: no file {str(file)!r}")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"baseline: {file} is not JSON: {error}") from error
+    faults = faults_of(found)
+    if faults:
+        raise ConfigError.from_faults(faults, f"{file}, which is no report of schema {SCHEMA}")
+    return found
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

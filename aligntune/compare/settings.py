@@ -1,0 +1,174 @@
+"""What to compare: two arms, how often, with what asserted; read from the command line's words or from Python."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from aligntune.errors import ConfigError, unknown
+
+PEER_NAMES = ("liger", "unsloth")
+BACKEND_NAMES = ("trl", "fast", "auto")
+OWN = ("output_dir", "overwrite", "resume", "seed", "backend")
+"""Options that the comparison sets itself."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a comparison.
+
+    Args:
+        label: its name in the report.
+        backend: "trl" or "fast"; peers are driven through "trl".
+        options: options of this arm alone.
+        peer: "liger", "unsloth" or None.
+        python: the interpreter that runs it; None is this one.
+        setup: "module:function", called with the built trainer.
+    """
+
+    label: str
+    backend: str
+    options: dict[str, Any] = field(default_factory=dict)
+    peer: str | None = None
+    python: str | None = None
+    setup: str | None = None
+
+
+def read_arm(given: Any, *, python: str | None = None, setup: str | None = None) -> Arm:
+    """An arm from "fast", "fast,base_precision=fp8" or {"backend": "fast", ...options}.
+
+    Raises:
+        ConfigError: an unknown backend or peer, or something that is not name=value.
+    """
+    if isinstance(given, Arm):
+        return given
+    if isinstance(given, Mapping):
+        options = {str(key): value for key, value in given.items()}
+        name = str(options.pop("backend", "trl"))
+        words = [name, *(f"{key}={value}" for key, value in options.items())]
+    else:
+        words = split(str(given))
+        name = words[0] if words else ""
+        from aligntune.cli.overrides import parse
+
+        options = parse(words[1:])
+    if name not in (*BACKEND_NAMES, *PEER_NAMES):
+        raise ConfigError(f"arm {','.join(words)!r}: "
+                          + unknown("backend or peer", name, (*BACKEND_NAMES, *PEER_NAMES)))
+    clash = [option for option in options if option.rpartition(".")[2] in OWN]
+    if clash:
+        raise ConfigError(f"arm {name!r}: {', '.join(clash)}: the comparison sets this itself, the same for both arms")
+    label = ",".join(words) + (f" + {setup}" if setup else "")
+    peer = name if name in PEER_NAMES else None
+    return Arm(label, "trl" if peer else name, options, peer, python, setup)
+
+
+def split(text: str) -> list[str]:
+    """Words between commas that stand outside brackets and quotes."""
+    words, depth, quote, word = [], 0, "", ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        elif letter in "[{(":
+            depth += 1
+        elif letter in ")}]":
+            depth -= 1
+        elif letter == "," and depth == 0:
+            words.append(word.strip())
+            word = ""
+            continue
+        word += letter
+    return [*words, word.strip()] if word.strip() or words else []
+
+
+NUMBERS = ("speedup", "peak_ratio", "max_dloss", "drift", "kl", "top1", "tokens_per_second", "cold_start",
+           "baseline_speedup")
+FLAGS = ("parity", "data", "attestation", "significant")
+_RULE = re.compile(r"\s*([a-z_0-9]+)\s*(>=|<=|>|<)\s*([-+0-9.eE]+)\s*")
+
+
+@dataclass(frozen=True)
+class Assertion:
+    """`speedup>=1.3` or `parity`."""
+
+    text: str
+    name: str
+    relation: str = ""
+    bound: float = 0.0
+
+
+def read_assertion(text: str) -> Assertion:
+    """One --assert.
+
+    Raises:
+        ConfigError: an unknown name, or not `name>=number`.
+    """
+    bare = text.strip()
+    if bare in FLAGS:
+        return Assertion(bare, bare)
+    found = _RULE.fullmatch(text)
+    if not found:
+        if bare in NUMBERS:
+            raise ConfigError(f"--assert {bare!r}: a bound is wanted, like {bare}>=1")
+        raise ConfigError(f"--assert {text!r}: " + unknown("assertion", bare, (*FLAGS, *NUMBERS))
+                          + " Numbers take >=, <=, > or <.")
+    name, relation, bound = found.groups()
+    if name not in NUMBERS:
+        raise ConfigError(f"--assert {text!r}: " + (f"{name} takes no bound" if name in FLAGS else
+                                                    unknown("assertion", name, (*FLAGS, *NUMBERS))))
+    try:
+        return Assertion(bare, name, relation, float(bound))
+    except ValueError as error:
+        raise ConfigError(f"--assert {text!r}: {bound!r} is not a number") from error
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A comparison, checked.
+
+    Args:
+        recipe: the recipe's name or path, for people.
+        config: its content.
+        overrides: options for both arms.
+        a, b: the arms.
+        steps: optimizer steps of each run; None keeps the recipe's.
+        repeats: runs of each arm, at least 1; 2 or more measure the noise.
+        warmup: steps at the start that no speed is taken from.
+        seed: None keeps the recipe's.
+        oracle: judge gradients against an fp32 run, and run the yardstick.
+        target_loss: None takes what arm a ends at.
+        price: of the machine, an hour; None leaves cost out.
+        keep: leave gradients and probe distributions on disk.
+    """
+
+    recipe: str
+    config: dict[str, Any]
+    overrides: dict[str, Any]
+    a: Arm
+    b: Arm
+    steps: int | None = None
+    repeats: int = 2
+    warmup: int = 5
+    seed: int | None = None
+    oracle: bool = True
+    target_loss: float | None = None
+    price: float | None = None
+    asserts: Sequence[Assertion] = ()
+    keep: bool = False
+
+
+def check_counts(*, steps: int | None, repeats: int, warmup: int) -> None:
+    """Raise a ConfigError unless there is something left to measure."""
+    faults = []
+    if repeats < 1:
+        faults.append(f"repeats = {repeats}: at least 1; 2 or more measure the noise")
+    if warmup < 0:
+        faults.append(f"warmup = {warmup}: 0 or more")
+    if steps is not None and steps < warmup + 2:
+        faults.append(f"steps = {steps}: at least warmup + 2 = {warmup + 2}")
+    if faults:
+        raise ConfigError.from_faults(faults, "the comparison")
