@@ -35,6 +35,14 @@ class Reward(Quiet, RewardTrainer):
     TRL takes such rows as they are and drops those above `max_length`; the pre-flight has made them bad rows.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name, parameter in self.model.named_parameters():
+            # On a 4-bit base TRL makes everything trainable bf16. LoRA casts its input to that; a whole score head
+            # beside it does not, and fails on fp32 activations.
+            if parameter.requires_grad and "modules_to_save" in name:
+                parameter.data = parameter.data.float()
+
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         if "chosen_ids" in dataset.column_names:
             return dataset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -117,12 +118,31 @@ def _local(name: str) -> str:
     return str(model_path(name)) if is_builtin(name) else name
 
 
+def _is_adapter(name: str) -> bool:
+    """Whether `name` is a folder of adapters that `algorithm: reward` trained.
+
+    Raises:
+        ConfigError: of adapters for something else: loaded under a new, random score head, they would not complain.
+    """
+    path = os.path.join(name, "adapter_config.json")
+    if not os.path.isfile(path):
+        return False
+    with open(path, encoding="utf-8") as file:
+        task = json.load(file).get("task_type")
+    if task != "SEQ_CLS":
+        raise ConfigError(f"reward_model_name: {name!r} holds adapters of a model for {task}, which scores nothing; "
+                          "`aligntune train` with algorithm 'reward' makes one")
+    return True
+
+
 def _load(name: str, job: Job, precision: Precision) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     kwargs: dict[str, Any] = {"trust_remote_code": job.options.trust_remote_code, "dtype": precision.dtype}
     if precision.device == "cuda":
         kwargs["device_map"] = {"": _device(precision).index}
+    if _is_adapter(name):
+        kwargs["num_labels"] = 1  # of the base, whose own configuration knows no score
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             _local(name), output_loading_info=True, **kwargs)
