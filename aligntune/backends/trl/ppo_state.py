@@ -51,6 +51,8 @@ def load(trainer: PPOTrainer, folder: str) -> None:
         raise CheckpointError(f"{folder}: the critic of the checkpoint is another one (value_model_name, LoRA options)")
     for name, value in mine.items():
         value.data.copy_(saved[name])
-    state = torch.load(path, map_location=trainer.accelerator.device, weights_only=True)
-    trainer._rollout, trainer._position = state["rollout"], state["position"]
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    rollout, device = state["rollout"], trainer.accelerator.device
+    trainer._rollout = None if rollout is None else {name: value.to(device) for name, value in rollout.items()}
+    trainer._position = state["position"]
     trainer._rollouts, trainer._stopped, trainer.kl_coef = state["rollouts"], state["stopped"], state["kl_coef"]
