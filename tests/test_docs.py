@@ -14,7 +14,7 @@ from aligntune.core.option_docs import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md"]
+PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"]
 OPTIONS = DOCS / "options.md"
 
 
@@ -51,11 +51,11 @@ def test_the_options_page_is_the_table() -> None:
 
 def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
-    for page in DOCS.glob("*.md"):
-        assert page.name in navigation
+    for page in DOCS.rglob("*.md"):
+        assert f": {page.relative_to(DOCS).as_posix()}\n" in navigation, page
         for target in re.findall(r"\]\(([\w./-]+\.md)", page.read_text()):
             assert (page.parent / target).is_file(), f"{page.name}: {target}"
-    for name in re.findall(r": ([\w-]+\.md)$", navigation, re.M):
+    for name in re.findall(r": ([\w/-]+\.md)$", navigation, re.M):
         assert (DOCS / name).is_file(), name
 
 
