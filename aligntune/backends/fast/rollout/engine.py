@@ -1,0 +1,372 @@
+"""Completions from the model that is being trained, in its own memory: no copy of it, no weights to send.
+
+    engine = RolloutEngine(model, tokenizer, max_batch=64, max_len=1024)
+    rollout = engine.generate(prompt_ids, num_generations=8, sampling=Sampling(max_new_tokens=256))
+
+A prompt is computed once for all its completions. All of it but its last token goes into the cache; that one is fed by
+the first decode step, so logits are made and tokens drawn in one place only. Rows that finish make room for the next.
+
+Memory: the cache is allocated at the first call and stays where it is, because the captured graphs hold its address; a
+trainer plans around it. `release()` gives it back together with the graphs, and the next call captures again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from aligntune.backends.fast import families
+from aligntune.backends.fast.attachment import base_model
+from aligntune.backends.fast.ops import sample as sampler
+from aligntune.backends.fast.ops._runtime import interpreting
+from aligntune.backends.fast.rollout.cache import PagePool, pages_for
+from aligntune.backends.fast.rollout.decoder import Decoder
+from aligntune.backends.fast.rollout.sampling import Sampling
+from aligntune.backends.fast.rollout.schedule import Row, Schedule
+from aligntune.errors import ConfigError
+
+STRIDE = 8
+"""Steps between two looks at the device: a row that is done waits for half as many, and a look costs about 0.2 ms."""
+PREFILL_TOKENS = 16_384
+SHARE_OF_FREE = 0.3
+"""Of the memory that is free at the first call, where `memory_gib` does not say how much: training needs the rest."""
+_REASONS = {sampler.STOPPED: "stop", sampler.FULL: "length"}
+
+
+@dataclass
+class RolloutStats:
+    """What a call did. `graphs`: "replayed", or why steps were launched one by one."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    steps: int = 0
+    prefill_tokens: int = 0
+    prefills: int = 0
+    preemptions: int = 0
+    captures: int = 0
+    capture_seconds: float = 0.0
+    pages: int = 0
+    most_pages_used: int = 0
+    cache_gib: float = 0.0
+    graphs: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0}
+
+
+@dataclass
+class Rollout:
+    """Completions, a prompt's next to each other.
+
+    `completion_ids[i]` ends with the stop token, where `finish_reasons[i]` is "stop", or after `max_new_tokens`
+    ("length"). `log_probs[i][t]` is log softmax(logits / temperature) of the drawn token, over the whole vocabulary:
+    what TRL's loss computes for it (at temperature 0, that of temperature 1).
+    """
+
+    completion_ids: list[list[int]]
+    log_probs: list[list[float]]
+    finish_reasons: list[str]
+    stats: RolloutStats = field(default_factory=RolloutStats)
+
+
+def cannot_run_because(model: nn.Module) -> str | None:
+    """Why the engine cannot generate with this model, or None where it can."""
+    base: Any = base_model(model)
+    config = getattr(base, "config", None)
+    if config is None or getattr(base, "get_output_embeddings", lambda: None)() is None:
+        return f"{type(base).__name__} is no causal language model of transformers"
+    if families.family_of(config.model_type) is None:
+        known = ", ".join(sorted(family.model_type for family in families.FAMILIES))
+        return f"model type {config.model_type!r} is not in the table of families ({known})"
+    found = families.identify(base)
+    if found is None or found[1] != "head":
+        return f"the forward of {type(base).__name__} is not the family's own"
+    if getattr(model, "peft_config", None) and any(c.is_prompt_learning for c in model.peft_config.values()):
+        return "adapters that prepend virtual tokens have no place in its cache"
+    devices = {parameter.device for parameter in base.parameters()}
+    if len(devices) != 1 or next(iter(devices)).type == "meta":
+        return f"the model is spread over {sorted(map(str, devices))}: sharded and offloaded weights are not read"
+    if any(type(parameter).__name__ == "DTensor" for parameter in base.parameters()):
+        return "the model's weights are sharded (FSDP2)"
+    return None
+
+
+def eager_because(model: nn.Module) -> str | None:
+    """Why decode steps of this model cannot be captured, or None where they can."""
+    base: Any = base_model(model)
+    if not next(base.parameters()).is_cuda:
+        return "the model is not on a GPU"
+    rope = getattr(base.config, "rope_parameters", None) or {}
+    kinds = {str(one.get("rope_type")) for one in (rope, *rope.values()) if isinstance(one, dict)}
+    for kind in sorted(kinds & {"dynamic", "longrope"}):
+        return f"rotary embedding of type {kind!r} looks at the lengths"
+    family = families.family_of(base.config.model_type)
+    experts = getattr(base.config, "_experts_implementation", "eager")
+    if family is not None and family.mlp == "experts" and experts not in ("grouped_mm", "batched_mm"):
+        return f"routed experts run as {experts!r}, which waits for the router"
+    return None
+
+
+class RolloutEngine:
+    """Generates with a model where it stands; keeps its cache and its graphs between calls.
+
+    Args:
+        model: a causal language model of a family in the table, bare, attached or under PEFT.
+        tokenizer: decodes for stop strings; None where none are used.
+        max_batch: rows that run at once; more wait.
+        max_len: longest prompt + completion in tokens.
+        memory_gib: for the cache; None takes what `max_batch` rows of `max_len` need, up to 30% of what is free.
+        kernels: Triton kernels or torch twins; None is kernels on a GPU, twins elsewhere.
+        graphs: capture decode steps; None where they can be. False is for measuring.
+        autocast: dtype to run under autocast in, as training does; None runs the modules as they are.
+        stride: decode steps between two looks at the device.
+
+    Raises:
+        ConfigError: the engine cannot run this model; says why.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any = None, *, max_batch: int = 64, max_len: int = 2048,
+        memory_gib: float | None = None, kernels: bool | None = None, graphs: bool | None = None,
+        autocast: torch.dtype | None = None, stride: int = STRIDE,
+    ) -> None:
+        why = cannot_run_because(model)
+        if why is not None:
+            raise ConfigError(f"rollout_engine='fast': {why}; rollout_engine='hf' generates with transformers")
+        if max_batch < 1 or max_len < 2 or stride < 1:
+            raise ConfigError(f"max_batch {max_batch}, max_len {max_len}, stride {stride}: at least 1, 2 and 1")
+        self.model, self.tokenizer = model, tokenizer
+        self.max_batch, self.max_len, self.memory_gib, self.stride = max_batch, max_len, memory_gib, stride
+        on_gpu = next(base_model(model).parameters()).is_cuda
+        self.kernels = on_gpu if kernels is None else kernels
+        if self.kernels and not on_gpu and not interpreting():
+            raise ConfigError("kernels=True: the model is not on a GPU")
+        self.eager = eager_because(model) if graphs is not False else "graphs=False was asked for"
+        if graphs and self.eager:
+            raise ConfigError(f"graphs=True: {self.eager}")
+        self.autocast = autocast
+        self._decoder: Decoder | None = None
+
+    # --------------------------------------------------------------------------------------------------------- memory
+
+    def _ready(self) -> Decoder:
+        if self._decoder is None:
+            pool = self._new_pool()
+            self._decoder = Decoder(self.model, pool, slots=self.max_batch, most=self.max_len, kernels=self.kernels,
+                                    graphs=self.eager is None, autocast=self.autocast)
+        return self._decoder
+
+    def _new_pool(self) -> PagePool:
+        base: Any = base_model(self.model)
+        config = base.config
+        parameter = base.get_input_embeddings().weight
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        kind: dict[str, Any] = {"layers": config.num_hidden_layers, "k_heads": config.num_key_value_heads,
+                                "head_dim": head_dim, "dtype": self.autocast or parameter.dtype}
+        wanted = self.max_batch * pages_for(self.max_len) + 2
+        budget = self.memory_gib * 2**30 if self.memory_gib is not None else None
+        if budget is None and parameter.is_cuda:
+            free = torch.cuda.mem_get_info(parameter.device)[0]
+            cached = torch.cuda.memory_reserved(parameter.device) - torch.cuda.memory_allocated(parameter.device)
+            budget = SHARE_OF_FREE * (free + cached)
+        pages = wanted if budget is None else min(wanted, int(budget // PagePool.page_bytes(**kind)))
+        least = pages_for(self.max_len) + 2
+        if pages < least:
+            size = PagePool.page_bytes(**kind) / 2**30
+            raise ConfigError(f"rollout memory: one row of {self.max_len} tokens needs {least * size:.2f} GiB, "
+                              f"{pages * size:.2f} GiB of cache are there; set rollout_memory_gib or shorten it")
+        return PagePool(**kind, pages=pages, device=parameter.device)
+
+    def release(self) -> None:
+        """Give the cache and the graphs back; the next call allocates and captures anew."""
+        self._decoder = None
+
+    # ------------------------------------------------------------------------------------------------------- generate
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], *, num_generations: int | Sequence[int] = 1,
+        sampling: Sampling | None = None,
+    ) -> Rollout:
+        """`num_generations` completions of each prompt, which has no padding; a list gives one number a prompt.
+
+        Raises:
+            ConfigError: an empty prompt, one that leaves no room for its completion, a cache too small for one row.
+        """
+        sampling = sampling or Sampling()
+        started = time.perf_counter()
+        counts = [num_generations] * len(prompt_ids) if isinstance(num_generations, int) else list(num_generations)
+        self._check(prompt_ids, counts, sampling)
+        decoder = self._ready()
+        captures, seconds = decoder.capture.count, decoder.capture.seconds
+        run = _Run(self, decoder, sampling)
+        with decoder.rollout(sampling, self._stops(sampling)):
+            rows = run.run([list(map(int, ids)) for ids in prompt_ids], counts)
+        stats = run.stats
+        stats.captures = decoder.capture.count - captures
+        stats.capture_seconds = decoder.capture.seconds - seconds
+        stats.pages, stats.most_pages_used = decoder.pool.capacity, decoder.pool.most_used
+        stats.cache_gib = decoder.pool.memory.nbytes / 2**30
+        stats.graphs = "replayed" if self.eager is None else f"none: {self.eager}"
+        stats.tokens = sum(len(row.drawn) for row in rows)
+        stats.seconds = time.perf_counter() - started
+        return Rollout([row.drawn for row in rows], [row.log_probs for row in rows],
+                       [row.reason or "length" for row in rows], stats)
+
+    def _check(self, prompt_ids: Sequence[Sequence[int]], counts: list[int], sampling: Sampling) -> None:
+        faults = []
+        if len(counts) != len(prompt_ids) or any(count < 1 for count in counts):
+            faults.append(f"num_generations: {len(counts)} numbers, at least 1 each, for {len(prompt_ids)} prompts")
+        for i, ids in enumerate(prompt_ids):
+            if not len(ids):
+                faults.append(f"prompt {i} is empty: a model needs at least one token to go on from")
+            elif len(ids) + sampling.max_new_tokens > self.max_len:
+                faults.append(f"prompt {i} has {len(ids)} tokens: with {sampling.max_new_tokens} new ones it passes "
+                              f"max_len {self.max_len}")
+        if sampling.stop_strings and self.tokenizer is None:
+            faults.append("stop_strings: the engine has no tokenizer")
+        if faults:
+            raise ConfigError.from_faults(faults, "RolloutEngine.generate")
+
+    def _stops(self, sampling: Sampling) -> tuple[int, ...]:
+        if sampling.stop_token_ids is not None:
+            return tuple(sampling.stop_token_ids)
+        base: Any = base_model(self.model)
+        found = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
+        found = base.config.eos_token_id if found is None else found
+        ids = [] if found is None else [found] if isinstance(found, int) else list(found)
+        own = getattr(self.tokenizer, "eos_token_id", None)
+        return tuple(dict.fromkeys([*ids, *([own] if own is not None else [])]))
+
+
+class _Run:
+    """One call of `generate`."""
+
+    def __init__(self, engine: RolloutEngine, decoder: Decoder, sampling: Sampling) -> None:
+        self.engine, self.decoder, self.sampling = engine, decoder, sampling
+        self.stats = RolloutStats()
+        self.schedule = Schedule(decoder.pool, slots=engine.max_batch, stride=engine.stride,
+                                 collect=lambda row: self._read([row]))
+        self._left = False  # rows have left since the device was last told
+
+    def run(self, prompts: list[list[int]], counts: list[int]) -> list[Row]:
+        """Every row, finished, in order."""
+        rows: list[Row] = []
+        try:
+            for prompt, count in zip(prompts, counts, strict=True):
+                group = [Row(len(rows) + g, prompt, self.sampling.max_new_tokens) for g in range(count)]
+                self.schedule.add(prompt, group)
+                rows += group
+            while not self.schedule.done:
+                self._fill()
+                running = self.schedule.running
+                count = min(self.engine.stride, max(row.limit - row.count for row in running))
+                self.decoder.steps(count, len(running), self.sampling.form)
+                self.stats.steps += count
+                self._look()
+        finally:
+            self._give_back()
+        self.stats.preemptions = self.schedule.preemptions
+        return rows
+
+    def _give_back(self) -> None:
+        """After an error pages are still held: the next call starts with all of them."""
+        held = [row.pages for row in self.schedule.running] + [prefix.pages for prefix in self.schedule.waiting]
+        for pages in held:
+            self.decoder.pool.drop(pages or [])
+
+    def _fill(self) -> None:
+        """Pages for running rows, rows for free slots; then the device is told."""
+        schedule, decoder = self.schedule, self.decoder
+        before = len(schedule.running)
+        schedule.grow()
+        left = len(schedule.running) != before or self._left
+        admitted = schedule.admit()
+        batch: list[tuple[list[int], list[int]]] = []
+        for prefix in admitted.prefixes:
+            if batch and sum(len(tokens) for tokens, _ in batch) + len(prefix[0]) > PREFILL_TOKENS:
+                self._prefill(batch)
+                batch = []
+            batch.append(prefix)
+        if batch:
+            self._prefill(batch)
+        decoder.pool.copy(admitted.copies)
+        grown = set(schedule.grown)
+        decoder.move(schedule.settle())
+        if admitted.rows or left:
+            self._write(schedule.running)
+            if self.sampling.form.penalty:
+                for row in admitted.rows:
+                    decoder.mark_seen(row.slot, row.prompt + row.drawn)
+        elif grown:
+            self._write_tables(schedule.running)
+
+    def _prefill(self, prefixes: list[tuple[list[int], list[int]]]) -> None:
+        self.decoder.prefill(prefixes)
+        self.stats.prefills += 1
+        self.stats.prefill_tokens += sum(len(tokens) for tokens, _ in prefixes)
+
+    def _write(self, running: list[Row]) -> None:
+        state = torch.zeros(self.decoder.state.shape, dtype=torch.int32)
+        lines = [[row.token, row.cached, row.count, row.limit, row.number, 1, 0, row.offset] for row in running]
+        state[: len(lines)] = torch.tensor(lines, dtype=torch.int32)
+        self.decoder.state.copy_(state)
+        self._write_tables(running)
+
+    def _write_tables(self, running: list[Row]) -> None:
+        widest = max(len(row.pages) for row in running)
+        lines = [row.pages + [0] * (widest - len(row.pages)) for row in running]
+        self.decoder.table[: len(lines), :widest].copy_(torch.tensor(lines, dtype=torch.int32))
+
+    def _look(self) -> None:
+        """What the steps did: rows that finished leave."""
+        running = list(self.schedule.running)
+        lines = self.decoder.state[: len(running)].tolist()
+        finished: list[tuple[Row, str]] = []
+        for row, line in zip(running, lines, strict=True):
+            row.token, row.count = line[0], line[2]
+            if not line[5]:
+                finished.append((row, _REASONS[line[6]]))
+        stopped = self._stop_strings(running) if self.sampling.stop_strings else []
+        reasons = dict.fromkeys(map(id, stopped), "stop")
+        finished = [(row, why) for row, why in finished if id(row) not in reasons]
+        self._read([row for row, _ in finished])
+        for row, why in [*finished, *((row, "stop") for row in stopped)]:
+            self.schedule.finish(row, why)
+        self._left = bool(finished or stopped)
+
+    def _read(self, rows: list[Row]) -> None:
+        """Fetch what rows have drawn since they were last read."""
+        if not rows:
+            return
+        slots = torch.tensor([row.slot for row in rows], device=self.decoder.state.device)
+        first = min(len(row.drawn) - row.offset for row in rows)
+        stop = max(row.count - row.offset for row in rows)
+        outputs = self.decoder.outputs
+        tokens = outputs.tokens[:, first:stop].index_select(0, slots).tolist()
+        log_probs = outputs.log_probs[:, first:stop].index_select(0, slots).tolist()
+        for row, ids, scores in zip(rows, tokens, log_probs, strict=True):
+            new = slice(len(row.drawn) - row.offset - first, row.count - row.offset - first)
+            row.drawn += ids[new]
+            row.log_probs += scores[new]
+
+    def _stop_strings(self, rows: list[Row]) -> list[Row]:
+        """Rows in whose text a stop string has come up, cut after the token that completed it."""
+        strings = self.sampling.stop_strings
+        # A token is at least a byte, but for special ones, which decode to nothing or to their name.
+        window = max(len(text.encode()) for text in strings) + 4
+        checked = {id(row): len(row.drawn) for row in rows}
+        self._read(rows)
+        stopped = []
+        for row in rows:
+            for end in range(checked[id(row)] + 1, len(row.drawn) + 1):
+                text = self.engine.tokenizer.decode(row.drawn[max(0, end - window) : end])
+                if any(string in text for string in strings):
+                    row.drawn, row.log_probs, row.count = row.drawn[:end], row.log_probs[:end], end
+                    stopped.append(row)
+                    break
+        return stopped

@@ -1,0 +1,295 @@
+"""The rollout engine against transformers' generate: same tokens, same probabilities, whatever the batch does."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from aligntune.backends.fast.rollout import RolloutEngine, Sampling, cannot_run_because
+from aligntune.backends.fast.rollout.cache import PAGE
+from aligntune.errors import ConfigError
+from tests.backends.fast.minis import MINIS, VOCAB, build
+
+LENGTHS = (1, 3, 17, 33, 16, 5)
+GREEDY = Sampling(max_new_tokens=20, temperature=0, stop_token_ids=(7,))
+
+
+def prompts_of(lengths=LENGTHS, seed=5):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB, (n,), generator=g).tolist() for n in lengths]
+
+
+def mini(family="llama", **kwargs):
+    return build(family, max_position_embeddings=128, **kwargs)
+
+
+def theirs(model, prompts, **kwargs):
+    """transformers' greedy completions, one prompt at a time: nothing is padded."""
+    training = model.training
+    model.eval()
+    out = []
+    for ids in prompts:
+        options = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": 7, "pad_token_id": 0} | kwargs
+        tokens = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **options)
+        out.append(tokens[0, len(ids) :].tolist())
+    model.train(training)
+    return out
+
+
+def teacher_forced(model, prompt, completion, temperature=1.0):
+    """log softmax(logits / temperature) of each token of a completion, from one forward."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    model.train(training)
+    log_probs = (logits.double() / temperature).log_softmax(-1)
+    return log_probs.gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("family", MINIS)
+def test_greedy_is_transformers_greedy(family):
+    """Every family; more prompts than slots, of lengths around a page's; and the log-probs of what was drawn."""
+    model, prompts = mini(family), prompts_of()
+    rollout = RolloutEngine(model, max_batch=4, max_len=64).generate(prompts, sampling=GREEDY)
+    expected = theirs(model, prompts)
+    assert rollout.completion_ids == expected
+    assert len({token for ids in expected for token in ids}) > 4
+    assert rollout.finish_reasons == ["stop" if ids[-1] == 7 else "length" for ids in expected]
+    for prompt, ids, log_probs in zip(prompts, rollout.completion_ids, rollout.log_probs, strict=True):
+        truth = teacher_forced(model, prompt, ids)
+        torch.testing.assert_close(torch.tensor(log_probs).double(), truth, atol=2e-5, rtol=2e-5)
+    assert all(module.training for module in model.modules())
+
+
+def test_the_model_is_left_as_it_was():
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model = mini()
+    model.model.layers[0].eval()
+    names, modes = set(ALL_ATTENTION_FUNCTIONS), [module.training for module in model.modules()]
+    engine = RolloutEngine(model, max_batch=2, max_len=64)
+    engine.generate(prompts_of((3,)), sampling=GREEDY)
+    with pytest.raises(IndexError):
+        engine.generate([[VOCAB + 5] * 3], sampling=GREEDY)  # no such embedding: fails in the prefill
+    assert model.config._attn_implementation == "sdpa"
+    assert set(ALL_ATTENTION_FUNCTIONS) == names
+    assert [module.training for module in model.modules()] == modes
+    assert not any("aligntune" in key for module in model.modules() for key in module.__dict__)
+    # The failed call gave its pages back.
+    assert engine._decoder.pool.free == engine._decoder.pool.capacity
+
+
+def test_groups_share_a_prefill_and_draw_apart():
+    model, prompts = mini(), prompts_of((35, 17))
+    engine = RolloutEngine(model, max_batch=8, max_len=64)
+    sampling = Sampling(max_new_tokens=12, stop_token_ids=(), seed=3)
+    rollout = engine.generate(prompts, num_generations=4, sampling=sampling)
+    assert rollout.stats.prefill_tokens == 34 + 16
+    assert len({tuple(ids) for ids in rollout.completion_ids}) == 8
+    for i, (ids, log_probs) in enumerate(zip(rollout.completion_ids, rollout.log_probs, strict=True)):
+        truth = teacher_forced(model, prompts[i // 4], ids)
+        torch.testing.assert_close(torch.tensor(log_probs).double(), truth, atol=2e-5, rtol=2e-5)
+    # Two whole pages of the first prompt and one of the second are shared, the partial one (2 tokens) is not.
+    assert rollout.stats.most_pages_used == 2 + 1 + 4 * 1 + 4 * 1
+
+
+def test_what_a_row_draws_does_not_depend_on_the_batch():
+    """The same completions from 1 slot, from 3 and from 16, at any stride, alone or among others."""
+    model, prompts = mini("qwen3"), prompts_of((4, 20, 9))
+    sampling = Sampling(max_new_tokens=15, temperature=0.9, stop_token_ids=tuple(range(3, 14)), seed=11)
+    runs = [
+        RolloutEngine(model, max_batch=slots, max_len=64, stride=stride).generate(
+            prompts, num_generations=3, sampling=sampling)
+        for slots, stride in ((16, 8), (1, 8), (3, 1), (5, 4))
+    ]  # fmt: skip
+    assert all(run.completion_ids == runs[0].completion_ids for run in runs[1:])
+    assert all(run.finish_reasons == runs[0].finish_reasons for run in runs[1:])
+    assert len({len(ids) for ids in runs[0].completion_ids}) > 2
+    again = RolloutEngine(model, max_batch=16, max_len=64).generate(
+        prompts, num_generations=3, sampling=dataclasses.replace(sampling, seed=12))
+    assert again.completion_ids != runs[0].completion_ids
+
+
+def test_refill_and_mixed_counts():
+    model, prompts = mini(), prompts_of((5, 2, 9, 30))
+    engine = RolloutEngine(model, max_batch=3, max_len=64)
+    rollout = engine.generate(prompts, num_generations=[1, 5, 2, 3], sampling=GREEDY)
+    expected = theirs(model, prompts)
+    assert rollout.completion_ids == [ids for ids, n in zip(expected, (1, 5, 2, 3), strict=True) for _ in range(n)]
+    pool = engine._decoder.pool
+    assert pool.free == pool.capacity
+
+
+@pytest.mark.parametrize("pages", [6, 8, 11])
+def test_rows_that_lose_their_pages_go_on_where_they_were(pages, monkeypatch):
+    """A cache far too small for its slots: the youngest rows are sent back, and draw what they would have drawn."""
+    model, prompts = mini(), prompts_of((20, 18, 3, 33))
+    sampling = Sampling(max_new_tokens=31, stop_token_ids=(7,), seed=5)
+    wide = RolloutEngine(model, max_batch=12, max_len=64)
+    expected = wide.generate(prompts, num_generations=3, sampling=sampling)
+    narrow = RolloutEngine(model, max_batch=12, max_len=64)
+    whole = narrow._new_pool()
+    monkeypatch.setattr(narrow, "_new_pool", lambda: type(whole)(
+        layers=2, k_heads=2, head_dim=12, pages=pages + 1, dtype=torch.float32, device=torch.device("cpu")))
+    rollout = narrow.generate(prompts, num_generations=3, sampling=sampling)
+    assert rollout.stats.preemptions > 0 and expected.stats.preemptions == 0
+    assert rollout.stats.most_pages_used <= pages
+    assert rollout.completion_ids == expected.completion_ids
+    for ours, first in zip(rollout.log_probs, expected.log_probs, strict=True):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(first), atol=2e-5, rtol=2e-5)
+    assert narrow._decoder.pool.free == pages
+
+
+def test_stop_strings():
+    class Letters:
+        """Token i is the letter number i; decoding joins them."""
+
+        eos_token_id = 2
+
+        def decode(self, ids):
+            return "".join(chr(ord("A") + i % 26) for i in ids)
+
+    model, prompts, tokenizer = mini("qwen2"), prompts_of((4, 11, 6)), Letters()
+    engine = RolloutEngine(model, tokenizer, max_batch=2, max_len=64, stride=4)
+    free = engine.generate(prompts, num_generations=2, sampling=Sampling(max_new_tokens=24, stop_token_ids=()))
+    texts = [tokenizer.decode(ids) for ids in free.completion_ids]
+    string = texts[0][9:11]  # two letters, across no boundary of ours in particular
+    rollout = engine.generate(prompts, num_generations=2, sampling=Sampling(
+        max_new_tokens=24, stop_token_ids=(), stop_strings=(string, "no such text")))
+    for text, ids, log_probs, why in zip(texts, rollout.completion_ids, rollout.log_probs, rollout.finish_reasons,
+                                         strict=True):
+        expected = text[: text.index(string) + 2] if string in text else text
+        assert tokenizer.decode(ids) == expected
+        assert len(log_probs) == len(ids)
+        assert why == ("stop" if string in text else "length")
+    assert rollout.finish_reasons[0] == "stop" and len(rollout.completion_ids[0]) <= 11
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        RolloutEngine(model, max_len=64).generate(prompts, sampling=Sampling(max_new_tokens=4, stop_strings=("x",)))
+
+
+def test_repetition_penalty_is_transformers():
+    model, prompts = mini(), prompts_of((6, 19, 2))
+    sampling = Sampling(max_new_tokens=20, temperature=0, stop_token_ids=(7,), repetition_penalty=1.7)
+    rollout = RolloutEngine(model, max_batch=2, max_len=64).generate(prompts, sampling=sampling)
+    expected = theirs(model, prompts, repetition_penalty=1.7)
+    assert rollout.completion_ids == expected
+    assert expected != theirs(model, prompts)
+
+
+def test_temperature_scales_the_log_probs():
+    model, prompts = mini(), prompts_of((6,))
+    sampling = Sampling(max_new_tokens=9, temperature=0.6, top_k=5, stop_token_ids=())
+    rollout = RolloutEngine(model, max_batch=2, max_len=64).generate(prompts, num_generations=2, sampling=sampling)
+    for ids, log_probs in zip(rollout.completion_ids, rollout.log_probs, strict=True):
+        truth = teacher_forced(model, prompts[0], ids, temperature=0.6)
+        torch.testing.assert_close(torch.tensor(log_probs).double(), truth, atol=2e-5, rtol=2e-5)
+
+
+def test_weights_that_change_in_place_are_seen():
+    model, prompts = mini(), prompts_of((6, 12))
+    engine = RolloutEngine(model, max_batch=2, max_len=64)
+    before = engine.generate(prompts, sampling=GREEDY).completion_ids
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    after = engine.generate(prompts, sampling=GREEDY).completion_ids
+    assert after == theirs(model, prompts) != before
+
+
+def test_what_memory_held_before_changes_nothing():
+    model, prompts = mini("gemma3_text"), prompts_of()
+    engine = RolloutEngine(model, max_batch=3, max_len=64)
+    sampling = Sampling(max_new_tokens=18, stop_token_ids=(7,))
+    first = engine.generate(prompts, sampling=sampling)
+    decoder = engine._decoder
+    decoder.pool.memory.fill_(float("nan"))
+    decoder.state.fill_(-7)
+    decoder.table.fill_(3)
+    decoder.outputs.tokens.fill_(55)
+    decoder.outputs.log_probs.fill_(float("nan"))
+    decoder.pool.memory[:, :, 0] = 0.0  # where rows that are done write; their own numbers, always finite
+    again = engine.generate(prompts, sampling=sampling)
+    assert again.completion_ids == first.completion_ids
+    assert again.log_probs == first.log_probs
+    engine.release()
+    assert engine._decoder is None
+    assert engine.generate(prompts, sampling=sampling).completion_ids == first.completion_ids
+
+
+def lora(model, **kwargs):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", **kwargs))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3)
+    return adapted.train()
+
+
+def test_unmerged_adapters_equal_merged_ones():
+    model, prompts = lora(mini("qwen3"), lora_dropout=0.4), prompts_of()
+    engine = RolloutEngine(model, max_batch=4, max_len=64)
+    ours = engine.generate(prompts, sampling=GREEDY)
+    with model.disable_adapter():
+        off = engine.generate(prompts, sampling=GREEDY)
+    assert off.completion_ids == theirs(mini("qwen3"), prompts)
+    merged = model.merge_and_unload()
+    assert ours.completion_ids == theirs(merged, prompts) != off.completion_ids
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "phi3", "qwen3_moe", "smollm3"])
+def test_kernels_under_an_attached_model(family, device):
+    """Attached forwards, LoRA, decode attention, cache writes and sampling: interpreted here, compiled on a GPU."""
+    from aligntune.backends.fast import attach, detach
+
+    prompts = prompts_of((2, 17))
+    model = mini(family)
+    expected = theirs(model, prompts, max_new_tokens=4)
+    attach(model.to(device))
+    engine = RolloutEngine(model, max_batch=2, max_len=64, kernels=True)
+    sampling = Sampling(max_new_tokens=4, temperature=0, stop_token_ids=(7,))
+    rollout = engine.generate(prompts, sampling=sampling)
+    detach(model)
+    assert rollout.completion_ids == expected
+
+
+def test_faults_are_told_together():
+    engine = RolloutEngine(mini(), max_batch=2, max_len=32)
+    with pytest.raises(ConfigError) as error:
+        engine.generate([[], [3] * 30, [4]], sampling=Sampling(max_new_tokens=4))
+    assert "prompt 0 is empty" in str(error.value) and "prompt 1 has 30 tokens" in str(error.value)
+    with pytest.raises(ConfigError, match="num_generations"):
+        engine.generate([[4], [5]], num_generations=[1], sampling=Sampling(max_new_tokens=4))
+    with pytest.raises(ConfigError) as error:
+        Sampling(max_new_tokens=0, top_p=0.0, temperature=float("nan"), min_p=2.0)
+    assert all(name in str(error.value) for name in ("max_new_tokens", "top_p", "temperature", "min_p"))
+
+
+def test_what_it_cannot_run_is_said_at_creation():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11))
+    with pytest.raises(ConfigError, match="model type 'gpt2' is not in the table"):
+        RolloutEngine(gpt2)
+    assert "no causal language model" in cannot_run_because(mini().model)
+    assert cannot_run_because(mini()) is None
+    with pytest.raises(ConfigError, match="graphs=True: the model is not on a GPU"):
+        RolloutEngine(mini(), graphs=True)
+    with pytest.raises(ConfigError, match="of cache are there"):
+        RolloutEngine(mini(), max_len=4096, memory_gib=1e-4).generate([[3]], sampling=GREEDY)
+
+
+def test_a_prompt_that_fits_no_cache_is_refused():
+    engine = RolloutEngine(mini(), max_batch=1, max_len=64)
+    engine.generate([[3]], sampling=GREEDY)
+    pool = engine._decoder.pool
+    held = pool.take(pool.capacity - 1)
+    pool._holders, pool._free = pool._holders[:3], [1, 2]
+    with pytest.raises(ConfigError, match=f"pages of {PAGE} tokens; the cache has 2"):
+        engine.generate([[3] * 40], sampling=GREEDY)
+    assert held
