@@ -32,7 +32,7 @@ def test_names_options_and_defaults_are_the_pinned_ones() -> None:
 
 
 def test_factories_take_keywords_only_after_model_and_dataset_and_default_to_unset() -> None:
-    for factory in (aligntune.create_sft_trainer, aligntune.create_rl_trainer):
+    for factory in (aligntune.create_sft_trainer, aligntune.create_reward_trainer, aligntune.create_rl_trainer):
         parameters = list(inspect.signature(factory).parameters.values())
         assert [p.name for p in parameters[:2]] == ["model_name", "dataset_name"]
         for parameter in parameters[2:]:
@@ -42,7 +42,8 @@ def test_factories_take_keywords_only_after_model_and_dataset_and_default_to_uns
 
 
 def test_help_shows_every_option_with_its_default() -> None:
-    factories = ((aligntune.create_sft_trainer, ["sft"]), (aligntune.create_rl_trainer, ["dpo", "grpo"]))
+    factories = ((aligntune.create_sft_trainer, ["sft"]), (aligntune.create_reward_trainer, ["reward"]),
+                 (aligntune.create_rl_trainer, ["dpo", "kto", "simpo", "grpo"]))
     for factory, algorithms in factories:
         text = inspect.getdoc(factory)
         for algorithm in algorithms:

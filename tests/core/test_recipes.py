@@ -10,6 +10,7 @@ import pytest
 
 import aligntune
 from aligntune.core.recipes import load_plan, over, packaged, read_recipe, recipe_path
+from aligntune.core.resolve import takers
 from aligntune.errors import ConfigError
 from tests.small_jobs import write
 
@@ -174,7 +175,7 @@ def test_a_fault_of_the_defaults_or_of_a_shared_override_is_told_once() -> None:
 
 def test_a_stage_may_not_have_what_its_algorithm_does_not_take() -> None:
     assert faults(staged({**SFT, "rollout": {"num_generations": 4}}, GRPO)) == (
-        "stages.1.rollout.num_generations: sft does not take this option; grpo, gspo, dapo, dr_grpo do",)
+        f"stages.1.rollout.num_generations: sft does not take this option; {', '.join(takers('num_generations'))} do",)
     assert "stages.1.num_generations" in faults(staged(), {"stages.1.num_generations": 4})[0]
 
 
