@@ -20,11 +20,11 @@ def backbone_of(model: Any) -> nn.Module:
     return base.base_model
 
 
-def value_head(hidden_size: int, device: torch.device | str) -> nn.Linear:
+def value_head(hidden_size: int, device: torch.device | str, *, bias: bool = True) -> nn.Linear:
     """A linear map to one number, fp32, all zero."""
-    head = nn.Linear(hidden_size, 1, device=device, dtype=torch.float32)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
+    head = nn.Linear(hidden_size, 1, bias=bias, device=device, dtype=torch.float32)
+    for value in head.parameters():
+        nn.init.zeros_(value)
     return head
 
 
@@ -73,9 +73,12 @@ class OwnCritic(Critic):
     def __init__(self, model: Any) -> None:
         base = model.get_base_model() if hasattr(model, "peft_config") else model
         score = getattr(base, "score", None)
-        head = value_head(base.config.get_text_config().hidden_size, next(base.parameters()).device)
+        size, device = base.config.get_text_config().hidden_size, next(base.parameters()).device
         if isinstance(score, nn.Linear) and score.out_features == 1:
-            head.weight.data.copy_(score.weight.data)
+            head = value_head(size, device, bias=score.bias is not None)
+            head.load_state_dict(score.state_dict())
+        else:
+            head = value_head(size, device)
         super().__init__(head)
         self.backbone = backbone_of(model)
 
