@@ -105,7 +105,7 @@ def run_arm(spec: ArmSpec) -> dict[str, Any]:
         "status": "ok", "label": spec.label, "role": spec.role, "repeat": spec.repeat, "seed": spec.seed,
         "algorithm": trainer.algorithm, "online": trainer.online, "steps": recorder.steps,
         "norms": recorder.norms, "shifted": batches.shifted(recorder.first_documents),
-        "precision": _precision(inner.args), "weights": recorder.weights, "memory": {**recorder.memory, **peaks},
+        "precision": _precision(inner.args), "round": _round(inner.args), "weights": recorder.weights, "memory": {**recorder.memory, **peaks},
         "cold_start": recorder.cold_start, "train_window": [start, time.time()],
         "capture_seconds": getattr(getattr(inner, "graphed", None), "capture_seconds", None),
         "attestation": trainer.attestation(), "environment": snapshot(), "config": _plain(config),
@@ -162,6 +162,12 @@ def _plain(config: Any) -> dict[str, Any]:
 
     found = OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else config
     return {str(key): value for key, value in found.items()} if isinstance(found, Mapping) else {}
+
+
+def _round(args: Any) -> int:
+    """Optimizer steps that one round of generation feeds; TRL mixes their rows among them."""
+    steps = (getattr(args, "steps_per_generation", None) or 1) // args.gradient_accumulation_steps
+    return max(1, steps) * (getattr(args, "num_iterations", None) or 1)
 
 
 def _precision(args: Any) -> str:

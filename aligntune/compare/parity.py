@@ -79,15 +79,15 @@ def judge(results: Mapping[str, Sequence[dict[str, Any]]], data: findings.Data) 
         _losses(parity, a, b, yard, data.common_steps, floor)
     parity.findings += [*findings.leaks(a[0], "a", floor), *findings.leaks(b[0], "b", floor)]
     if a[0]["online"]:
-        parity.findings += findings.missing_kl(a[0], b[0], data.common_steps)
+        parity.findings += findings.missing_kl(a[0], b[0], data.common_steps, 5 * floor * 0.01)
         _bands(parity, a, b)
     if data.common_steps:
         mine, theirs = losses(a[0])[: data.common_steps], losses(b[0])[: data.common_steps]
-        tolerance = 10 * floor * float(np.abs(mine).max())
-        named = any(one.kind == "kl-missing" for one in parity.findings)
-        parity.findings += [] if named else findings.scaled_loss(mine, theirs, tolerance)
+        tolerance = 10 * floor * max(_scale(a[0], data.common_steps), float(np.abs(mine).max()))
         hypotheses = oracle["hypotheses"] if oracle is not None else None
         parity.findings += findings.mask_mistake(a[0], b[0], hypotheses, tolerance)
+        named = any(one.kind in ("kl-missing", "mask", "document-leak") for one in parity.findings)
+        parity.findings += [] if named else findings.scaled_loss(mine, theirs, tolerance)
         _gradients(parity, results, oracle, yard, precision)
     _final(parity, a, b, yard, precision, judged=data.common_steps == len(a[0]["steps"]))
     return parity
@@ -116,7 +116,7 @@ def _losses(
     yard: tuple[dict[str, Any], dict[str, Any]] | None, common: int, floor: float,
 ) -> None:
     pairs = [losses(y)[:common] - losses(x)[:common] for x, y in zip(a, b, strict=True)]
-    scale = float(np.mean(np.abs(losses(a[0])[:common])))
+    scale = _scale(a[0], common)
     everything = np.concatenate(pairs)
     if not np.isfinite(everything).all():
         parity.findings.append(Finding("non-finite", FAILED, "a loss is not a number"))
@@ -144,6 +144,15 @@ def _losses(
         Check("drift", abs(drift.value) <= drift_limit or drift.contains(0.0), abs(drift.value), drift_limit,
               "mean signed difference of the losses"),
     ]
+
+
+def _scale(result: Mapping[str, Any], common: int) -> float:
+    """What floors are relative to: the mean loss; for online methods, whose loss is a difference near 0, at least 0.01.
+
+    A group's advantages are about 1 in size and cancel: what is left of them is rounding.
+    """
+    size = float(np.mean(np.abs(losses(result)[:common])))
+    return max(size, 0.01) if result["online"] else size
 
 
 def _between(runs: Sequence[dict[str, Any]], common: int) -> float | None:

@@ -145,7 +145,7 @@ def hypotheses(model: Any, found: list[Document]) -> dict[str, float]:
     """The mean token loss of a step under the right labels and under mistakes that people make.
 
     `right`; `mask+1`, `mask-1`: the mask moved by one token; `all`: every token learnt; `leak`: documents of a row see
-    those before them. Every document is run by itself, in the model's own precision, the loss in fp32.
+    those before them; each divided by its own count of tokens and by the right one. Every document is run by itself, in the model's own precision, the loss in fp32.
     """
     sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in ("right", "mask+1", "mask-1", "all", "leak")}
     device = next(model.parameters()).device
@@ -164,7 +164,9 @@ def hypotheses(model: Any, found: list[Document]) -> dict[str, float]:
                 mask = np.concatenate([one.labels != IGNORED for one in row])
                 sums["leak"][0] += float(joined[mask[1:]].sum())
                 sums["leak"][1] += float(mask[1:].sum())
-    return {name: total / count for name, (total, count) in sums.items() if count}
+    known = {name: total / count for name, (total, count) in sums.items() if count}
+    right = sums["right"][1]
+    return known | {f"{name}, right count": sums[name][0] / right for name in known if right}
 
 
 def _token_losses(model: Any, ids: np.ndarray, device: torch.device) -> np.ndarray:

@@ -46,7 +46,9 @@ def block_length(count: int) -> int:
     return max(2 if count >= 8 else 1, round(count ** (1 / 3)))
 
 
-def bootstrap_means(series: Sequence[Sequence[float] | np.ndarray], *, draws: int = DRAWS, seed: int = _SEED) -> np.ndarray:
+def bootstrap_means(
+    series: Sequence[Sequence[float] | np.ndarray], *, draws: int = DRAWS, seed: int = _SEED
+) -> np.ndarray:
     """Means of `draws` moving-block resamples (Kunsch 1989) of all series together; blocks stay within a series.
 
     Neighbouring steps are alike (clocks, caches, the data's order): resampling single steps would give intervals that

@@ -1,0 +1,95 @@
+"""The comparison can fail: each injected fault is caught and named, once in process; slow: five seeds in processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import aligntune
+from aligntune.compare.protocol import in_this_process
+from tests import small_jobs
+
+SFT = {"algorithm": "sft", "model": {"model_name": "builtin:tiny"},
+       "data": {"dataset_name": "builtin:arithmetic", "max_samples": 200, "max_seq_length": 64},
+       "train": {"max_steps": 6, "batch_size": 4, "learning_rate": 1e-3}}
+PACKED = {**SFT, "data": {**SFT["data"], "packing": True, "max_seq_length": 48}, "train": {
+    **SFT["train"], "batch_size": 1}}
+GRPO = {"algorithm": "grpo", "model": {"model_name": "builtin:tiny-instruct"},
+        "data": {"dataset_name": "builtin:arithmetic-prompts", "max_samples": 64, "max_seq_length": 64},
+        "train": {"max_steps": 6, "batch_size": 8, "learning_rate": 1e-3},
+        "loss": {"beta": 0.04}, "rollout": {"num_generations": 4, "max_completion_length": 6, "temperature": 1.5},
+        "rewards": {"reward_functions": ["exact_match"]}}
+
+# recipe, fault, kind of the finding, words of it, whether the comparison is still valid
+FAULTS: list[tuple[dict[str, Any], str, str, str, bool]] = [
+    (SFT, "loss_scaled", "loss-scale", "1.0100 times", True),
+    (SFT, "layer_without_gradient", "zero-gradient", "model.layers.1.mlp", True),
+    (PACKED, "leak_across_documents", "document-leak", "leaks across documents", True),
+    (GRPO, "without_kl", "kl-missing", "KL term is missing", True),
+    (GRPO, "without_kl_metric", "kl-missing", "beta is 0.04", True),
+    (SFT, "mask_shifted_in_the_batch", "mask", "shifted by one token (+1)", False),
+    (SFT, "mask_shifted_in_the_loss", "mask", "shifted by one token (+1)", True),
+    (SFT, "other_order", "data-order", "order", False),
+]
+
+
+def run(recipe: Any, tmp_path: Path, fault: str | None, **options: Any) -> Any:
+    setup = f"tests.compare.faults:{fault}" if fault else None
+    given = {"a": "trl", "b": "trl", "repeats": 1, "warmup": 1, "runner": in_this_process, **options}
+    return aligntune.compare(recipe, setup_b=setup, output_dir=tmp_path / "out", **given)
+
+
+def kinds(report: Any) -> dict[str, str]:
+    return {one["kind"]: one["text"] for one in report.data["findings"] if one["severity"] != "said"}
+
+
+@pytest.mark.parametrize(("recipe", "fault", "kind", "words", "valid"), FAULTS, ids=[row[1] for row in FAULTS])
+def test_each_fault_is_caught_and_named(
+    recipe: Any, fault: str, kind: str, words: str, valid: bool, tmp_path: Path
+) -> None:
+    report = run(recipe, tmp_path, fault, asserts=["parity"])
+    found = kinds(report)
+    assert kind in found, report.verdict
+    assert words in found[kind]
+    assert report.valid is valid
+    assert ("FAIL" in report.verdict) is valid and ("NOT COMPARABLE" in report.verdict) is not valid
+    assert report.exit_code == (9 if valid else 10)
+
+
+@pytest.mark.parametrize("recipe", [SFT, PACKED, GRPO], ids=["sft", "packed", "grpo"])
+def test_without_a_fault_nothing_is_found(recipe: Any, tmp_path: Path) -> None:
+    report = run(recipe, tmp_path, None, asserts=["parity", "data", "attestation"])
+    assert kinds(report) == {}
+    assert report.data["parity"]["passed"] is True and report.exit_code == 0
+    checks = {one["name"]: one for one in report.data["parity"]["checks"]}
+    assert {"first loss", "losses", "drift", "gradient, step 1", "final model"} <= checks.keys()
+    # The judgement rests on numbers that are not 0 against 0: the yardstick differs from a.
+    assert report.data["parity"]["losses"]["scale"] > 0 and checks["losses"]["limit"] > 0
+    assert report.data["parity"]["gradients"][0]["error_a"] > 0
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A job of 40,000 parameters and a few dozen tokens a step, for Triton's interpreter."""
+    folder = tmp_path_factory.mktemp("small")
+    return {"algorithm": "sft", "model": {"model_name": small_jobs.model_folder(folder / "model")},
+            "data": {"dataset_name": small_jobs.alpaca(folder / "rows.jsonl"), "max_seq_length": 64},
+            "train": {"max_steps": 4, "batch_size": 2, "learning_rate": 1e-3}}
+
+
+def test_fast_and_trl_train_the_same_model(small: Any, tmp_path: Path) -> None:
+    report = run(small, tmp_path, None, b="fast", asserts=["parity", "data", "attestation"])
+    assert kinds(report) == {} and report.exit_code == 0, report.verdict
+    checks = {one["name"]: one for one in report.data["parity"]["checks"]}
+    # Other kernels round otherwise: a difference of exactly 0 would mean that the same code ran twice.
+    assert 0 < checks["losses"]["value"] <= checks["losses"]["limit"]
+    assert report.data["arms"]["b"]["attestation"]["step"]["kernels"]
+    assert "interpreter" in {one["kind"] for one in report.data["findings"]}
+
+
+def test_an_arm_that_ran_eager_is_no_comparison(small: Any, tmp_path: Path) -> None:
+    report = run(small, tmp_path, "eager", b="fast,padding_free=false", asserts=["attestation"])
+    assert "fell back" in kinds(report)["eager"] and report.exit_code == 10
+    assert report.failed == ["attestation: does not hold"]
