@@ -1,0 +1,101 @@
+"""Reward models: scores of single texts, in batches, with a tokenizer of their own; what is no reward model is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from aligntune import create_rl_trainer
+from aligntune.backends.trl.reward_model import RewardModel
+from aligntune.errors import AlignTuneError, ConfigError
+from tests.backends.trl.ppo_cases import PROMPTS, distinct, job, reward_model
+from tests.core import tiny
+
+TURNS = ["count to 3:", "say something longer than that:", "x"]
+ANSWERS = [" 1 2 3", "", " a very long answer indeed, to be sure"]
+
+
+def one_by_one(model: Any, tokenizer: Any, texts: list[str]) -> list[float]:
+    with torch.no_grad():
+        return [model(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits[0, 0].item()
+                for text in texts]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_scores_do_not_depend_on_the_batch(batch: int) -> None:
+    model, tokenizer = reward_model(), tiny.tokenizer()
+    scorer = RewardModel(model, tokenizer, name="scorer", batch_size=batch)
+    expected = one_by_one(model, tokenizer, [a + b for a, b in zip(TURNS, ANSWERS, strict=True)])
+    assert len({round(score, 4) for score in expected}) == 3
+    assert scorer(TURNS, ANSWERS, extra=[1, 2, 3]) == pytest.approx(expected, abs=1e-5)
+    assert scorer([], []) == []
+
+
+def test_conversations_are_rendered_with_the_template_that_is_given() -> None:
+    model, bare = reward_model(), tiny.tokenizer(template=None)
+    asked = [[{"role": "user", "content": text}] for text in TURNS]
+    said = [[{"role": "assistant", "content": text}] for text in ANSWERS]
+    scorer = RewardModel(model, bare, name="scorer", template_from=tiny.tokenizer(), batch_size=2)
+    texts = [f"<user>{a}<eos><assistant>{b}<eos>" for a, b in zip(TURNS, ANSWERS, strict=True)]
+    assert scorer(asked, said) == pytest.approx(one_by_one(model, bare, texts), abs=1e-5)
+
+
+def test_of_two_labels_the_log_odds_of_the_second() -> None:
+    model, tokenizer = reward_model(labels=2), tiny.tokenizer()
+    with torch.no_grad():
+        logits = model(**tokenizer("ab", return_tensors="pt", add_special_tokens=False)).logits[0]
+    odds = torch.log_softmax(logits, -1)
+    assert RewardModel(model, tokenizer, name="two")(["a"], ["b"]) == pytest.approx([(odds[1] - odds[0]).item()])
+    with pytest.raises(ConfigError, match="has 3 labels"):
+        RewardModel(reward_model(labels=3), tokenizer, name="three")
+
+
+def own_tokenizer(folder: Any) -> None:
+    """The policy's bytes with two of their numbers exchanged."""
+    plain = tiny.tokenizer(template=None)
+    swapped = dict(plain.get_vocab())
+    low, high = plain.convert_ids_to_tokens([50, 60])
+    swapped[low], swapped[high] = swapped[high], swapped[low]
+    core = Tokenizer(models.BPE(vocab=swapped, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+                            ).save_pretrained(folder)
+
+
+def test_a_path_brings_its_tokenizer_and_functions_count_beside_it(tmp_path: Any) -> None:
+    folder = tmp_path / "scorer"
+    reward_model().save_pretrained(folder)
+    own_tokenizer(folder)
+    run = job(tmp_path / "run", reward_model_name=str(folder), reward_functions=[distinct],
+              reward_function_weights=[2.0, 0.5], max_steps=1)
+    functions = run.trainer.reward_funcs
+    assert [function.__name__ for function in functions] == ["distinct", "scorer"]
+    assert functions[1].tokenizer.get_vocab() != tiny.tokenizer().get_vocab()
+    run.train()
+    logged = run.trainer.state.log_history[0]
+    assert logged["reward"] == pytest.approx(
+        2.0 * logged["rewards/distinct/mean"] + 0.5 * logged["rewards/scorer/mean"], rel=1e-5)
+    assert logged["rewards/scorer/mean"] != 0
+
+
+def test_grpo_takes_a_reward_model_object_too(tmp_path: Any) -> None:
+    run = create_rl_trainer(tiny.llama(), PROMPTS, algorithm="grpo", backend="trl", reward_model_name=reward_model(),
+                            batch_size=4, num_generations=4, max_steps=1, max_completion_length=6, max_seq_length=64,
+                            tokenizer_name=tiny.tokenizer(), output_dir=str(tmp_path), report_to="none")
+    assert run.train().global_step == 1
+    assert run.trainer.state.log_history[0]["rewards/LlamaForSequenceClassification/std"] > 0
+
+
+def test_what_is_no_reward_model_is_told(tmp_path: Any) -> None:
+    tiny.llama().save_pretrained(tmp_path / "lm")
+    tiny.tokenizer().save_pretrained(tmp_path / "lm")
+    with pytest.raises(ConfigError, match=r"is no reward model: it has no score\.weight"):
+        job(tmp_path / "a", reward_model_name=str(tmp_path / "lm"))
+    with pytest.raises(AlignTuneError, match="cannot be loaded"):
+        job(tmp_path / "b", reward_model_name=str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match="the policy's has 259 tokens to its 100"):
+        job(tmp_path / "c", reward_model_name=reward_model(vocab_size=100))
