@@ -39,7 +39,7 @@ def torch_step(numel: int, tensors: int) -> Method:
     params = [torch.nn.Parameter(part) for part in torch.randn(numel, device=DEVICE).chunk(tensors)]
     for param in params:
         param.grad = torch.randn_like(param)
-    optimizer = torch.optim.AdamW(params, **OPTIONS, fused=True)
+    optimizer = torch.optim.AdamW(params, **OPTIONS, fused=True, capturable=True)
 
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(params, 1.0)

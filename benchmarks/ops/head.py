@@ -29,6 +29,7 @@ from aligntune.backends.fast.ops import _logits_pass, head
 from aligntune.backends.fast.ops._logits_pass import STATISTICS, Launch, LogitTransform, RowStatistics, run_loss
 from aligntune.backends.fast.ops.cross_entropy import cross_entropy
 from benchmarks.ops.__main__ import commit, versions
+from benchmarks.ops.bench import copy_bandwidth
 
 SHAPES = [(8192, 2048, 128_256), (8192, 4096, 151_936)]
 GIB = 2**30
@@ -59,13 +60,6 @@ def peak_gib(step: Callable[[], Any], clear: Callable[[], None]) -> float:
     step()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / GIB
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written a second by a copy of 2 GiB: the ceiling of the passes."""
-    a = torch.empty(GIB, dtype=torch.bfloat16, device="cuda")
-    b = torch.empty_like(a)
-    return 2 * a.nbytes / (time_ms(lambda: b.copy_(a)) / 1e3)
 
 
 # --------------------------------------------------------------------------------------------------------- the rows
@@ -269,6 +263,7 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--site-liger", type=Path, help="a directory that holds liger_kernel")
+    parser.add_argument("--commit", help="the commit, where this tree is not a checkout")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") == "1" or not torch.cuda.is_available():
         sys.exit("a benchmark needs an NVIDIA GPU, and TRITON_INTERPRET unset")
@@ -289,7 +284,7 @@ def main() -> None:
     if args.json:
         report = {
             "command": " ".join(("python -m benchmarks.ops.head", *sys.argv[1:])),
-            "commit": commit(),
+            "commit": args.commit or commit(),
             "device": torch.cuda.get_device_name(),
             "versions": versions(),
             "copy_bytes_per_s": bandwidth,

@@ -18,7 +18,8 @@ from torch import nn
 from aligntune.backends.fast.ops import _lora_dropout
 from aligntune.backends.fast.ops.lora import Adapter, LoraLinear, lora_linear_group, lora_mlp
 from aligntune.backends.fast.ops.nf4 import NF4Weight
-from benchmarks.ops._rows import Method, Row, main, measure, time_ms
+from benchmarks.ops._rows import Method, Row, main, measure
+from benchmarks.ops.bench import graph_ms
 
 DEVICE = "cuda"
 RANK = 16
@@ -105,7 +106,7 @@ def bare_gemms_ms(name: str) -> float:
             torch.mm(out, weight, out=x)
 
     with torch.no_grad():
-        return time_ms(step)
+        return graph_ms([step])
 
 
 def lora_bytes(name: str, *, quantised: bool) -> float:

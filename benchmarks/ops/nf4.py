@@ -7,13 +7,17 @@ Rows: eager, torch.compile, bitsandbytes, ours, for the weights of an 8B model. 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from aligntune.backends.fast.ops import nf4
 from aligntune.backends.fast.ops.nf4 import NF4Weight, dequantize_nf4, dequantize_nf4_reference
 from benchmarks.ops._rows import Method, Row, main, measure
+from benchmarks.ops.bench import ROTATE_OVER_BYTES
 
 DEVICE = "cuda"
 SHAPES = [(1024, 4096), (4096, 4096), (14336, 4096)]
@@ -28,24 +32,36 @@ def weight_bytes(weight: NF4Weight) -> int:
 def rows_of(shape: tuple[int, int], bandwidth: float, sweep: bool) -> list[Row]:
     import bitsandbytes
 
-    packed, state = bitsandbytes.functional.quantize_4bit(
-        torch.randn(shape, device=DEVICE, dtype=torch.bfloat16), quant_type="nf4", compress_statistics=True
-    )
-    weight = NF4Weight.from_param(SimpleNamespace(data=packed, quant_state=state))
-    out = torch.empty(shape, device=DEVICE, dtype=torch.bfloat16)
+    sets = []
+    for _ in range(max(2, -(-ROTATE_OVER_BYTES // (2 * shape[0] * shape[1])))):
+        packed, state = bitsandbytes.functional.quantize_4bit(
+            torch.randn(shape, device=DEVICE, dtype=torch.bfloat16), quant_type="nf4", compress_statistics=True
+        )
+        weight = NF4Weight.from_param(SimpleNamespace(data=packed, quant_state=state))
+        sets.append((weight, torch.empty(shape, device=DEVICE, dtype=torch.bfloat16), packed, state))
     compiled = torch.compile(dequantize_nf4_reference)
-    methods: dict[str, Method] = {"ours": lambda: dequantize_nf4(weight, out=out)}
+
+    def each(call: Callable[..., Any]) -> list[Method]:
+        return [functools.partial(call, *one) for one in sets]
+
+    methods: dict[str, Method | list[Method]] = {
+        "ours": each(lambda weight, out, packed, state: dequantize_nf4(weight, out=out))
+    }
     if sweep:
         for units, warps in [(128, 4), (256, 4), (512, 4), (256, 8), (512, 8), (1024, 8), (512, 16)]:
             launch = nf4.Launch(units, warps)
-            methods[f"ours, {units} units, {warps} warps"] = lambda launch=launch: _with(launch, weight, out)
+            methods[f"ours, {units} units, {warps} warps"] = each(
+                lambda weight, out, packed, state, launch=launch: _with(launch, weight, out)
+            )
     else:
         methods |= {
-            "eager": lambda: dequantize_nf4_reference(weight, out=out),
-            "torch.compile": lambda: compiled(weight, out=out),
-            "bitsandbytes": lambda: bitsandbytes.functional.dequantize_4bit(packed, state),
+            "eager": each(lambda weight, out, packed, state: dequantize_nf4_reference(weight, out=out)),
+            "torch.compile": each(lambda weight, out, packed, state: compiled(weight, out=out)),
+            "bitsandbytes": each(
+                lambda weight, out, packed, state: bitsandbytes.functional.dequantize_4bit(packed, state, out=out)
+            ),
         }
-    bound = weight_bytes(weight) / bandwidth * 1e3
+    bound = weight_bytes(sets[0][0]) / bandwidth * 1e3
     return measure(methods, bound_ms=bound, clear=lambda: None, op="nf4", shape=shape)
 
 
