@@ -213,7 +213,7 @@ def scaled_loss(mine: np.ndarray, theirs: np.ndarray, tolerance: float) -> list[
 
 
 def missing_kl(a: Arm, b: Arm, common: int, tolerance: float) -> list[Finding]:
-    """The KL term is in one arm's loss and not in the other's although beta > 0; terms below `tolerance` tell nothing."""
+    """The KL term is in one arm's loss and not in the other's although beta > 0; below `tolerance` it tells nothing."""
     found = []
     for one, name in ((a, "a"), (b, "b")):
         later = [step["metrics"].get("kl") for step in one["steps"][1:]]

@@ -8,6 +8,9 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from aligntune.compare.html import html
+from aligntune.compare.markdown import markdown
+from aligntune.compare.png import draw
 from aligntune.core.run_dir import jsonable, write_atomic
 
 if TYPE_CHECKING:
@@ -20,7 +23,10 @@ def write(report: Report) -> None:
     """Write every output into the report's folder."""
     data = jsonable(report.data)
     write_atomic(report.folder / JSON, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(report.folder / MARKDOWN, markdown(data))
+    write_atomic(report.folder / HTML, html(data))
     write_atomic(report.folder / CSV, steps_csv(data))
+    draw(data, report.folder / PNG)
 
 
 def steps_csv(data: Mapping[str, Any]) -> str:

@@ -145,7 +145,8 @@ def hypotheses(model: Any, found: list[Document]) -> dict[str, float]:
     """The mean token loss of a step under the right labels and under mistakes that people make.
 
     `right`; `mask+1`, `mask-1`: the mask moved by one token; `all`: every token learnt; `leak`: documents of a row see
-    those before them; each divided by its own count of tokens and by the right one. Every document is run by itself, in the model's own precision, the loss in fp32.
+    those before them; each divided by its own count of tokens and by the right one. Every document is run by itself,
+    in the model's own precision, the loss in fp32.
     """
     sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in ("right", "mask+1", "mask-1", "all", "leak")}
     device = next(model.parameters()).device

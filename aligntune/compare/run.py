@@ -17,7 +17,7 @@ from aligntune.compare.report import SCHEMA, Report, build
 from aligntune.compare.schema import faults_of
 from aligntune.compare.settings import Settings, check_counts, read_arm, read_assertion
 from aligntune.core.environment import command_line
-from aligntune.core.recipes import load_plan, read_recipe
+from aligntune.core.recipes import load_plan, packaged, read_recipe
 from aligntune.core.resolve import Job, resolve
 from aligntune.errors import ConfigError
 
@@ -36,7 +36,7 @@ def run(
                           "its own")
     arms = read_arm(a, python=python_a, setup=setup_a), read_arm(b, python=python_b, setup=setup_b)
     settings = Settings(
-        recipe=str(read.path) if read.path is not None else read.name, config=read.config, overrides=overrides,
+        recipe=read.name if read.path is None or read.path == packaged().get(read.name) else str(read.path), config=read.config, overrides=overrides,
         a=arms[0], b=arms[1], steps=steps, repeats=repeats, warmup=warmup, oracle=oracle, target_loss=target_loss,
         price=price, asserts=tuple(read_assertion(text) for text in asserts), keep=keep,
     )
