@@ -36,6 +36,8 @@ def eager_because(trainer: Trainer) -> str | None:
         return "the model is not on a GPU"
     if trainer.accelerator.num_processes > 1:
         return "several processes exchange gradients while the backward runs"
+    if not (args.bf16 or args.fp16 or model.dtype in (torch.bfloat16, torch.float16)):
+        return "in fp32 attention over ragged rows waits for their lengths"
     if args.gradient_checkpointing:
         return "recomputation restores the generator's state, which waits for the GPU"
     if sum(p.numel() for p in trained) * 8 > sum(p.numel() for p in model.parameters()):

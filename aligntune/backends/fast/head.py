@@ -29,7 +29,7 @@ from torch import nn
 from aligntune.backends.fast import families
 from aligntune.backends.fast.ledger import promise
 from aligntune.backends.fast.lora import hooked
-from aligntune.backends.fast.ops.head import linear_cross_entropy, token_log_probs
+from aligntune.backends.fast.ops.head import MEMORY_BUDGET, linear_cross_entropy, token_log_probs
 from aligntune.errors import ConfigError
 
 KEY = "_aligntune_head"
@@ -274,11 +274,12 @@ def _root_forward(cls: type[nn.Module]) -> Callable[..., Any]:
         num_items_in_batch: Any = None,
         output_logits: bool = False,
         kept: torch.Tensor | None = None,
+        loss_over: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         options: HeadOptions | None = self.__dict__.get(KEY)
         if fused_lm_head and options is not None and options.trl:
-            return _fused(self, options, args, labels, shift_labels, num_items_in_batch, kept, kwargs)
+            return _fused(self, options, args, labels, shift_labels, num_items_in_batch, kept, kwargs, loss_over)
         asked = output_logits or bool(kwargs.get("logits_to_keep", False))
         if options is not None and labels is not None and not asked and _trains(self, options, kwargs):
             return _plain(self, options, args, labels, shift_labels, num_items_in_batch, kept, kwargs)
@@ -340,6 +341,11 @@ class _ScoredRows:
         return found.view(-1)
 
 
+def _budget(model: nn.Module) -> int | None:
+    """Bytes that logits may take: a quarter of what is usual where layers are recomputed to save memory."""
+    return MEMORY_BUDGET // 4 if getattr(model, "is_gradient_checkpointing", False) else None
+
+
 def _targets(labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> torch.Tensor:
     """The label of the next token at every position; -100 at the last, so that the hidden states need no slice."""
     if shift_labels is not None:
@@ -357,8 +363,13 @@ def _fused(
     num_items_in_batch: Any,
     kept: torch.Tensor | None,
     kwargs: dict[str, Any],
+    loss_over: torch.Tensor | None,
 ) -> Any:
-    """TRL's contract: `trl.trainer.utils.FusedCausalLMOutput`."""
+    """TRL's contract: `trl.trainer.utils.FusedCausalLMOutput`.
+
+    `loss_over` asks for - sum of log p / `loss_over` as `loss`, with the gradient; `log_probs` then carry none. With a
+    weight that trains that is three products a token where log-probs first are four.
+    """
     from trl.trainer.utils import FusedCausalLMOutput
 
     text_config = model.config.get_text_config()
@@ -371,25 +382,26 @@ def _fused(
     hidden = (backbone := model.base_model(*args, **kwargs)).last_hidden_state
     lm_head = model.get_output_embeddings()
     weight, bias = lm_head.weight, lm_head.bias
-    promise(model, "log-probs, trained head" if _trained(weight, bias) else "log-probs head", hidden, weight, bias)
-    scored = token_log_probs(
-        hidden.to(weight.device),
-        weight,
-        targets.to(weight.device),
-        bias=bias,
-        softcap=options.softcap,
-        logit_scale=options.logit_scale,
-        temperature=options.temperature,
-        outputs=options.outputs,
-        kept=rows.kept() if rows is not None else kept,
-        fp32_logits=options.fp32,
-    )
+    common: dict[str, Any] = {
+        "bias": bias, "softcap": options.softcap, "logit_scale": options.logit_scale,
+        "temperature": options.temperature, "outputs": options.outputs, "fp32_logits": options.fp32,
+        "kept": rows.kept() if rows is not None else kept, "memory_budget": _budget(model),
+    }  # fmt: skip
+    inputs = hidden.to(weight.device), weight, targets.to(weight.device)
+    if loss_over is not None and torch.is_grad_enabled():
+        promise(model, "loss head", hidden, weight, bias)
+        scored = linear_cross_entropy(*inputs, num_items_in_batch=loss_over, **common)
+    else:
+        promise(model, "log-probs, trained head" if _trained(weight, bias) else "log-probs head", hidden, weight, bias)
+        scored = token_log_probs(*inputs, **common)
     mask = targets.to(weight.device) != _IGNORED
     per_token = {name: value for name in _PER_TOKEN if (value := getattr(scored, name)) is not None}
     if shift_labels is None:
         per_token, mask = {name: value[:, :-1] for name, value in per_token.items()}, mask[:, :-1]
-    items = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    loss = -per_token["log_probs"].sum() / items
+    loss = scored.loss
+    if loss is None:
+        items = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        loss = -per_token["log_probs"].sum() / items
     aux_loss = None
     if kwargs.get("output_router_logits"):
         aux_loss = _aux_loss(model, backbone.router_logits, kwargs.get("attention_mask"))
@@ -429,6 +441,7 @@ def _plain(
         logit_scale=options.logit_scale,
         num_items_in_batch=num_items_in_batch,
         kept=rows.kept() if rows is not None else kept,
+        memory_budget=_budget(model),
     )
     parts: dict[str, Any] = {
         "loss": scored.loss,

