@@ -12,7 +12,8 @@ import torch
 
 from aligntune.backends.fast.graphs import GraphedModel
 from aligntune.backends.fast.packing import RowsEndToEnd
-from aligntune.backends.trl.trainers import SFT, TRAINERS
+from aligntune.backends.fast.rollout.trl import FastRollouts
+from aligntune.backends.trl.trainers import DAPO, GRPO, SFT, TRAINERS
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -108,4 +109,12 @@ class FastSFT(SFT):
         super().log(logs, start_time)
 
 
-FAST_TRAINERS = TRAINERS | {"sft": FastSFT}
+class FastGRPO(FastRollouts, GRPO):
+    """TRL's GRPOTrainer; completions come from our engine where it is asked for."""
+
+
+class FastDAPO(FastRollouts, DAPO):
+    """TRL's GRPOTrainer with dynamic sampling; completions come from our engine where it is asked for."""
+
+
+FAST_TRAINERS = TRAINERS | {"sft": FastSFT, "grpo": FastGRPO, "dr_grpo": FastGRPO, "dapo": FastDAPO}

@@ -1,0 +1,126 @@
+"""TRL's GRPOTrainer with our engine behind the one method that generates.
+
+Everything after it is TRL's: rewards, advantages, the loss. The log-probabilities that the engine returns are handed on
+as TRL hands on vLLM's; the loss takes its old ones from its own forward, so they decide nothing. They are held against
+the trainer's instead, for as long as the policy is the one that drew them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from aligntune.backends.fast.rollout.engine import RolloutEngine, cannot_run_because
+from aligntune.backends.fast.rollout.sampling import Sampling
+from aligntune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+MOST_ROWS = 256
+"""Rows that run at once, where a round of generation has more."""
+_DIFFERENCE = "sampling/sampling_logp_difference"
+
+
+def engine_cannot_because(trainer: Trainer) -> str | None:
+    """Why this trainer's completions cannot come from our engine, or None where they can."""
+    why = cannot_run_because(trainer.model)
+    if why is not None:
+        return why
+    kind = str(getattr(trainer.accelerator.distributed_type, "value", ""))
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        return f"{kind} shards the weights"
+    if trainer.use_vllm or trainer.use_transformers_continuous_batching:
+        return "TRL was told to generate with another engine"
+    if trainer.args.generation_kwargs:
+        return f"generation_kwargs {sorted(trainer.args.generation_kwargs)} are transformers' options"
+    return None
+
+
+class FastRollouts:
+    """Mixin before a GRPOTrainer: with `rollouts_on` called, completions come from our engine.
+
+    Metrics: `sampling/sampling_logp_difference/mean` and `/max`, |log-prob when drawn - log-prob when trained| of the
+    tokens of the first optimizer step on a rollout; `rollout/tokens_per_second`, `rollout/seconds` of each rollout.
+    """
+
+    rollout_engine: RolloutEngine | None = None
+    _engine_options: dict[str, Any] | None = None
+    _sampled: tuple[torch.Tensor, torch.Tensor] | None = None
+    _drawn_at: tuple[int, int] = (-1, 0)
+
+    def rollouts_on(self: Any, *, max_len: int, memory_gib: float | None = None, **options: Any) -> None:
+        """Generate with our engine from now on; `options` are those of `RolloutEngine`.
+
+        Raises:
+            ConfigError: it cannot run here; says why.
+        """
+        why = engine_cannot_because(self)
+        if why is not None:
+            raise ConfigError(f"rollout.rollout_engine = 'fast': {why}; 'hf' generates with transformers")
+        self._engine_options = {"max_len": max_len, "memory_gib": memory_gib} | options
+
+    def _generate_single_turn(
+        self: Any, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, num_generations: int,
+        *args: Any, **kwargs: Any,
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        if self._engine_options is None:
+            return super()._generate_single_turn(  # type: ignore[misc]
+                prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs)
+        if images or multimodal_fields:
+            raise ConfigError("rollout.rollout_engine = 'fast' generates from text alone; 'hf' takes images")
+        if self.rollout_engine is None:
+            rows = min(MOST_ROWS, len(prompt_ids))
+            options = {"max_batch": rows, "autocast": _autocast(self)} | self._engine_options
+            self.rollout_engine = RolloutEngine(self.model, self._tokenizer, **options)
+        # TRL repeats a prompt for each of its completions; next to each other they share a prefill.
+        groups = [(ids, len(list(same))) for ids, same in itertools.groupby(prompt_ids)]
+        rollout = self.rollout_engine.generate(
+            [ids for ids, _ in groups], num_generations=[count for _, count in groups], sampling=self._sampling())
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["rollout/seconds"].append(rollout.stats.seconds)
+        metrics["rollout/tokens_per_second"].append(rollout.stats.to_dict()["tokens_per_second"])
+        return rollout.completion_ids, rollout.log_probs
+
+    def _sampling(self: Any) -> Sampling:
+        args, step = self.args, self.state.global_step
+        at, calls = self._drawn_at
+        self._drawn_at = (step, calls + 1 if at == step else 0)
+        # A function of the step, so that a resumed run draws what it would have drawn; no process draws another's.
+        stream = random.Random(f"{args.seed}/{self.model.training}/{self._drawn_at}/{self.accelerator.process_index}")
+        return Sampling(
+            max_new_tokens=self.max_completion_length, temperature=self.temperature, top_k=self.top_k or 0,
+            top_p=self.top_p, min_p=self.min_p, repetition_penalty=self.repetition_penalty,
+            stop_token_ids=tuple(self.eos_token_ids), seed=stream.getrandbits(62),
+        )
+
+    def _compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        drawn = inputs.get("sampling_per_token_logps")
+        if drawn is not None and self.state.global_step == self._drawn_at[0]:
+            self._sampled = (drawn, inputs["completion_mask"])
+        try:
+            return super()._compute_loss(model, inputs)  # type: ignore[misc]
+        finally:
+            self._sampled = None
+
+    def _get_per_token_logps_and_entropies(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
+        if self._sampled is not None:
+            drawn, mask = self._sampled
+            self._sampled = None
+            apart = (found[0].detach() - drawn).abs() * mask
+            mean = apart.sum() / mask.sum().clamp(min=1)
+            metrics = self._metrics["train" if self.model.training else "eval"]
+            metrics[f"{_DIFFERENCE}/mean"].append(self.accelerator.gather(mean).mean().item())
+            metrics[f"{_DIFFERENCE}/max"].append(self.accelerator.gather(apart.max()).max().item())
+        return found
+
+
+def _autocast(trainer: Any) -> torch.dtype | None:
+    """What training runs under, where the weights are of another type than it computes in."""
+    weight = trainer.model.get_input_embeddings().weight
+    wanted = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else None
+    return wanted if wanted is not None and weight.dtype != wanted else None

@@ -1,0 +1,139 @@
+"""Online algorithms over our engine: TRL's loss on our completions, the gates, and what stays TRL's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from aligntune.backends.base import Prepared, require
+from aligntune.backends.fast.attachment import detach
+from aligntune.backends.fast.build import build as build_fast
+from aligntune.backends.fast.rollout.engine import RolloutEngine
+from aligntune.backends.fast.support import BACKEND
+from aligntune.backends.trl.build import build as build_trl
+from aligntune.core.resolve import resolve
+from aligntune.errors import ConfigError, UnsupportedAlgorithmError
+from tests.backends.trl.test_build import longest, rows
+from tests.core import tiny
+
+
+def built_of(backend: str, algorithm: str, tmp_path: Any, **options: Any) -> Any:
+    job = resolve({
+        "model_name": tiny.llama(), "dataset_name": "in memory", "algorithm": algorithm, "backend": backend,
+        "output_dir": str(tmp_path / backend), "max_steps": 2, "batch_size": 4, "learning_rate": 1e-3,
+        "logging_steps": 1, "report_to": "none", "tokenizer_name": tiny.tokenizer(), "reward_functions": [longest],
+        "num_generations": 4, "max_completion_length": 5, "max_seq_length": 64, "gradient_accumulation_steps": 1,
+        **options,
+    })
+    return {"trl": build_trl, "fast": build_fast}[backend](job, Prepared(tiny.tokenizer(), rows(algorithm), None))
+
+
+def logged(trainer: Any, key: str) -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+_SLOW = pytest.mark.slow  # training steps of interpreted kernels
+
+
+@pytest.mark.parametrize(("algorithm", "adapters"), [
+    ("grpo", True), pytest.param("grpo", False, marks=_SLOW), pytest.param("dr_grpo", True, marks=_SLOW),
+    pytest.param("dr_grpo", False, marks=_SLOW), pytest.param("dapo", True, marks=_SLOW),
+    pytest.param("dapo", False, marks=_SLOW),
+])
+def test_steps_are_trls_on_the_same_completions(algorithm: str, adapters: bool, tmp_path: Any) -> None:
+    """Two steps of ours, then TRL's own with our completions forced: losses, rewards, KL and weights."""
+    options: dict[str, Any] = {"use_peft": True, "lora_r": 4} if adapters else {}
+    built = built_of("fast", algorithm, tmp_path, **options)
+    ours = built.trainer
+    drawn, generate = [], ours._generate_single_turn
+
+    def recorded(*args: Any) -> Any:
+        drawn.append(generate(*args))
+        return drawn[-1]
+
+    ours._generate_single_turn = recorded
+    ours.train()
+    assert isinstance(ours.rollout_engine, RolloutEngine)
+    assert "rollouts: our engine" in built.attestation()["layout"]
+    assert len(drawn) >= 2 and drawn[0][0] != drawn[1][0]
+    # The log-probs that came with the tokens are those of the trainer's own forward.
+    apart = logged(ours, "sampling/sampling_logp_difference/max")
+    assert len(apart) == 2 and max(apart) < 1e-4
+    assert all(scores < 0 for _, log_probs in drawn for row in log_probs for scores in row)
+
+    theirs = built_of("trl", algorithm, tmp_path, **options).trainer
+    forced = iter(drawn)
+    theirs._generate_single_turn = lambda *args: (next(forced)[0], None)
+    theirs.train()
+    for key in ("loss", "reward", "grad_norm", "completions/mean_length", *(["kl"] if algorithm == "grpo" else [])):
+        assert logged(ours, key) == pytest.approx(logged(theirs, key), rel=2e-4, abs=2e-6), key
+    assert max(logged(ours, "grad_norm")) > 1e-3
+    start = dict(tiny.llama().named_parameters())
+    moved = 0
+    for (name, mine), other in zip(ours.model.named_parameters(), theirs.model.parameters(), strict=True):
+        difference = (mine - other).norm()
+        if mine.requires_grad and name in start:
+            way = (mine - start[name]).norm()
+            assert difference < 0.02 * way, name  # Adam's first steps divide by gradients that are nearly 0
+            moved += 1
+        assert difference < 1e-3, name
+    assert moved or adapters
+
+
+def test_seeds(tmp_path: Any) -> None:
+    """A step draws the same in a fresh run; another step, another round and another seed draw other tokens."""
+    def draws(**options: Any) -> list[Any]:
+        trainer = built_of("fast", "grpo", tmp_path, **options).trainer
+        detach(trainer.model)  # the engine runs a model as it stands; interpreted kernels take their time
+        rounds = []
+        for step in (0, 0, 1):
+            trainer.state.global_step = step
+            rounds.append(trainer._generate_single_turn([[9, 30, 7]] * 4, None, {}, 4)[0])
+        return rounds
+
+    first, again, other = draws(), draws(), draws(seed=99)
+    assert first == again
+    assert first[0] != other[0]
+    assert first[0] != first[1] != first[2]
+    assert len({tuple(row) for ids in first for row in ids}) > 8
+
+
+def test_sampling_options_arrive(tmp_path: Any) -> None:
+    trainer = built_of("fast", "grpo", tmp_path, temperature=0.7, top_p=0.9, top_k=12, min_p=0.05,
+                       repetition_penalty=1.2, rollout_memory_gib=0.5).trainer
+    sampling = trainer._sampling()
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.7, 0.9, 12, 0.05)
+    assert (sampling.repetition_penalty, sampling.max_new_tokens) == (1.2, 5)
+    assert set(sampling.stop_token_ids) == {2}
+    assert trainer._engine_options == {"max_len": 64, "memory_gib": 0.5}
+    assert trainer._sampling().seed != sampling.seed  # a second round of the same step
+
+
+def test_transformers_generate_stays_available(tmp_path: Any) -> None:
+    built = built_of("fast", "grpo", tmp_path, rollout_engine="hf")
+    assert "rollouts: hf, as was asked for" in built.attestation()["layout"]
+    detach(built.trainer.model)
+    ids, log_probs = built.trainer._generate_single_turn([[9, 30, 7]] * 4, None, {}, 4)
+    assert log_probs is None and len(ids) == 4  # TRL's own returns none
+    assert built.trainer.rollout_engine is None
+
+
+def test_what_the_engine_cannot_run_is_said_when_building(tmp_path: Any) -> None:
+    options = {"trainer_options": {"generation_kwargs": {"num_beams": 2}}}
+    with pytest.raises(ConfigError, match=r"rollout_engine = 'fast': generation_kwargs \['num_beams'\]"):
+        built_of("fast", "grpo", tmp_path, rollout_engine="fast", **options)
+    built = built_of("fast", "grpo", tmp_path, **options)  # auto: another engine, and it is said
+    assert "rollouts: hf, generation_kwargs" in built.attestation()["layout"]
+
+
+def test_gates(tmp_path: Any) -> None:
+    for options in ({"importance_sampling_level": "sequence"}, {"loss_type": "luspo"}, {"loss_type": "vespo"}):
+        with pytest.raises(UnsupportedAlgorithmError, match="backend='trl' runs it"):
+            require(BACKEND, "grpo", options)
+        with pytest.raises(UnsupportedAlgorithmError, match="token-level ratios"):
+            built_of("fast", "dr_grpo" if "loss_type" not in options else "grpo", tmp_path, **(
+                {"trainer_options": options} if "loss_type" not in options else options))
+    with pytest.raises(UnsupportedAlgorithmError, match="token-level ratios"):
+        require(BACKEND, "gspo", {})
+    require(BACKEND, "grpo", {"rollout_engine": "fast", "loss_type": "grpo", "importance_sampling_level": "token"})
