@@ -41,7 +41,7 @@ UNSLOTH = {"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_COMPILE_LOCATION": "/tmp/
 
 
 def run_arm(name: str, workload: Workload, seed: Path, rows: Path, sites: dict[str, Path | None], precision: str,
-            limit_s: int, profile: bool) -> dict[str, Any]:  # fmt: skip
+            limit_s: int, profile: bool, logs: Path | None) -> dict[str, Any]:  # fmt: skip
     """What the arm's process wrote, or {"failed": why}, or {"skipped": why}."""
     backend, options, env, site = ARMS[name]
     if site is not None and sites[site] is None:
@@ -50,7 +50,7 @@ def run_arm(name: str, workload: Workload, seed: Path, rows: Path, sites: dict[s
         spec = {
             "backend": backend, "options": options | workload.options, "model": str(seed), "rows": str(rows),
             "output": f"{folder}/run", "log_each": workload.measured <= 8, "precision": precision,
-            "profile": profile and backend != "unsloth",
+            "profile": profile,
             **{k: v for k, v in asdict(workload).items() if k not in ("model", "options", "lengths")},
         }  # fmt: skip
         Path(folder, "spec.json").write_text(json.dumps(spec))
@@ -68,6 +68,9 @@ def run_arm(name: str, workload: Workload, seed: Path, rows: Path, sites: dict[s
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_s)
         except subprocess.TimeoutExpired:
             return {"failed": f"not done after {limit_s} s"}
+        if logs is not None:
+            logs.mkdir(parents=True, exist_ok=True)
+            (logs / f"{seed.name}-{name}.txt").write_text(done.stdout + done.stderr)
         if done.returncode or not Path(folder, "result.json").exists():
             return {"failed": (done.stderr.strip() or "no result").splitlines()[-1][:300], "tail": done.stderr[-2000:]}
         return json.loads(Path(folder, "result.json").read_text()) | {"options": options}
@@ -103,7 +106,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--site-unsloth", type=Path)
     parser.add_argument("--commit", help="the commit, where this tree is not a checkout")
     parser.add_argument("--limit", type=int, default=240, help="seconds an arm may take")
-    parser.add_argument("--profile", action="store_true", help="three more steps under the profiler (not of unsloth)")
+    parser.add_argument("--logs", type=Path, help="keep what every arm printed, here")
+    parser.add_argument("--profile", action="store_true", help="three more steps under the profiler")
     args = parser.parse_args(argv)
     args.rows = args.rows or [name for name in WORKLOADS if name != "smoke"]
     args.arms = args.arms.split(",")
@@ -149,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name}: {workload}", flush=True)
             for arm in args.arms:
                 found = run_arm(arm, workload, seed, rows, sites, "bf16" if gpu else "fp32", args.limit,
-                                args.profile and gpu)
+                                args.profile and gpu, args.logs)
                 entry = {"row": name, "arm": arm, **found}
                 if "measured_s" in found:
                     entry |= summary(workload, found)

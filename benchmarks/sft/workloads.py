@@ -70,7 +70,7 @@ class Workload:
 
 WORKLOADS = {
     "lora-1b": Workload("llama-1b"),
-    "lora-1b-ragged": Workload("llama-1b", batch_size=16, lengths="ragged", steps=100, measured=60),
+    "lora-1b-ragged": Workload("llama-1b", batch_size=16, lengths="ragged", steps=160, measured=60),
     "lora-1b-packed": Workload("llama-1b", lengths="ragged", packing=True, steps=40, measured=20),
     "lora-1b-16k": Workload("llama-1b", batch_size=1, max_seq_length=16_384, steps=16, measured=8),
     "full-1b": Workload("llama-1b", mode="full", steps=20, measured=10),
