@@ -180,6 +180,9 @@ class RolloutSection:
     )
     rollout_engine: str = option("auto", "What generates: transformers' generate, our engine (fast), or vLLM.",
                                  choices=("auto", "hf", "fast", "vllm"), audience="online")
+    rollout_memory_gib: float | None = option(
+        None, "GiB for the fast engine's key/value cache; null takes what a round of completions needs, up to 30% of "
+        "what is free.", gt=0, audience="online")
     log_completions: bool = option(False, "Keep sampled completions in the run folder.", audience="online")
 
 

@@ -11,7 +11,7 @@ from aligntune.core.registry import Support
 if TYPE_CHECKING:
     from aligntune.core.resolve import Job
 
-_SEQUENCE_RATIOS = (
+SEQUENCE_RATIOS = (
     "the fast online trainer covers token-level ratios; sequence-ratio GRPO is not in its parity suite; "
     "backend='trl' runs it"
 )
@@ -28,12 +28,11 @@ class FastBackend:
         "grpo": Support("supported"),
         "dapo": Support("supported"),
         "dr_grpo": Support("supported"),
-        "gspo": Support("unsupported", _SEQUENCE_RATIOS),
+        "gspo": Support("unsupported", SEQUENCE_RATIOS),
     }
     gates = (
-        Gate("importance_sampling_level", ("sequence",), _SEQUENCE_RATIOS),
-        Gate("loss_type", ("luspo", "vespo"), _SEQUENCE_RATIOS),
-        Gate("rollout_engine", ("fast",), "this version generates with transformers; 'hf' and 'vllm' run"),
+        Gate("importance_sampling_level", ("sequence",), SEQUENCE_RATIOS),
+        Gate("loss_type", ("luspo", "vespo"), SEQUENCE_RATIOS),
         Gate("gradient_checkpointing", ("offload",), "this version recomputes (True) or keeps (False) activations"),
         Gate("memory_budget_gib", None, "this version does not plan recompute by memory"),
         Gate("embedding_learning_rate", None, "this version trains every parameter at learning_rate"),

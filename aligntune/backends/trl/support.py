@@ -23,6 +23,7 @@ class TRLBackend:
     ), _YES)
     gates = (
         Gate("rollout_engine", ("fast",), "TRL generates with 'hf' and 'vllm'"),
+        Gate("rollout_memory_gib", None, "TRL's engines size their own memory"),
         Gate("gradient_checkpointing", ("offload",), "TRL recomputes (True) or keeps (False) activations"),
         Gate("memory_budget_gib", None, "TRL does not plan recompute by memory"),
         Gate("embedding_learning_rate", None, "TRL trains every parameter at learning_rate"),
