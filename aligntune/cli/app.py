@@ -17,13 +17,13 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from aligntune.cli import doctor, inspecting, launching, modelling, recipe_files, training
+from aligntune.cli import comparing, doctor, inspecting, launching, modelling, recipe_files, training
 from aligntune.errors import AlignTuneError
 
 EPILOG = (
     "Exit codes: 0 done; 1 an unforeseen error or a failed check of doctor; 2 command line or configuration; 3 data; "
     "4 backend not available here; 5 algorithm not supported by the backend; 6 checkpoint; 7 a loss, gradient or "
-    "reward that is not a number; 130 Ctrl-C."
+    "reward that is not a number; 9 an assertion of compare does not hold; 10 arms that cannot be compared; 130 Ctrl-C."
 )
 
 
@@ -62,6 +62,7 @@ recipe_files.register(app)
 inspecting.register(app)
 doctor.register(app)
 launching.register(app)
+comparing.register(app)
 
 
 def _version(wanted: bool) -> None:

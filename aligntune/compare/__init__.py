@@ -26,6 +26,7 @@ def compare(
     *,
     a: Any = "trl",
     b: Any = "fast",
+    stage: int | None = None,
     overrides: Mapping[str, Any] | None = None,
     steps: int | None = None,
     repeats: int = 2,
@@ -47,8 +48,9 @@ def compare(
     """Train a recipe with two arms, each in fresh processes, and compare what they train and what they cost.
 
     Args:
-        recipe: packaged name, YAML path or mapping; one job, not stages.
+        recipe: packaged name, YAML path or mapping.
         a, b: "trl", "fast", "fast,name=value,...", a peer ("liger", "unsloth"), or {"backend": ..., options}.
+        stage: which stage of a recipe that has stages, from 1; a model that is `previous` needs a `model_name`.
         overrides: options for both arms, by flat name or "section.name".
         steps: optimizer steps of each run; None keeps the recipe's.
         repeats: runs of each arm, in the order A B B A; with 2 or more the noise is measured.
@@ -72,9 +74,10 @@ def compare(
     from aligntune.compare.run import run
 
     return run(
-        recipe, a=a, b=b, overrides=dict(overrides or {}), steps=steps, repeats=repeats, warmup=warmup, oracle=oracle,
-        target_loss=target_loss, price=price, asserts=asserts, baseline=baseline, python_a=python_a, python_b=python_b,
-        setup_a=setup_a, setup_b=setup_b, output_dir=output_dir, keep=keep, runner=runner, command=command,
+        recipe, a=a, b=b, stage=stage, overrides=dict(overrides or {}), steps=steps, repeats=repeats, warmup=warmup,
+        oracle=oracle, target_loss=target_loss, price=price, asserts=asserts, baseline=baseline, python_a=python_a,
+        python_b=python_b, setup_a=setup_a, setup_b=setup_b, output_dir=output_dir, keep=keep, runner=runner,
+        command=command,
     )
 
 

@@ -65,7 +65,6 @@ def run_arm(spec: ArmSpec) -> dict[str, Any]:
     Raises:
         AlignTuneError: whatever building or training raises on purpose.
     """
-    import torch
     from transformers import set_seed
 
     from aligntune.compare import batches, peers, probes
@@ -92,9 +91,7 @@ def run_arm(spec: ArmSpec) -> dict[str, Any]:
         trainer.train()
     finally:
         recorder.remove()
-    if torch.cuda.is_available():
-        recorder.memory |= {"peak_allocated": torch.cuda.max_memory_allocated(),
-                            "peak_reserved": torch.cuda.max_memory_reserved()}
+    recorder.finish()
     peaks = peak_memory()
     save_gradients(recorder, folder / GRADIENTS)
     if spec.probe:

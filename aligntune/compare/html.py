@@ -36,13 +36,15 @@ figure { margin: 0; min-width: 0; } figure h3 { font-size: 14px; margin: 0 0 2px
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--text); font-size: 12px; }
 svg .tick { fill: var(--soft); font-size: 11.5px; } svg .label { font-size: 12.5px; }
 svg .grid { stroke: var(--rule); stroke-width: 0.7; } svg .zero { stroke: var(--soft); stroke-width: 1; }
-svg .curve { fill: none; stroke-width: 1.8; stroke-linejoin: round; } svg .band { opacity: 0.22; }
+svg .curve { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
+svg .curve.a { stroke-width: 4; opacity: 0.65; } svg .band { opacity: 0.22; }
 .curve.a, .mark.a { stroke: var(--a); } .curve.b, .mark.b { stroke: var(--b); } .curve.y { stroke: var(--y);
   stroke-dasharray: 5 4; }
 .band.a, .fill.a { fill: var(--a); } .band.b, .fill.b { fill: var(--b); } .band.y, .fill.y { fill: var(--y); }
 svg .fill { opacity: 0.75; } svg .mark { stroke-width: 2; }
 .key i { display: inline-block; width: 18px; height: 3px; margin: 0 5px 3px 12px; vertical-align: middle; }
-.key i.a { background: var(--a); } .key i.b { background: var(--b); } .key i.y { background: var(--y); }
+.key i.a { background: var(--a); } .key i.b { background: var(--b); }
+.key i.y { background: repeating-linear-gradient(90deg, var(--y) 0 5px, transparent 5px 8px); }
 """ + "".join(f".part.p{n} {{ fill: var(--p{n}); }}\n" for n in range(8))
 
 
@@ -67,7 +69,7 @@ def html(report: Mapping[str, Any]) -> str:
 
 def _said(report: Mapping[str, Any]) -> str:
     lines = [(one["severity"] != "said", one["text"]) for one in report["findings"]]
-    lines += [(not one["holds"], f"assertion {one['text']}: {'holds' if one['holds'] else 'FAILED'}, {one['found']}")
+    lines += [(not one["holds"], f"assertion {one['text']}: {'holds' if one['holds'] else 'FAILED'} ({one['found']})")
               for one in report["assertions"]]
     if report["baseline"]:
         lines += [(True, f"worse than the baseline: {text}") for text in report["baseline"]["worse"]]
@@ -116,7 +118,7 @@ def _memory(report: Mapping[str, Any]) -> str:
     rows = []
     for role in ("a", "b"):
         one = report["memory"][role]
-        parts = [(name, (one[name] or 0) / 2**20) for name in ("weights", "gradients", "optimizer", "head",
+        parts = [(name, (one[name] or 0) / 2**20) for name in ("weights", "reference", "gradients", "optimizer", "head",
                                                              "activations") if one[name]]
         rows.append((f"{role}: {report['arms'][role]['label']}", parts))
     peak = report["memory"]["a"]["peak_is"]

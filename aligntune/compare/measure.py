@@ -120,10 +120,10 @@ def _memory(runs: Runs) -> dict[str, Any]:
         values = [one["memory"].get(name) for one in runs if one["memory"].get(name) is not None]
         return max(values) if values else None
 
-    found = {name: most(name) for name in ("peak_allocated", "peak_reserved", "cpu_rss_bytes", "weights", "gradients",
-                                           "optimizer", "head")}
+    found = {name: most(name) for name in ("peak_allocated", "peak_reserved", "cpu_rss_bytes", "weights", "reference",
+                                           "gradients", "optimizer", "head")}
     allocated = found["peak_allocated"]
-    held = sum(found[name] or 0 for name in ("weights", "gradients", "optimizer"))
+    held = sum(found[name] or 0 for name in ("weights", "reference", "gradients", "optimizer"))
     # Without a card nothing counts what is allocated: the process's resident set has the interpreter in it too.
     found["activations"] = None if allocated is None else max(0, allocated - held - (found["head"] or 0))
     found["peak"] = found["cpu_rss_bytes"] if allocated is None else allocated

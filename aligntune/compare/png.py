@@ -62,7 +62,7 @@ def _differences(report: Mapping[str, Any], axes: Any) -> None:
 
 
 def _memory(report: Mapping[str, Any], axes: Any) -> None:
-    names = ("weights", "gradients", "optimizer", "head", "activations")
+    names = ("weights", "reference", "gradients", "optimizer", "head", "activations")
     left = np.zeros(2)
     for name in names:
         sizes = np.array([(report["memory"][role][name] or 0) / 2**20 for role in ("b", "a")])

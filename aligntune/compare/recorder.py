@@ -6,10 +6,11 @@ while a step runs: references are kept, and read after the step's end, where the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,9 @@ class Recorder(TrainerCallback):
         self._wrap(trainer.accelerator, "clip_grad_norm_", self._clipping(trainer.accelerator.clip_grad_norm_))
         self.weights = fingerprint(trainer.model)
         self.memory["weights"] = tensor_bytes([*trainer.model.parameters(), *trainer.model.buffers()])
+        reference = getattr(trainer, "ref_model", None)
+        if reference is not None:
+            self.memory["reference"] = tensor_bytes([*reference.parameters(), *reference.buffers()])
         handler = trainer.callback_handler
         handler.callbacks.insert(0, self)
 
@@ -131,11 +135,49 @@ class Recorder(TrainerCallback):
                 self._losses.append(args[0].detach())
             start = self._line.mark()
             try:
-                return original(*args, **kwargs)
+                with self._head_measured() if phase == "forward" else contextlib.nullcontext():
+                    return original(*args, **kwargs)
             finally:
                 self._spans.append((phase, start, self._line.mark()))
 
         return timed
+
+    @contextlib.contextmanager
+    def _head_measured(self) -> Iterator[None]:
+        """At the very first forward: how much memory the loss head takes above the decoder's output.
+
+        Only then: a forward that is captured as a graph may not be asked about its memory, and the first never is.
+        """
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        if not torch.cuda.is_available() or "head" in self.memory or not hasattr(model, "get_decoder"):
+            yield
+            return
+        below: list[int] = []
+
+        def decoded(*_: Any) -> None:
+            self._note_peaks()
+            torch.cuda.reset_peak_memory_stats()
+            below.append(torch.cuda.memory_allocated())
+
+        hook = model.get_decoder().register_forward_hook(decoded)
+        try:
+            yield
+        finally:
+            hook.remove()
+            if below:
+                self.memory["head"] = max(0, torch.cuda.max_memory_allocated() - below[-1])
+        self.memory.setdefault("head", 0)
+
+    def _note_peaks(self) -> None:
+        """Keep the peaks so far: they are about to be reset, or the run is over."""
+        now = {"peak_allocated": torch.cuda.max_memory_allocated(), "peak_reserved": torch.cuda.max_memory_reserved()}
+        for name, value in now.items():
+            self.memory[name] = max(self.memory.get(name, 0), value)
+
+    def finish(self) -> None:
+        """Read what only the end knows."""
+        if torch.cuda.is_available():
+            self._note_peaks()
 
     def _watch_batch(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = args[1] if len(args) > 1 else kwargs["inputs"]

@@ -230,7 +230,10 @@ def check(assertion: Assertion, report: Mapping[str, Any]) -> dict[str, Any]:
             "attestation": not any(one["kind"] == "eager" for one in report["findings"]),
             "significant": bool(report["speed"] and report["speed"]["significant"]),
         }[assertion.name]
-        return {"text": assertion.text, "holds": bool(state), "found": "holds" if state else "does not hold"}
+        words = {"parity": ("passed", "failed or was not judged"), "data": ("the same", "not the same"),
+                 "attestation": ("as promised", "something fell back"),
+                 "significant": ("a significant difference", "no significant difference")}[assertion.name]
+        return {"text": assertion.text, "holds": bool(state), "found": words[0] if state else words[1]}
     known = numbers(report)[assertion.name]
     if known is None:
         return {"text": assertion.text, "holds": False, "found": f"{assertion.name} was not measured"}

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,25 @@ from aligntune.compare.report import SCHEMA, Report, build
 from aligntune.compare.schema import faults_of
 from aligntune.compare.settings import Settings, check_counts, read_arm, read_assertion
 from aligntune.core.environment import command_line
-from aligntune.core.recipes import load_plan, packaged, read_recipe
+from aligntune.core.recipes import PREVIOUS, Recipe, leaves, load_plan, over, packaged, read_recipe
 from aligntune.core.resolve import Job, resolve
 from aligntune.errors import ConfigError
 
 
 def run(
-    recipe: Any, *, a: Any, b: Any, overrides: dict[str, Any], steps: int | None, repeats: int, warmup: int,
-    oracle: bool, target_loss: float | None, price: float | None, asserts: Sequence[str], baseline: Any,
+    recipe: Any, *, a: Any, b: Any, stage: int | None, overrides: dict[str, Any], steps: int | None, repeats: int,
+    warmup: int, oracle: bool, target_loss: float | None, price: float | None, asserts: Sequence[str], baseline: Any,
     python_a: str | None, python_b: str | None, setup_a: str | None, setup_b: str | None, output_dir: Any, keep: bool,
     runner: Runner | None, command: Sequence[str] | None,
 ) -> Report:
     """`aligntune.compare`, see there."""
     check_counts(steps=steps, repeats=repeats, warmup=warmup)
     read = read_recipe(recipe)
-    if read.staged:
-        raise ConfigError("compare takes one job; this recipe has stages: write the stage to compare as a recipe of "
-                          "its own")
+    config = one_stage(read, stage, overrides)
     arms = read_arm(a, python=python_a, setup=setup_a), read_arm(b, python=python_b, setup=setup_b)
+    own = read.path is not None and read.path != packaged().get(read.name)
     settings = Settings(
-        recipe=read.name if read.path is None or read.path == packaged().get(read.name) else str(read.path), config=read.config, overrides=overrides,
+        recipe=str(read.path) if own else read.name, config=config, overrides=overrides,
         a=arms[0], b=arms[1], steps=steps, repeats=repeats, warmup=warmup, oracle=oracle, target_loss=target_loss,
         price=price, asserts=tuple(read_assertion(text) for text in asserts), keep=keep,
     )
@@ -56,6 +55,28 @@ def run(
         for path in leftovers([one for runs in results.values() for one in runs]):
             path.unlink()
     return report
+
+
+def one_stage(recipe: Recipe, stage: int | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the job to compare.
+
+    Raises:
+        ConfigError: a recipe with stages and none chosen, no such stage, or one that goes on with another's model.
+    """
+    if not recipe.staged:
+        if stage is not None:
+            raise ConfigError(f"stage = {stage}: this recipe has no stages")
+        return recipe.config
+    stages = recipe.config["stages"]
+    if stage is None or not 1 <= stage <= len(stages):
+        names = ", ".join(f"{number} ({name})" for number, name in enumerate(recipe.algorithms, 1))
+        raise ConfigError(f"this recipe has stages and one job is compared: stage=N takes one of {names}")
+    config = over(recipe.config.get("defaults") or {}, stages[stage - 1])
+    named = {name.rpartition(".")[2] for name in overrides}
+    continues = any(name == "model_name" and value == PREVIOUS for _, name, value in leaves(config))
+    if continues and "model_name" not in named:
+        raise ConfigError(f"stage {stage} goes on with the model of the stage before: name one with model_name=...")
+    return config
 
 
 def _check(settings: Settings, folder: Path) -> Job:

@@ -9,7 +9,7 @@ from html import escape
 
 import numpy as np
 
-WIDTH, HEIGHT = 680, 280
+WIDTH, HEIGHT = 540, 260
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 12, 44
 
 
@@ -133,7 +133,7 @@ def stacked_bars(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], *, uni
     frame = Frame(0, most * 1.02, 0, 1, height)
     parts = [_x_axis(frame, unit)]
     for index, name in enumerate(names):
-        x, y = LEFT + (index % 4) * 150, TOP + 22 * (index // 4)
+        x, y = LEFT + (index % 4) * 115, TOP + 22 * (index // 4)
         parts.append(f'<rect class="part p{index % 8}" x="{x}" y="{y}" width="12" height="12"/>'
                      f'<text x="{x + 17}" y="{y + 10}">{escape(name)}</text>')
     for number_, (label, pieces) in enumerate(rows):

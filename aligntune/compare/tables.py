@@ -15,7 +15,7 @@ class Table:
 
     title: str
     columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     note: str = ""
 
 
@@ -93,8 +93,9 @@ def _phases(report: Report) -> Table | None:
 def _memory(report: Report) -> Table | None:
     a, b = report["memory"]["a"], report["memory"]["b"]
     names = {"peak_allocated": "peak allocated", "peak_reserved": "peak reserved", "cpu_rss_bytes": "peak RSS",
-             "weights": "weights", "gradients": "gradients", "optimizer": "optimizer state",
-             "activations": "activations and the rest, at the peak", "head": "loss head, above its inputs"}
+             "weights": "weights", "reference": "reference model", "gradients": "gradients",
+             "optimizer": "optimizer state", "activations": "activations and the rest, at the peak",
+             "head": "loss head, above its inputs"}
     rows = [_row(text, a[name], b[name], "{:,.3f}", 2**-30) for name, text in names.items()]
     note = "" if a["peak_allocated"] is not None else "No card: peaks are those of the process, activations not known."
     return Table("Memory", ("GiB", *_labels(report), "b / a"), [row for row in rows if row[1] or row[2]], note)
@@ -109,8 +110,8 @@ def _checks(report: Report) -> Table | None:
     if losses:
         _, low, high = losses["drift"]
         note += (f" Mean signed difference of the losses {losses['drift'][0]:.2e}, 95 % interval [{low:.2e}, "
-                 f"{high:.2e}]; largest difference between repeats of a: {_small(losses['a_to_a']) or 'not known'}, between the "
-                 f"yardstick's two: {_small(losses['yardstick_max']) or 'not run'}.")
+                 f"{high:.2e}]; largest difference between repeats of a: {_small(losses['a_to_a']) or 'not known'}, "
+                 f"between the yardstick's two: {_small(losses['yardstick_max']) or 'not run'}.")
     return Table("Parity", ("check", "what", "found", "limit", ""), rows, note)
 
 

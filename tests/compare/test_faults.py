@@ -92,4 +92,4 @@ def test_fast_and_trl_train_the_same_model(small: Any, tmp_path: Path) -> None:
 def test_an_arm_that_ran_eager_is_no_comparison(small: Any, tmp_path: Path) -> None:
     report = run(small, tmp_path, "eager", b="fast,padding_free=false", asserts=["attestation"])
     assert "fell back" in kinds(report)["eager"] and report.exit_code == 10
-    assert report.failed == ["attestation: does not hold"]
+    assert report.failed == ["attestation: something fell back"]

@@ -1,0 +1,83 @@
+"""The same documents whatever the layout; any token, label or order that differs shows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from aligntune.backends.fast.packing import RowsEndToEnd
+from aligntune.compare import batches
+
+ROWS = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
+        {"input_ids": [8, 9, 3, 4, 2], "labels": [-100, -100, 3, 4, 2]}]
+
+
+def padded(rows: list[dict[str, list[int]]] = ROWS) -> dict[str, torch.Tensor]:
+    width = max(len(row["input_ids"]) for row in rows)
+    return {
+        "input_ids": torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows]),
+        "labels": torch.tensor([row["labels"] + [-100] * (width - len(row["labels"])) for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"]))
+                                        for row in rows]),
+    }
+
+
+def test_padded_and_end_to_end_are_the_same_documents() -> None:
+    flat = RowsEndToEnd(pad_token_id=0)(ROWS)
+    assert flat["input_ids"].shape[1] == 64  # filled up: the filling is no document
+    one, two = batches.documents(padded()), batches.documents(batches.keep(flat))
+    assert batches.fingerprint(one) == batches.fingerprint(two)
+    assert batches.sizes(one) == batches.sizes(two) == {"tokens": 8, "documents": 2, "squared": 34, "learnt": 5}
+    assert [document.row for document in one] == [0, 1] and [document.row for document in two] == [0, 0]
+
+
+def test_trl_padding_free_is_the_same_too() -> None:
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    flat = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(ROWS)
+    assert batches.fingerprint(batches.documents(flat)) == batches.fingerprint(batches.documents(padded()))
+
+
+@pytest.mark.parametrize(("change", "part"), [
+    (lambda rows: rows[0]["input_ids"].__setitem__(1, 9), "ids"), (lambda rows: rows.reverse(), "ids"),
+    (lambda rows: rows[1]["labels"].__setitem__(1, 9), "labels"),
+])
+def test_what_differs_shows(change, part) -> None:
+    rows = [{name: list(values) for name, values in row.items()} for row in ROWS]
+    change(rows)
+    one, two = (batches.fingerprint(batches.documents(padded(each))) for each in (ROWS, rows))
+    assert one[part] != two[part]
+
+
+def test_a_label_on_the_first_token_is_nobodys() -> None:
+    rows = [{"input_ids": [5, 6], "labels": [5, 6]}]
+    learnt = batches.documents(padded(rows))
+    assert batches.sizes(learnt)["learnt"] == 1
+    other = batches.documents(padded([{"input_ids": [5, 6], "labels": [-100, 6]}]))
+    assert batches.fingerprint(learnt) == batches.fingerprint(other)
+
+
+def test_pairs_learn_their_completions() -> None:
+    batch = padded()
+    batch["completion_mask"] = (batch.pop("labels") != -100).long()
+    assert batches.fingerprint(batches.documents(batch)) == batches.fingerprint(batches.documents(padded()))
+
+
+def test_rollouts_tell_the_prompt_from_what_was_sampled() -> None:
+    batch = {"prompt_ids": torch.tensor([[0, 5, 6]]), "prompt_mask": torch.tensor([[0, 1, 1]]),
+             "completion_ids": torch.tensor([[7, 8, 0]]), "completion_mask": torch.tensor([[1, 1, 0]])}
+    one = batches.documents(batch)[0]
+    assert one.ids.tolist() == [5, 6, 7, 8] and one.labels.tolist() == [-100, -100, 7, 8] and one.prompt == 2
+    other = batches.documents({**batch, "completion_ids": torch.tensor([[7, 9, 0]])})
+    first, second = batches.fingerprint([one]), batches.fingerprint(other)
+    assert first["prompts"] == second["prompts"] and first["ids"] != second["ids"]
+
+
+def test_shifted_masks_are_what_a_shift_would_give() -> None:
+    document = batches.documents(padded())[0]
+    later = np.array([-100, -100, 7], dtype=np.int32)
+    assert batches.shifted([document])["mask+1"] == [batches.digest(later)]
+    assert {name: mask.tolist() for name, mask in batches.masks(document).items()} == {
+        "right": [False, True, True], "mask+1": [False, False, True], "mask-1": [True, True, False],
+        "all": [True, True, True]}
