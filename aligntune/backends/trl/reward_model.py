@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from typing import TYPE_CHECKING, Any
@@ -27,20 +28,23 @@ class RewardModel:
         name: shown in logs.
         template_from: the tokenizer that renders conversations; default: `tokenizer`.
         batch_size: texts scored together.
+        policy_eos: the token that ends the policy's completions. A plain text that it ended ends with the reward
+            model's own one, as texts do in the training of reward models; a text that was cut off does not.
 
     Raises:
         ConfigError: more than two labels.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, name: str, template_from: Any = None, batch_size: int = 8
+        self, model: Any, tokenizer: Any, *, name: str, template_from: Any = None, batch_size: int = 8,
+        policy_eos: int | None = None,
     ) -> None:
         labels = model.config.num_labels
         if labels not in (1, 2):
             raise ConfigError(f"reward_model_name: {name} has {labels} labels; a reward has one (or two, of which the "
                               "second is the good one)")
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.tokenizer, self.batch_size, self.policy_eos = tokenizer, batch_size, policy_eos
         self.template_from = template_from or tokenizer
         self.__name__ = name
         if tokenizer.pad_token_id is None:
@@ -49,8 +53,11 @@ class RewardModel:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
     @torch.inference_mode()
-    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
-        texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    def __call__(
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **columns: Any
+    ) -> list[float]:
+        ids = completion_ids or [[] for _ in prompts]
+        texts = [self._text(*each) for each in zip(prompts, completions, ids, strict=True)]
         scores: list[float] = []
         for start in range(0, len(texts), self.batch_size):
             encoded = self.tokenizer(
@@ -61,17 +68,18 @@ class RewardModel:
             scores += (logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]).tolist()
         return scores
 
-    def _text(self, prompt: Any, completion: Any) -> str:
+    def _text(self, prompt: Any, completion: Any, ids: list[int]) -> str:
         if isinstance(prompt, str):
-            return prompt + completion
+            ended = self.policy_eos is not None and ids[-1:] == [self.policy_eos]
+            return prompt + completion + (self.tokenizer.eos_token or "" if ended else "")
         return self.template_from.apply_chat_template([*prompt, *completion], tokenize=False)
 
 
 def load_reward_model(job: Job, precision: Precision, policy_tokenizer: Any) -> RewardModel:
     """The job's reward model, frozen, on its device: a path, a hub id, or a model object.
 
-    An object that names no checkpoint reads with the policy's tokenizer, which is said; so does, for conversations,
-    a model whose tokenizer has no chat template.
+    A model that comes without a tokenizer reads with the policy's, which is said; one whose tokenizer has no chat
+    template has conversations rendered with the policy's.
 
     Raises:
         AlignTuneError: it cannot be loaded.
@@ -85,17 +93,14 @@ def load_reward_model(job: Job, precision: Precision, policy_tokenizer: Any) -> 
     name = os.path.basename(source.rstrip("/")) if source else type(model).__name__
     tokenizer = None
     if source:
-        try:
+        with contextlib.suppress(OSError, ValueError, ImportError):
             tokenizer = AutoTokenizer.from_pretrained(_local(source), trust_remote_code=options.trust_remote_code)
-        except (OSError, ValueError, ImportError) as error:
-            if isinstance(given, str):
-                raise AlignTuneError(f"no tokenizer of the reward model {source!r} can be loaded: {error}") from error
     if tokenizer is None:
         vocabulary = model.config.get_text_config().vocab_size
         if len(policy_tokenizer) > vocabulary:
-            raise ConfigError(f"reward_model_name: {name} names no tokenizer, and the policy's has "
+            raise ConfigError(f"reward_model_name: {name} comes without a tokenizer, and the policy's has "
                               f"{len(policy_tokenizer)} tokens to its {vocabulary}")
-        job.notices.append(f"the reward model {name} names no tokenizer: it reads with the policy's")
+        job.notices.append(f"the reward model {name} comes without a tokenizer: it reads with the policy's")
         tokenizer = policy_tokenizer
     rendering = tokenizer
     if tokenizer.chat_template is None and policy_tokenizer.chat_template is not None:
@@ -106,7 +111,8 @@ def load_reward_model(job: Job, precision: Precision, policy_tokenizer: Any) -> 
     if getattr(model, "hf_device_map", None) is None and not getattr(model, "is_loaded_in_4bit", False):
         model = model.to(_device(precision))
     batch = max(options.batch_size, options.eval_batch_size or 0)
-    return RewardModel(model, tokenizer, name=name, template_from=rendering, batch_size=batch)
+    return RewardModel(model, tokenizer, name=name, template_from=rendering, batch_size=batch,
+                       policy_eos=policy_tokenizer.eos_token_id)
 
 
 def _device(precision: Precision) -> torch.device:

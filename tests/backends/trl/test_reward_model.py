@@ -35,6 +35,14 @@ def test_scores_do_not_depend_on_the_batch(batch: int) -> None:
     assert scorer([], []) == []
 
 
+def test_a_text_that_ended_by_itself_ends_with_the_reward_models_own_token() -> None:
+    model, tokenizer = reward_model(), tiny.tokenizer()
+    scorer = RewardModel(model, tokenizer, name="scorer", policy_eos=9)
+    ended, cut = one_by_one(model, tokenizer, ["ab<eos>", "ab"])
+    assert ended != pytest.approx(cut, abs=1e-3)
+    assert scorer(["a", "a"], ["b", "b"], completion_ids=[[5, 9], [5, 6]]) == pytest.approx([ended, cut], abs=1e-5)
+
+
 def test_conversations_are_rendered_with_the_template_that_is_given() -> None:
     model, bare = reward_model(), tiny.tokenizer(template=None)
     asked = [[{"role": "user", "content": text}] for text in TURNS]
