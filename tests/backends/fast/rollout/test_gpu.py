@@ -1,0 +1,141 @@
+"""The rollout engine on a GPU: captured steps against transformers, eager steps, and a model that trains in between."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from aligntune.backends.fast import attach
+from aligntune.backends.fast.rollout import RolloutEngine, Sampling
+from aligntune.backends.fast.rollout.engine import eager_because
+from tests.backends.fast.minis import MINIS
+from tests.backends.fast.rollout.test_engine import GREEDY, lora, mini, prompts_of, theirs
+
+pytestmark = pytest.mark.gpu
+# Shapes that every kernel takes and that leave no tie to rounding.
+WIDE = {"hidden_size": 256, "head_dim": 64, "num_hidden_layers": 3, "intermediate_size": 512, "vocab_size": 1000}
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def wide(family="llama", dtype=torch.bfloat16, **kwargs):
+    return mini(family, dtype=dtype, **(WIDE | kwargs)).cuda()
+
+
+@pytest.mark.parametrize("family", MINIS)
+def test_greedy_is_transformers_greedy(family):
+    """fp32, attached, captured where the family's steps can be."""
+    model, prompts = mini(family), prompts_of()
+    expected = theirs(model, prompts)
+    attach(model.cuda())
+    engine = RolloutEngine(model, max_batch=4, max_len=64)
+    for _ in range(2):
+        rollout = engine.generate(prompts, sampling=GREEDY)
+        assert rollout.completion_ids == expected
+    replayed = eager_because(model) is None
+    assert replayed == (engine.eager is None) == bool(engine._decoder.capture.graphs)
+    assert replayed or family in ("qwen3_moe", "mixtral")
+
+
+def test_replayed_steps_are_the_launched_ones():
+    """bf16, with LoRA; four rows that never stop, so that both run at one batch size."""
+    model = lora(wide())
+    attach(model)
+    sampling = Sampling(max_new_tokens=40, stop_token_ids=(), temperature=0.8, top_k=50, top_p=0.95, min_p=0.01,
+                        repetition_penalty=1.1, seed=4)  # fmt: skip
+    prompts = prompts_of((5, 40, 17, 1))
+    runs = [RolloutEngine(model, max_batch=4, max_len=128, graphs=graphs).generate(prompts, sampling=sampling)
+            for graphs in (None, False)]  # fmt: skip
+    assert runs[0].stats.graphs == "replayed" and runs[1].stats.graphs.startswith("none")
+    assert runs[0].completion_ids == runs[1].completion_ids
+    assert runs[0].log_probs == runs[1].log_probs
+
+
+def test_graphs_live_across_optimizer_steps():
+    model = lora(wide("qwen3", dtype=torch.bfloat16))
+    attach(model)
+    prompts, sampling = prompts_of((9, 30)), Sampling(max_new_tokens=24, stop_token_ids=(), seed=1)
+    engine = RolloutEngine(model, max_batch=8, max_len=128)
+    first = engine.generate(prompts, num_generations=4, sampling=sampling)
+    assert first.stats.captures >= 1
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    for _ in range(3):
+        ids = torch.tensor([prompts[1]], device="cuda")
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    second = engine.generate(prompts, num_generations=4, sampling=sampling)
+    fresh = RolloutEngine(model, max_batch=8, max_len=128).generate(prompts, num_generations=4, sampling=sampling)
+    assert second.stats.captures == 0
+    assert second.completion_ids == fresh.completion_ids != first.completion_ids
+    with model.disable_adapter():
+        off = engine.generate(prompts, num_generations=4, sampling=sampling)
+    assert off.stats.captures >= 1 and off.completion_ids != second.completion_ids
+
+
+def test_memory_that_training_wrote_over_changes_nothing():
+    """All that is free is filled with NaN between two rollouts, and while the graphs are kept."""
+    model = wide("gemma3_text")
+    attach(model)
+    prompts, sampling = prompts_of((9, 30, 2)), Sampling(max_new_tokens=50, stop_token_ids=(7,), seed=2)
+    engine = RolloutEngine(model, max_batch=16, max_len=128, memory_gib=1.0)
+    first = engine.generate(prompts, num_generations=8, sampling=sampling)
+    gc.collect()
+    torch.cuda.empty_cache()
+    blocks = []
+    while torch.cuda.mem_get_info()[0] > 1 << 30:
+        blocks.append(torch.full((min(1 << 30, torch.cuda.mem_get_info()[0] // 4),), float("nan"), device="cuda"))
+    small = [torch.full((1 << 18,), float("nan"), device="cuda") for _ in range(64)]
+    again = engine.generate(prompts, num_generations=8, sampling=sampling)
+    del blocks, small
+    assert again.stats.captures == 0
+    assert again.completion_ids == first.completion_ids
+    assert again.log_probs == first.log_probs
+
+
+def test_log_probs_are_those_of_a_forward_in_bf16():
+    model = wide("qwen3")
+    attach(model)
+    prompts = prompts_of((60, 7))
+    rollout = RolloutEngine(model, max_batch=64, max_len=256).generate(
+        prompts, num_generations=32, sampling=Sampling(max_new_tokens=100, stop_token_ids=()))
+    apart = []
+    for i in range(0, 64, 7):
+        ids = rollout.completion_ids[i]
+        whole = torch.tensor([prompts[i // 32] + ids], device="cuda")
+        with torch.no_grad():
+            logits = model.eval()(whole).logits[0, -len(ids) - 1 : -1].float()
+        truth = logits.log_softmax(-1).gather(1, whole[0, -len(ids) :, None])[:, 0].cpu()
+        apart.append((truth - torch.tensor(rollout.log_probs[i])).abs())
+    difference = torch.cat(apart)
+    assert difference.mean() < 0.02 and difference.max() < 0.3, (difference.mean(), difference.max())
+
+
+def test_nf4_base():
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.nn import Linear4bit
+
+    model = wide()
+    for block in model.model.layers:
+        for parent in (block.self_attn, block.mlp):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, torch.nn.Linear):
+                    four = Linear4bit(child.in_features, child.out_features, bias=False,
+                                      compute_dtype=torch.bfloat16, quant_type="nf4")
+                    four.load_state_dict({"weight": child.weight.data.cpu()})
+                    setattr(parent, name, four.cuda())
+    attach(lora(model))
+    prompts = prompts_of((9, 30))
+    rollout = RolloutEngine(model, max_batch=4, max_len=64).generate(prompts, num_generations=2, sampling=GREEDY)
+    assert rollout.stats.graphs == "replayed"
+    assert rollout.completion_ids[0] == rollout.completion_ids[1]
+    for log_probs in rollout.log_probs:
+        assert max(log_probs) <= 0
