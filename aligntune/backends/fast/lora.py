@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from aligntune.backends.fast.ledger import promise
+from aligntune.backends.fast.ops.glu import glu
 from aligntune.backends.fast.ops.lora import Adapter, LoraLinear, lora_linear_group, lora_mlp
 from aligntune.backends.fast.ops.nf4 import NF4Weight
 
 KEY = "_aligntune"  # where `attach` leaves a module's spec
+STEP = "_aligntune_step"  # where a rollout leaves what runs in the place of layers, for as long as a decode step runs
 
 # (module, qualified name) of the forward that a linear layer's class runs -> what it is.
 _KINDS = {
@@ -168,6 +170,14 @@ def _group(parent: nn.Module, names: tuple[str, ...], note: Callable[[str], None
     return linears
 
 
+def ready_to_read(module: nn.Module) -> LoraLinear | None:
+    """The layer as it stands now, or None where it must be called."""
+    if hooked(module) or _foreign(module):
+        return None
+    found = read(module)
+    return None if isinstance(found, str) else found
+
+
 def _attached(module: nn.Module) -> bool:
     return KEY in module.__dict__
 
@@ -193,6 +203,8 @@ def project(
     parent: nn.Module, names: tuple[str, ...], x: torch.Tensor, note: Callable[[str], None]
 ) -> tuple[torch.Tensor, ...]:
     """The outputs of `parent`'s linear layers `names`, all on the input `x`, in one op where they allow it."""
+    if STEP in parent.__dict__:
+        return parent.__dict__[STEP][names](x)
     linears = _group(parent, names, note)
     if linears is None or not _gains(linears, x):
         return tuple(getattr(parent, name)(x) for name in names)
@@ -205,19 +217,27 @@ def gated_mlp(
     parent: nn.Module, wide: tuple[str, ...], down: str, x: torch.Tensor, activation: str, note: Callable[[str], None]
 ) -> torch.Tensor | None:
     """`parent`'s gated MLP in one op; None where its layers must be called, or it would gain nothing."""
+    if STEP in parent.__dict__:
+        step = parent.__dict__[STEP]
+        outs = step[wide](x)
+        gate, up = outs if len(wide) == 2 else outs[0].chunk(2, dim=-1)
+        promise(parent, "glu", gate, up)
+        return step[(down,)](glu(gate, up, activation=activation))[0]
     linears = _group(parent, (*wide, down), note)
     if linears is None or not _gains(linears, x):
         return None
     promise(parent, "lora_mlp", x, *(tensor for linear in linears for tensor in _tensors(linear)))
     _promise_linears(parent, linears[:-1], x)
     _promise_linears(parent, linears[-1:], x, inner=True)
-    gate, up = linears[0], linears[1] if len(wide) == 2 else None
+    first, second = linears[0], linears[1] if len(wide) == 2 else None
     dtype = _compute_dtype(getattr(parent, down))
-    return lora_mlp(x, gate, up, linears[-1], activation=activation, compute_dtype=dtype)
+    return lora_mlp(x, first, second, linears[-1], activation=activation, compute_dtype=dtype)
 
 
 def linear_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """One linear layer with its adapters (or a bare NF4 one), where no group passes it by."""
+    if STEP in self.__dict__:
+        return self.__dict__[STEP][()](x)[0]
     found: LoraLinear | str = "it was called with arguments besides its input" if args or kwargs else read(self)
     if isinstance(found, str):
         self.__dict__[KEY].fall_out(found)

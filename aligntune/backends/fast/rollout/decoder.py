@@ -27,6 +27,7 @@ from aligntune.backends.fast.ops import decode_attention as paged
 from aligntune.backends.fast.ops import sample as sampler
 from aligntune.backends.fast.ops.attention import attention, attention_reference
 from aligntune.backends.fast.rollout.cache import PAGE, PagePool, pages_for
+from aligntune.backends.fast.rollout.projections import Projections
 from aligntune.backends.fast.rollout.sampling import Form, Numbers, Sampling, choices
 
 BUCKETS = (1, 4, 16, 32, 64, 128, 256)
@@ -62,6 +63,7 @@ class Capture:
     """Graphs by (batch size, form, number of stop tokens), and what they were captured of."""
 
     fingerprint: tuple[Any, ...] = ()
+    projections: Projections | None = None
     graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = field(default_factory=dict)
     count: int = 0
     seconds: float = 0.0
@@ -116,8 +118,7 @@ class Decoder:
                 for module in training:
                     module.training = False
                 config._attn_implementation = name
-                if self.graphs:
-                    self._keep_graphs()
+                self._keep_graphs()
                 yield
             finally:
                 config._attn_implementation = before
@@ -138,7 +139,7 @@ class Decoder:
         self.state.zero_()
 
     def _keep_graphs(self) -> None:
-        """Drop the graphs if the model is not, address for address, the one they were captured of."""
+        """Drop the graphs if the model is not, address for address, the one they were captured of; cast the factors."""
         state = [tensor.data_ptr() for tensor in itertools.chain(self.model.parameters(), self.model.buffers())]
         for module in self.model.modules():
             state.append(id(module.__dict__.get("forward")))
@@ -149,6 +150,10 @@ class Decoder:
         if fingerprint != self.capture.fingerprint:
             self.capture.graphs.clear()
             self.capture.fingerprint = fingerprint
+            # Under autocast the layers cast their own weights.
+            self.capture.projections = Projections(self.model) if self.autocast is None else None
+        if self.capture.projections is not None:
+            self.capture.projections.refresh()
 
     # ---------------------------------------------------------------------------------------------------- attention
 
@@ -211,8 +216,9 @@ class Decoder:
     def steps(self, count: int, rows: int, form: Form) -> None:
         """`count` steps of the rows in slots 0 .. `rows` - 1."""
         if not self.graphs:
-            for _ in range(count):
-                self._step(rows, form)
+            with self._projections():
+                for _ in range(count):
+                    self._step(rows, form)
             return
         size = bucket(rows, self.slots)
         key = (size, form, self.stops.numel())
@@ -241,6 +247,10 @@ class Decoder:
         if seen is not None:
             seen.scatter_(1, state[:, :1].long(), True)
 
+    def _projections(self) -> contextlib.AbstractContextManager[None]:
+        projections = self.capture.projections
+        return contextlib.nullcontext() if projections is None else projections.in_use()
+
     def _captured(self, rows: int, form: Form) -> torch.cuda.CUDAGraph:
         started = time.perf_counter()
         if self._pool_of_graphs is None:
@@ -250,14 +260,14 @@ class Decoder:
         state = self.state.clone()
         self.state.zero_()  # warm-up steps move no row
         self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side):
+        with torch.cuda.stream(self._side), self._projections():
             for _ in range(2):
                 self._step(rows, form)
         torch.cuda.current_stream().wait_stream(self._side)
         self.state.copy_(state)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool_of_graphs, stream=self._side):
+        with self._projections(), torch.cuda.graph(graph, pool=self._pool_of_graphs, stream=self._side):
             self._step(rows, form)
         self.capture.count += 1
         self.capture.seconds += time.perf_counter() - started

@@ -242,6 +242,55 @@ def test_unmerged_adapters_equal_merged_ones():
     assert ours.completion_ids == theirs(merged, prompts) != off.completion_ids
 
 
+@pytest.mark.parametrize("family", ["qwen2", "phi3", "granite"])
+def test_attached_adapters(family, monkeypatch, device):
+    """What a step runs in the place of adapted layers: biases, packed layers, tied weights; ranks of 4 and 7."""
+    from aligntune.backends.fast import attach
+    from aligntune.backends.fast.rollout import projections
+
+    prompts = prompts_of((2, 17, 9))
+    model = lora(mini(family), rank_pattern={"v_proj": 7, "down_proj": 7})
+    expected = theirs(model, prompts, max_new_tokens=6)
+    calls, call = [], projections.Projection.__call__
+    monkeypatch.setattr(projections.Projection, "__call__", lambda self, x: calls.append(x.shape) or call(self, x))
+    attach(model.to(device))
+    engine = RolloutEngine(model, max_batch=4, max_len=64, graphs=False)
+    sampling = dataclasses.replace(GREEDY, max_new_tokens=6)
+    assert engine.generate(prompts, sampling=sampling).completion_ids == expected
+    assert len(calls) == 2 * 4 * 6  # layers, groups, steps
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(-1.5)
+    after = engine.generate(prompts, sampling=sampling)
+    assert after.completion_ids == theirs(model.cpu(), prompts, max_new_tokens=6) != expected
+    assert not any("_aligntune_step" in module.__dict__ for module in model.modules())
+
+
+def test_nf4_base(device):
+    """bitsandbytes' own 4-bit layers under adapters; steps dequantise with our kernel."""
+    bnb = pytest.importorskip("bitsandbytes")
+    from aligntune.backends.fast import attach
+
+    model = mini(hidden_size=64, head_dim=16, intermediate_size=128, num_hidden_layers=1)
+    for parent in list(model.model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is torch.nn.Linear:
+                four = bnb.nn.Linear4bit(child.in_features, child.out_features, bias=False, quant_type="nf4",
+                                         compute_dtype=torch.float32)
+                four.weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4")
+                setattr(parent, name, four.to("cpu"))
+    model.is_loaded_in_4bit = True
+    model.requires_grad_(False)
+    model = lora(model)
+    prompts = prompts_of((2, 17))
+    expected = theirs(model, prompts, max_new_tokens=3)
+    attach(model.to(device))
+    rollout = RolloutEngine(model, max_batch=4, max_len=64).generate(
+        prompts, sampling=dataclasses.replace(GREEDY, max_new_tokens=3))
+    assert rollout.completion_ids == expected
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "phi3", "qwen3_moe", "smollm3"])
 def test_kernels_under_an_attached_model(family, device):
     """Attached forwards, LoRA, decode attention, cache writes and sampling: interpreted here, compiled on a GPU."""

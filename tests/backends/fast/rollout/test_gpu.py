@@ -117,25 +117,3 @@ def test_log_probs_are_those_of_a_forward_in_bf16():
         apart.append((truth - torch.tensor(rollout.log_probs[i])).abs())
     difference = torch.cat(apart)
     assert difference.mean() < 0.02 and difference.max() < 0.3, (difference.mean(), difference.max())
-
-
-def test_nf4_base():
-    pytest.importorskip("bitsandbytes")
-    from bitsandbytes.nn import Linear4bit
-
-    model = wide()
-    for block in model.model.layers:
-        for parent in (block.self_attn, block.mlp):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, torch.nn.Linear):
-                    four = Linear4bit(child.in_features, child.out_features, bias=False,
-                                      compute_dtype=torch.bfloat16, quant_type="nf4")
-                    four.load_state_dict({"weight": child.weight.data.cpu()})
-                    setattr(parent, name, four.cuda())
-    attach(lora(model))
-    prompts = prompts_of((9, 30))
-    rollout = RolloutEngine(model, max_batch=4, max_len=64).generate(prompts, num_generations=2, sampling=GREEDY)
-    assert rollout.stats.graphs == "replayed"
-    assert rollout.completion_ids[0] == rollout.completion_ids[1]
-    for log_probs in rollout.log_probs:
-        assert max(log_probs) <= 0
