@@ -146,6 +146,7 @@ def of_unsloth(spec: dict[str, Any], callback: Any) -> Any:
         output_dir=spec["output"], per_device_train_batch_size=spec["batch_size"], max_steps=last_step(spec),
         learning_rate=1e-4, lr_scheduler_type="constant", seed=1, logging_steps=1 if spec["log_each"] else 5,
         report_to="none", bf16=True, optim="adamw_8bit" if spec["mode"] == "qlora" else "adamw_torch_fused",
+        gradient_accumulation_steps=1,  # unsloth's own default is 2
         max_length=spec["max_seq_length"], packing=spec["packing"], dataset_text_field="text", save_strategy="no",
         disable_tqdm=True, **options,
     )  # fmt: skip
@@ -205,4 +206,6 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    if json.loads(Path(sys.argv[1]).read_text())["backend"] == "unsloth":
+        import unsloth  # noqa: F401  before transformers is: it patches what it finds
     Path(sys.argv[2]).write_text(json.dumps(run(json.loads(Path(sys.argv[1]).read_text()))))

@@ -1,0 +1,145 @@
+"""The tables of docs and README, from the committed results: `python -m benchmarks.tables` writes them anew.
+
+A page holds `<!-- results: NAME -->` and `<!-- end -->`; what stands between is generated. A name without its results
+file says so in the page, and no figure stands there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md")
+MARKED = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
+
+Report = dict[str, Any]
+
+
+def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
+    """A table; every column but the first is set to the right."""
+    ruler = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ruler, *rows)) + "\n"
+
+
+def source(report: Report) -> str:
+    """The line under a table: where its figures come from."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    ceiling = f"; copy {report['copy_bytes_per_s'] / 1e12:.2f} TB/s" if "copy_bytes_per_s" in report else ""
+    return f"{report['device']}{ceiling}; {versions}; commit {report['commit'][:12]}; `{report['command']}`\n"
+
+
+def _us(ms: float) -> str:
+    return f"{1e3 * ms:,.0f}" if ms >= 0.01 else f"{1e3 * ms:.1f}"
+
+
+def elementwise(report: Report) -> str:
+    """RMSNorm, GLU, RoPE: microseconds, and the share of the card's copy bandwidth that forward + backward reach."""
+    names = ["eager", "torch.compile", "liger", "ours"]
+    by_row: dict[str, dict[str, Any]] = {}
+    for entry in report["rows"]:
+        by_row.setdefault(entry["row"], {})[entry["implementation"]] = entry
+
+    def cells(found: dict[str, Any], name: str) -> str:
+        if name not in found:
+            return "-"
+        return f"{_us(found[name]['forward_ms'])} / {_us(found[name]['forward_backward_ms'])}"
+
+    rows = [
+        [row, *(cells(found, name) for name in names), f"{found['ours']['forward_of_ceiling']:.0%}",
+         f"{found['ours']['both_of_ceiling']:.0%}"]
+        for row, found in by_row.items()
+    ]  # fmt: skip
+    head = ["forward / with backward, us", *names, "ours, forward: of ceiling", "with backward"]
+    return markdown(head, rows) + "\n" + source(report)
+
+
+def head_table(report: Report) -> str:
+    """The loss head: forward + backward over its bare products, and the peak above inputs and weight."""
+    rows = []
+    for entry in report["rows"]:
+        if entry["op"] != "head":
+            continue
+        shape = f"T {entry['tokens']}, H {entry['hidden']}, V {entry['vocab']}, "
+        shape += "weight trained" if entry["trained"] else "weight frozen"
+        if "failed" in entry:
+            rows.append([shape, entry["method"], entry["failed"], "-", "-"])
+        else:
+            over, peak = entry.get("over_gemms"), entry.get("peak_gib")
+            rows.append([shape, entry["method"], f"{entry['ms']:.1f}", "-" if over is None else f"{1 + over:.2f}x",
+                         "-" if peak is None else f"{peak:.2f}"])  # fmt: skip
+    return markdown(["head", "method", "ms", "over bare products", "peak GiB"], rows) + "\n" + source(report)
+
+
+def logits_table(report: Report) -> str:
+    """Cross-entropy on logits that exist: time and share of one read and one write of them."""
+    rows = [[f"{entry['tokens']} x {entry['vocab']}", entry["method"], f"{entry['ms']:.2f}",
+             f"{entry['of_bound']:.0%}", f"{entry['peak_gib']:.2f}"]
+            for entry in report["rows"] if entry["op"] == "cross_entropy"]  # fmt: skip
+    return markdown(["logits", "method", "ms", "of bound", "peak GiB"], rows) + "\n" + source(report)
+
+
+def bounded(label: Callable[[dict[str, Any]], str]) -> Callable[[Report], str]:
+    """Ops measured against a bound in bytes and products."""
+
+    def table(report: Report) -> str:
+        rows = []
+        for entry in report["rows"]:
+            if "failed" in entry:
+                rows.append([label(entry), entry["method"], entry["failed"], "-", "-"])
+            else:
+                share = f"{entry['of_bound']:.0%}" if "of_bound" in entry else "-"
+                peak = f"{entry['peak_gib']:.2f}" if "peak_gib" in entry else "-"
+                rows.append([label(entry), entry["method"], _us(entry["ms"]), share, peak])
+        return markdown(["shape", "method", "us", "of bound", "peak GiB"], rows) + "\n" + source(report)
+
+    return table
+
+
+def _lora_label(entry: dict[str, Any]) -> str:
+    options = [text for text, on in (("dropout", entry.get("dropout")), ("NF4", entry.get("nf4"))) if on]
+    return ", ".join((entry["shape"], f"r {entry['rank']}", *options))
+
+
+TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
+    "ops-elementwise": ("ops/elementwise.json", elementwise),
+    "ops-head": ("ops/head.json", head_table),
+    "ops-cross-entropy": ("ops/head.json", logits_table),
+    "ops-lora": ("ops/lora.json", bounded(_lora_label)),
+    "ops-nf4": ("ops/nf4.json", bounded(lambda entry: " x ".join(map(str, entry["shape"])))),
+    "ops-adamw": ("ops/adamw.json", bounded(lambda entry: f"{entry['numel']:,} parameters")),
+}
+
+
+def table(name: str) -> str:
+    """The generated text of one marker.
+
+    Raises:
+        KeyError: no such table.
+    """
+    file, make = TABLES[name]
+    path = RESULTS / file
+    return make(json.loads(path.read_text())) if path.exists() else "Not measured yet.\n"
+
+
+def rendered(page: str) -> str:
+    """`page` with every marked table generated anew."""
+    return MARKED.sub(lambda match: match[1] + "\n" + table(match[2]) + "\n" + match[3], page)
+
+
+def main() -> int:
+    for page in PAGES:
+        text = page.read_text()
+        if (new := rendered(text)) != text:
+            page.write_text(new)
+            print(page.relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
