@@ -163,6 +163,8 @@ class Decoder:
     ) -> tuple[torch.Tensor, None]:
         """What transformers calls: query (1, heads, T, D), key and value (1, key heads, T, D) -> (1, T, heads, D)."""
         k_pages, v_pages = self.pool.layers[module.layer_idx]  # type: ignore[index]
+        # Under autocast a rotated query may come in fp32 (cos and sin are); attention runs in the cache's type.
+        query, key, value = (x.to(k_pages.dtype) for x in (query, key, value))
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         now = self._now
         assert now is not None, "the model was called outside a prefill or a step"
@@ -257,7 +259,7 @@ class Decoder:
             self._pool_of_graphs = torch.cuda.graph_pool_handle()
             # One stream for every capture, or each graph keeps its own intermediates.
             self._side = torch.cuda.Stream()
-        state = self.state.clone()
+        state, seen = self.state.clone(), None if self.seen is None else self.seen.clone()
         self.state.zero_()  # warm-up steps move no row
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side), self._projections():
@@ -265,6 +267,8 @@ class Decoder:
                 self._step(rows, form)
         torch.cuda.current_stream().wait_stream(self._side)
         self.state.copy_(state)
+        if self.seen is not None and seen is not None:
+            self.seen.copy_(seen)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with self._projections(), torch.cuda.graph(graph, pool=self._pool_of_graphs, stream=self._side):

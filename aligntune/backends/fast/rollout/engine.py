@@ -249,7 +249,7 @@ class _Run:
     def __init__(self, engine: RolloutEngine, decoder: Decoder, sampling: Sampling) -> None:
         self.engine, self.decoder, self.sampling = engine, decoder, sampling
         self.stats = RolloutStats()
-        self.schedule = Schedule(decoder.pool, slots=engine.max_batch, stride=engine.stride,
+        self.schedule = Schedule(decoder.pool, slots=engine.max_batch, stride=engine.stride, ahead=PREFILL_TOKENS,
                                  collect=lambda row: self._read([row]))
         self._left = False  # rows have left since the device was last told
 

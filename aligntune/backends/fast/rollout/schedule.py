@@ -74,11 +74,14 @@ class Schedule:
         pool: the pages.
         slots: rows that may run at once.
         stride: steps between two looks at the device; a running row always has pages for that many.
+        ahead: tokens of a prefill up to which prompts that still wait are computed with it.
         collect: fetches a row's drawn tokens from the device, before it loses its slot.
     """
 
-    def __init__(self, pool: PagePool, *, slots: int, stride: int, collect: Callable[[Row], None]) -> None:
-        self.pool, self.slots, self.stride, self._collect = pool, slots, stride, collect
+    def __init__(
+        self, pool: PagePool, *, slots: int, stride: int, ahead: int, collect: Callable[[Row], None]
+    ) -> None:
+        self.pool, self.slots, self.stride, self.ahead, self._collect = pool, slots, stride, ahead, collect
         self.waiting: deque[Prefix] = deque()
         self.running: list[Row] = []  # at index i the row in slot i
         self.preemptions = 0
@@ -127,7 +130,7 @@ class Schedule:
 
     def _evict(self, but: Prefix | None = None) -> bool:
         """A waiting prompt gives up its pages; they are computed again when its next row comes."""
-        for prefix in self.waiting:
+        for prefix in reversed(self.waiting):
             if prefix.pages and prefix is not but:
                 self.pool.drop(prefix.pages)
                 prefix.pages = None
@@ -155,7 +158,26 @@ class Schedule:
             self._take(prefix, admitted)
             if not prefix.rows:
                 self.waiting.popleft()
+        if admitted.prefixes:
+            self._look_ahead(admitted)
         return admitted
+
+    def _look_ahead(self, admitted: Admitted) -> None:
+        """Where a prefill is launched anyway, compute the next prompts with it: alone each would take as long.
+
+        They hold pages while they wait, out of those that running rows will not soon want, and give them up first.
+        """
+        spare = self.pool.free - 2 * len(self.running) - self.pool.capacity // 8
+        tokens = sum(len(ids) for ids, _ in admitted.prefixes)
+        for prefix in self.waiting:
+            pages = pages_for(len(prefix.tokens))
+            tokens += len(prefix.tokens)
+            if pages > spare or tokens > self.ahead:
+                return
+            if prefix.pages is None and prefix.tokens:
+                prefix.pages = self.pool.take(pages)
+                admitted.prefixes.append((prefix.tokens, prefix.pages))
+                spare -= pages
 
     def _missing(self, prefix: Prefix) -> int:
         """Pages that the prefix's next row needs from the pool."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from aligntune.backends.fast.rollout import RolloutEngine, Sampling, cannot_run_because
-from aligntune.backends.fast.rollout.cache import PAGE
+from aligntune.backends.fast.rollout.cache import PAGE, PagePool
 from aligntune.errors import ConfigError
 from tests.backends.fast.minis import MINIS, VOCAB, build
 
@@ -123,6 +123,37 @@ def test_refill_and_mixed_counts():
     assert pool.free == pool.capacity
 
 
+def pool_of(pages):
+    return PagePool(layers=2, k_heads=2, head_dim=12, pages=pages, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_prompts_that_wait_are_computed_with_those_that_come_in():
+    """Twelve prompts on two slots: a prefill or two, not six; in a narrow cache they give their pages up again."""
+    model, prompts = mini(), prompts_of(range(20, 32))
+    engine = RolloutEngine(model, max_batch=2, max_len=64)
+    engine._new_pool = lambda: pool_of(60)
+    rollout = engine.generate(prompts, sampling=GREEDY)
+    assert rollout.completion_ids == theirs(model, prompts)
+    assert rollout.stats.prefills <= 2
+    assert rollout.stats.prefill_tokens == sum(len(ids) - 1 for ids in prompts)
+    narrow = RolloutEngine(model, max_batch=2, max_len=64)
+    narrow._new_pool = lambda: pool_of(16)
+    again = narrow.generate(prompts, sampling=GREEDY)
+    assert again.completion_ids == rollout.completion_ids
+    assert again.stats.prefills > 2 and again.stats.preemptions == 0
+
+
+def test_one_pass_through_autocast():
+    """Weights in fp32 under bf16 autocast, as full training has them: the cache is bf16, and so is attention."""
+    model, prompts = mini("qwen3"), prompts_of((9, 20))
+    engine = RolloutEngine(model, max_batch=4, max_len=64, autocast=torch.bfloat16)
+    rollout = engine.generate(prompts, sampling=Sampling(max_new_tokens=10, stop_token_ids=()))
+    assert engine._decoder.pool.memory.dtype == torch.bfloat16
+    apart = [abs(a - b) for p, ids, scores in zip(prompts, rollout.completion_ids, rollout.log_probs, strict=True)
+             for a, b in zip(scores, teacher_forced(model, p, ids).tolist(), strict=True)]
+    assert 1e-6 < max(apart) < 0.3
+
+
 @pytest.mark.parametrize("pages", [6, 8, 11])
 def test_rows_that_lose_their_pages_go_on_where_they_were(pages, monkeypatch):
     """A cache far too small for its slots: the youngest rows are sent back, and draw what they would have drawn."""
@@ -131,9 +162,7 @@ def test_rows_that_lose_their_pages_go_on_where_they_were(pages, monkeypatch):
     wide = RolloutEngine(model, max_batch=12, max_len=64)
     expected = wide.generate(prompts, num_generations=3, sampling=sampling)
     narrow = RolloutEngine(model, max_batch=12, max_len=64)
-    whole = narrow._new_pool()
-    monkeypatch.setattr(narrow, "_new_pool", lambda: type(whole)(
-        layers=2, k_heads=2, head_dim=12, pages=pages + 1, dtype=torch.float32, device=torch.device("cpu")))
+    monkeypatch.setattr(narrow, "_new_pool", lambda: pool_of(pages + 1))
     rollout = narrow.generate(prompts, num_generations=3, sampling=sampling)
     assert rollout.stats.preemptions > 0 and expected.stats.preemptions == 0
     assert rollout.stats.most_pages_used <= pages
@@ -245,7 +274,7 @@ def test_unmerged_adapters_equal_merged_ones():
 @pytest.mark.parametrize("family", ["qwen2", "phi3", "granite"])
 def test_attached_adapters(family, monkeypatch, device):
     """What a step runs in the place of adapted layers: biases, packed layers, tied weights; ranks of 4 and 7."""
-    from aligntune.backends.fast import attach
+    from aligntune.backends.fast import attach, detach
     from aligntune.backends.fast.rollout import projections
 
     prompts = prompts_of((2, 17, 9))
@@ -263,6 +292,7 @@ def test_attached_adapters(family, monkeypatch, device):
             if "lora_" in name:
                 parameter.mul_(-1.5)
     after = engine.generate(prompts, sampling=sampling)
+    detach(model)
     assert after.completion_ids == theirs(model.cpu(), prompts, max_new_tokens=6) != expected
     assert not any("_aligntune_step" in module.__dict__ for module in model.modules())
 
