@@ -59,8 +59,8 @@ class ArmSpec:
     hypotheses: bool = False
 
 
-def run_arm(spec: ArmSpec) -> dict[str, Any]:
-    """Train the arm in this process and return what `arm.json` holds.
+def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
+    """Train the arm in this process and return what `arm.json` holds; `package` is the peer's module, if it is one.
 
     Raises:
         AlignTuneError: whatever building or training raises on purpose.
@@ -74,9 +74,8 @@ def run_arm(spec: ArmSpec) -> dict[str, Any]:
     from aligntune.core.trainer import peak_memory
 
     folder = Path(spec.folder)
-    before = peers.prepare(spec.peer)
     set_seed(spec.seed)
-    trainer = peers.build(spec, before)
+    trainer = peers.build(spec, package)
     inner = trainer.trainer
     inner.args.save_strategy, inner.args.eval_strategy = "no", "no"
     if spec.setup is not None:
@@ -178,13 +177,17 @@ def _interpreted() -> bool:
 
 def outcome(spec: ArmSpec) -> dict[str, Any]:
     """`run_arm`, with an error on purpose or too little memory as a result instead of a traceback."""
-    import torch
+    from aligntune.compare import peers
 
     try:
-        return run_arm(spec)
+        # Before torch and transformers: some peers change them, and insist on being first.
+        package = peers.prepare(spec.peer)
+        return run_arm(spec, package)
     except AlignTuneError as error:
         return {"status": "error", "kind": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):
+            raise
         traceback.print_exc()
         return {"status": "out of memory", "kind": type(error).__name__, "message": str(error).partition("\n")[0],
                 "exit_code": 1}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,36 @@ FAULTS: list[tuple[dict[str, Any], str, str, str, bool]] = [
 ]
 
 
-def run(recipe: Any, tmp_path: Path, fault: str | None, **options: Any) -> Any:
-    setup = f"tests.compare.faults:{fault}" if fault else None
-    given = {"a": "trl", "b": "trl", "repeats": 1, "warmup": 1, "runner": in_this_process, **options}
-    return aligntune.compare(recipe, setup_b=setup, output_dir=tmp_path / "out", **given)
+class Once:
+    """Runs each arm in this process, and the same arm only once: a, the oracle and the yardstick are in every test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.known = folder, {}
+
+    def __call__(self, spec: Any, arm: Any) -> dict[str, Any]:
+        options = {name: value for name, value in spec.overrides.items() if name != "output_dir"}
+        key = json.dumps([spec.role, spec.repeat, spec.setup, spec.config, options], sort_keys=True)
+        if key not in self.known:
+            spec.folder = str(self.folder / str(len(self.known)))
+            spec.overrides["output_dir"] = f"{spec.folder}/run"
+            self.known[key] = in_this_process(spec, arm) | {"kept": spec.folder}
+        spec.folder = self.known[key]["kept"]
+        return copy.deepcopy(self.known[key])
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    return Once(tmp_path_factory.mktemp("arms"))
+
+
+@pytest.fixture
+def run(once: Once, tmp_path: Path) -> Any:
+    def compare(recipe: Any, fault: str | None, **options: Any) -> Any:
+        setup = f"tests.compare.faults:{fault}" if fault else None
+        given = {"a": "trl", "b": "trl", "repeats": 1, "warmup": 1, "runner": once, "keep": True, **options}
+        return aligntune.compare(recipe, setup_b=setup, output_dir=tmp_path / "out", **given)
+
+    return compare
 
 
 def kinds(report: Any) -> dict[str, str]:
@@ -47,9 +75,9 @@ def kinds(report: Any) -> dict[str, str]:
 
 @pytest.mark.parametrize(("recipe", "fault", "kind", "words", "valid"), FAULTS, ids=[row[1] for row in FAULTS])
 def test_each_fault_is_caught_and_named(
-    recipe: Any, fault: str, kind: str, words: str, valid: bool, tmp_path: Path
+    recipe: Any, fault: str, kind: str, words: str, valid: bool, run: Any
 ) -> None:
-    report = run(recipe, tmp_path, fault, asserts=["parity"])
+    report = run(recipe, fault, asserts=["parity"])
     found = kinds(report)
     assert kind in found, report.verdict
     assert words in found[kind]
@@ -59,8 +87,8 @@ def test_each_fault_is_caught_and_named(
 
 
 @pytest.mark.parametrize("recipe", [SFT, PACKED, GRPO], ids=["sft", "packed", "grpo"])
-def test_without_a_fault_nothing_is_found(recipe: Any, tmp_path: Path) -> None:
-    report = run(recipe, tmp_path, None, asserts=["parity", "data", "attestation"])
+def test_without_a_fault_nothing_is_found(recipe: Any, run: Any) -> None:
+    report = run(recipe, None, asserts=["parity", "data", "attestation"])
     assert kinds(report) == {}
     assert report.data["parity"]["passed"] is True and report.exit_code == 0
     checks = {one["name"]: one for one in report.data["parity"]["checks"]}
@@ -76,11 +104,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("small")
     return {"algorithm": "sft", "model": {"model_name": small_jobs.model_folder(folder / "model")},
             "data": {"dataset_name": small_jobs.alpaca(folder / "rows.jsonl"), "max_seq_length": 64},
-            "train": {"max_steps": 4, "batch_size": 2, "learning_rate": 1e-3}}
+            "train": {"max_steps": 2, "batch_size": 1, "learning_rate": 1e-3}}
 
 
-def test_fast_and_trl_train_the_same_model(small: Any, tmp_path: Path) -> None:
-    report = run(small, tmp_path, None, b="fast", asserts=["parity", "data", "attestation"])
+def test_fast_and_trl_train_the_same_model(small: Any, run: Any) -> None:
+    report = run(small, None, b="fast", asserts=["parity", "data", "attestation"])
     assert kinds(report) == {} and report.exit_code == 0, report.verdict
     checks = {one["name"]: one for one in report.data["parity"]["checks"]}
     # Other kernels round otherwise: a difference of exactly 0 would mean that the same code ran twice.
@@ -89,7 +117,7 @@ def test_fast_and_trl_train_the_same_model(small: Any, tmp_path: Path) -> None:
     assert "interpreter" in {one["kind"] for one in report.data["findings"]}
 
 
-def test_an_arm_that_ran_eager_is_no_comparison(small: Any, tmp_path: Path) -> None:
-    report = run(small, tmp_path, "eager", b="fast,padding_free=false", asserts=["attestation"])
+def test_an_arm_that_ran_eager_is_no_comparison(small: Any, run: Any) -> None:
+    report = run(small, "eager", b="fast,padding_free=false", asserts=["attestation"])
     assert "fell back" in kinds(report)["eager"] and report.exit_code == 10
     assert report.failed == ["attestation: something fell back"]

@@ -1,0 +1,108 @@
+"""What the recorder writes down is what the trainer did, and it leaves no trace behind."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aligntune.compare import probes, recorder
+from aligntune.compare.recorder import Recorder
+from tests.core import tiny
+
+
+def trained(path: Path, **options: Any) -> tuple[Any, Recorder]:
+    steps = options.pop("gradient_steps", (1, 3))
+    stop = options.pop("stop_after", None)
+    trainer = tiny.sft(path, **options)
+    watch = Recorder(trainer, started=time.time() - 5, gradient_steps=steps, stop_after=stop)
+    watch.install()
+    try:
+        trainer.train()
+    finally:
+        watch.remove()
+    return trainer, watch
+
+
+def test_losses_norms_and_tokens_are_the_trainers_own(tmp_path: Path) -> None:
+    trainer, watch = trained(tmp_path, gradient_accumulation_steps=2, max_steps=4)
+    logged = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(watch.steps) == len(logged) == 4
+    for step, line in zip(watch.steps, logged, strict=True):
+        assert step["loss"] == pytest.approx(line["loss"], rel=1e-5)
+        assert step["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-5)
+        assert step["rows"] == step["documents"] == 4 and step["slots"] >= step["tokens"] > step["learnt"] > 0
+        assert 0 < sum(step["phases"].values()) <= step["seconds"] * 1.05
+        assert {"data", "forward", "backward", "optimizer"} <= step["phases"].keys()
+    assert watch.steps[-1]["metrics"]["mean_token_accuracy"] >= 0
+    assert sum(step["tokens"] for step in watch.steps) == logged[-1]["num_tokens"]
+    assert watch.cold_start is not None and 5 < watch.cold_start < 60
+
+
+def test_gradients_are_those_before_clipping(tmp_path: Path) -> None:
+    _, watch = trained(tmp_path, max_grad_norm=1e-3, max_steps=3)
+    assert {name.partition("/")[0] for name in watch.gradients} == {"1", "3"}
+    for step in (1, 3):
+        squares = sum(norm**2 for name, norm in watch.norms.items() if name.startswith(f"{step}/"))
+        assert squares**0.5 == pytest.approx(watch.steps[step - 1]["grad_norm"], rel=1e-4)
+        assert squares**0.5 > 0.1  # far above what they are clipped to
+    for name, gradient in watch.gradients.items():
+        assert float(gradient.norm()) == pytest.approx(watch.norms[name], rel=1e-5)
+
+
+def test_memory_is_what_the_tensors_hold(tmp_path: Path) -> None:
+    trainer, watch = trained(tmp_path, max_steps=1)
+    numbers = sum(p.numel() for p in trainer.model.parameters())
+    assert watch.memory["gradients"] == 4 * numbers
+    assert watch.memory["weights"] >= 4 * numbers
+    assert 8 * numbers <= watch.memory["optimizer"] <= 8 * numbers + 4096  # two moments, and a step count each
+    assert "peak_allocated" not in watch.memory  # no card: nothing is made up
+
+
+def test_it_stops_when_told_and_takes_itself_off(tmp_path: Path) -> None:
+    trainer, watch = trained(tmp_path, stop_after=2)
+    assert trainer.state.global_step == 2 == len(watch.steps)
+    assert "compute_loss" not in trainer.__dict__ and "backward" not in trainer.accelerator.__dict__
+    assert watch not in trainer.callback_handler.callbacks
+
+
+def test_training_is_the_same_with_and_without_it(tmp_path: Path) -> None:
+    plain = tiny.sft(tmp_path / "plain")
+    plain.train()
+    watched, _ = trained(tmp_path / "watched")
+    for one, two in zip(plain.model.parameters(), watched.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_the_fingerprint_sees_one_changed_weight() -> None:
+    model = tiny.llama()
+    before = recorder.fingerprint(model)
+    assert recorder.fingerprint(tiny.llama()) == before
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] += 1e-3
+    assert recorder.fingerprint(model)["trained"] != before["trained"]
+    assert before["dtypes"] == ["float32"]
+
+
+def test_large_tensors_are_sampled_the_same_way_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "SAMPLE", 16)
+    tensor = torch.arange(1000.0)
+    one, two = recorder.sampled("layer", tensor), recorder.sampled("layer", tensor.clone())
+    assert len(one) == 16 and torch.equal(one, two)
+    assert not torch.equal(one, recorder.sampled("other", tensor))
+
+
+def test_divergence_of_known_distributions() -> None:
+    p = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+    q = torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log()
+    found = probes.divergence(p, q)
+    by_hand = 0.5 * torch.log(torch.tensor(2.0)) + 0.5 * torch.log(torch.tensor(2 / 3))
+    assert found["kl"] == pytest.approx(float(by_hand) / 2, rel=1e-5)
+    assert found["kl_max"] == pytest.approx(float(by_hand), rel=1e-5)
+    assert found["top1"] == 0.5 or found["top1"] == 1.0  # the first row of p is a tie
+    assert probes.divergence(q, q) == {"kl": 0.0, "kl_max": 0.0, "top1": 1.0, "positions": 2}
+    with pytest.raises(ValueError, match="cannot be compared"):
+        probes.divergence(p, q[:1])

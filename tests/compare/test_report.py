@@ -1,0 +1,246 @@
+"""From results to a verdict: what is concluded, asserted, written; on results that are made up."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aligntune.compare import html, measure, outputs, svg
+from aligntune.compare.findings import compare_data, machine_findings
+from aligntune.compare.markdown import markdown
+from aligntune.compare.report import Report, build, check
+from aligntune.compare.schema import faults_of
+from aligntune.compare.settings import Settings, read_arm, read_assertion
+from aligntune.core.run_dir import jsonable
+from tests.compare import made_up
+
+
+def settings(**options: Any) -> Settings:
+    return Settings("sft-builtin", {}, {}, read_arm("trl"), read_arm("fast"), **options)
+
+
+def built(tmp_path: Path, results: Any = None, baseline: Any = None, **options: Any) -> dict[str, Any]:
+    return build(settings(**options), results or made_up.results(tmp_path), command=["aligntune"], baseline=baseline)
+
+
+def test_the_verdict_line(tmp_path: Path) -> None:
+    report = built(tmp_path)
+    number = r"[\d.]+"
+    assert re.fullmatch(rf"fast: {number}x tokens/s \[{number}, {number}\], peak 8\.0 -> 4\.0 GiB, parity PASS "
+                        r"\(max \|dloss\| \S+, drift \S+\), noise [\d.]+%", report["verdict"]), report["verdict"]
+    assert report["speed"]["ratio"][0] == pytest.approx(1.8, rel=0.03) and report["speed"]["significant"]
+    assert report["memory"]["peak_ratio"] == 0.5
+
+
+def test_mfu_needs_a_known_card_and_its_work(tmp_path: Path) -> None:
+    results = made_up.results(tmp_path)
+    for one in results["b"]:
+        one["work"], one["precision"] = {"linear": 10**9, "trained": 10**9, "attention": 2048}, "bf16"
+    report = built(tmp_path, results)
+    flops = 6 * 1e9 * 400 + 6 * 40_000 * 2048
+    seconds = report["speed"]["b"]["step_seconds"]["p50"]
+    assert report["speed"]["b"]["mfu"] == pytest.approx(flops / seconds / 989.4e12, rel=0.02)
+    assert report["speed"]["a"]["mfu"] is None
+
+
+def test_time_to_a_loss_and_cost(tmp_path: Path) -> None:
+    report = built(tmp_path, price=3.6, target_loss=2.5)
+    a, b = report["speed"]["a"], report["speed"]["b"]
+    # The smoothed loss of five steps, 3 - 0.05 n in the middle one, is at 2.5 with step 12.
+    assert a["time_to_target"][0] == pytest.approx(1.2, rel=0.03) and b["time_to_target"][0] < a["time_to_target"][0]
+    assert report["cost"]["a"]["per_run"] == pytest.approx(3.6 / 3600 * 36)
+    assert report["cost"]["a"]["per_million_tokens"] == pytest.approx(3.6 / 3600 * 1e6 / a["tokens_per_second"])
+    assert built(tmp_path, target_loss=0.1)["speed"]["a"]["time_to_target"] == [None, None]
+    assert built(tmp_path)["cost"]["a"]["per_run"] is None
+
+
+def test_traced_steps_and_the_warm_up_count_for_no_speed(tmp_path: Path) -> None:
+    results = made_up.results(tmp_path)
+    results["b"][0]["steps"][9] |= {"traced": True, "seconds": 60.0}
+    results["b"][1]["steps"][1]["seconds"] = 60.0
+    assert measure.timed_steps(results["a"], results["b"], 5) == [5, 6, 7, 8, *range(10, 20)]
+    report = built(tmp_path, results)
+    assert report["speed"]["ratio"][0] == pytest.approx(1.8, rel=0.03)
+    assert report["speed"]["b"]["warmup_extra"][1] == pytest.approx(60, rel=0.02)
+
+
+@pytest.mark.parametrize(("b", "words"), [
+    ({"noise": 1e-3}, "losses"), ({"gradient": 0.01}, "gradient, step 1"), ({"speed": 1.001}, "no significant"),
+])
+def test_what_is_wrong_is_in_the_verdict(b: dict[str, Any], words: str, tmp_path: Path) -> None:
+    report = built(tmp_path, made_up.results(tmp_path, b=b))
+    assert words in report["verdict"]
+    assert report["parity"]["passed"] is ("significant" in words)
+
+
+def test_a_gradient_as_far_from_the_oracle_as_the_yardsticks_passes(tmp_path: Path) -> None:
+    results = made_up.results(tmp_path, b={"gradient": 0.01})
+    results["yardstick"] = [made_up.result(tmp_path, "yardstick", noise=1e-8, gradient=0.009)]
+    assert built(tmp_path, results)["parity"]["passed"] is True
+
+
+def test_one_parameter_among_many(tmp_path: Path) -> None:
+    results = made_up.results(tmp_path)
+    from safetensors.torch import load_file, save_file
+
+    place = Path(results["b"][0]["folder"]) / "gradients.safetensors"
+    grads = load_file(place)
+    grads["1/layers.1.mlp.weight"] = grads["1/layers.1.mlp.weight"] * 0
+    results["b"][0]["norms"]["1/layers.1.mlp.weight"] = 0.0
+    save_file(grads, place)
+    report = built(tmp_path, results)
+    assert {one["kind"] for one in report["findings"]} == {"zero-gradient"}
+    assert "layers.1.mlp.weight" in report["verdict"]
+    assert report["parity"]["worst"][0]["name"] == "layers.1.mlp.weight"
+    assert report["parity"]["worst"][0]["relative"] == 1.0 and report["parity"]["worst"][0]["cosine"] is None
+
+
+def test_other_data_is_no_comparison(tmp_path: Path) -> None:
+    results = made_up.results(tmp_path)
+    steps = results["b"][0]["steps"]
+    steps[4]["data"], steps[5]["data"] = steps[5]["data"], steps[4]["data"]
+    report = built(tmp_path, results)
+    assert not report["valid"] and report["parity"]["passed"] is None
+    assert "the same rows in another order from step 5 on" in report["verdict"]
+    steps[4]["data"] = {"ids": ["x"] * 4, "labels": ["x"] * 4, "prompts": ["x"] * 4}
+    found = compare_data(results["a"][0], results["b"][0], online=False, repacked=False)
+    assert "other rows" in found.findings[0].text
+
+
+def test_packing_is_said_and_not_held_against_the_arms(tmp_path: Path) -> None:
+    results = made_up.results(tmp_path)
+    for one in results["b"]:
+        one["config"] = {"data": {"packing": True}}
+        one["steps"] = one["steps"][:15]
+    report = built(tmp_path, results)
+    assert report["valid"] and {one["kind"] for one in report["findings"]} == {"packing"}
+    assert report["parity"]["losses"] == {} and report["speed"]["steps"] == 10
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda paper: paper["step"]["problems"].append("rms_norm_forward: promised 5, the trace shows 0"), "fell back"),
+    (lambda paper: paper.update(step=None), "no step was traced"),
+    (lambda paper: paper["step"].update(promised={}, kernels={}), "ran eager"),
+    (lambda paper: paper.update(backend="trl"), "ran on backend 'trl'"),
+])
+def test_a_fallback_is_a_failed_comparison(change: Any, words: str, tmp_path: Path) -> None:
+    results = made_up.results(tmp_path)
+    change(results["b"][1]["attestation"])
+    report = Report(built(tmp_path, results, asserts=[read_assertion("attestation")]), tmp_path)
+    assert words in report.verdict and not report.valid and report.exit_code == 10 and report.failed
+
+
+def test_a_shared_or_slow_card_is_said(tmp_path: Path) -> None:
+    results = made_up.results(tmp_path)
+    results["a"][0]["machine"] = {"shared": True, "memory_before_mib": 9000.0, "throttled": ["power brake"]}
+    texts = [one.text for one in machine_findings(results)]
+    assert "a1: somebody else was on the card (9,000 MiB in use before it started)" in texts
+    assert any("power brake" in text for text in texts)
+
+
+@pytest.mark.parametrize(("text", "holds"), [
+    ("speedup>=1.5", True), ("speedup>=1.8", False), ("speedup<=2", True), ("speedup<1.7", False), ("parity", True),
+    ("data", True), ("attestation", True), ("significant", True), ("peak_ratio<=0.5", True), ("peak_ratio<0.5", False),
+    ("kl<=1e-6", True), ("top1>=1", True), ("max_dloss<=1e-9", False), ("drift<1e-3", True), ("cold_start<10", True),
+    ("tokens_per_second>1e9", False), ("baseline_speedup>=1", False),
+])
+def test_assertions(text: str, holds: bool, tmp_path: Path) -> None:
+    report = built(tmp_path)
+    found = check(read_assertion(text), report)
+    assert found["holds"] is holds, found
+
+
+def test_a_baseline(tmp_path: Path) -> None:
+    before = built(tmp_path, made_up.results(tmp_path, b={"speed": 2.4}))
+    report = Report(built(tmp_path, baseline=before), tmp_path)
+    assert any("speedup fell from 2.4" in text for text in report.failed) and report.exit_code == 9
+    same = Report(built(tmp_path, baseline=built(tmp_path)), tmp_path)
+    assert same.failed == [] and same.exit_code == 0
+    broken = built(tmp_path, made_up.results(tmp_path, b={"noise": 1e-3}), baseline=built(tmp_path))
+    assert "parity passed in the baseline and does not now" in broken["baseline"]["worse"]
+
+
+# ------------------------------------------------------------------------------------------------------------ the files
+
+
+def test_the_schema_takes_a_report_and_tells_what_is_wrong_with_others(tmp_path: Path) -> None:
+    report = jsonable(built(tmp_path))
+    assert faults_of(report) == []
+    assert faults_of([]) and faults_of({**report, "schema": "aligntune.compare/0"})[0].startswith("schema is")
+    broken = copy.deepcopy(report)
+    del broken["memory"]["a"]["peak"]
+    broken["valid"], broken["speed"]["ratio"] = 1, ["fast"]
+    assert faults_of(broken) == ["report.valid = '1': bool is wanted",
+                                 "report.speed.ratio[0] = 'fast': int or float is wanted",
+                                 "report.memory.a.peak: missing"]
+    assert faults_of({**report, "speed": None}) == []
+
+
+class Reader(HTMLParser):
+    """Checks that tags close, and collects what a page would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag not in ("meta",):
+            self.open.append(tag)
+        self.fetched += [value for name, value in attrs if name in ("src", "href") and value]
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.fetched += [value for name, value in attrs if name in ("src", "href") and value]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_every_file(tmp_path: Path) -> None:
+    results = made_up.results(tmp_path)
+    for one in results["b"]:
+        one["label"] = "fast,x='<b>|</b>'"
+    given = dataclasses.replace(settings(asserts=[read_assertion("speedup>=9")]),
+                                b=read_arm("fast,lora_alpha='<b>|</b>'"))
+    data = build(given, results, command=["aligntune", "compare"])
+    outputs.write(Report(data, tmp_path))
+    assert faults_of(json.loads((tmp_path / "report.json").read_text())) == []
+    lines = list(csv.DictReader((tmp_path / "steps.csv").open()))
+    assert len(lines) == 20 * (2 + 2 + 1)
+    assert {line["arm"] for line in lines} == {"a", "b", "yardstick"} and float(lines[0]["loss"]) == 2.95
+    page = (tmp_path / "report.html").read_text()
+    reader = Reader()
+    reader.feed(page)
+    assert reader.open == [] and reader.fetched == [] and "http" not in page and "url(" not in page
+    assert "<b>" not in page and "prefers-color-scheme: dark" in page and page.count("<svg") >= 5
+    text = (tmp_path / "report.md").read_text()
+    assert data["verdict"].replace("|", "\\|").replace("<", "&lt;") in text and "speedup>=9" in text
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_report_without_speed_or_parity_is_drawn_too(tmp_path: Path) -> None:
+    results = made_up.results(tmp_path, repeats=1)
+    results["oracle"], results["yardstick"] = [], []
+    for role in ("a", "b"):
+        results[role][0]["steps"] = results[role][0]["steps"][:1]
+        results[role][0]["steps"][0]["seconds"] = None
+    report = jsonable(built(tmp_path, results, oracle=False))
+    assert faults_of(report) == [] and "speed not measured" in report["verdict"]
+    assert "noise not measured" in report["verdict"]
+    assert html.html(report) and markdown(report)
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert svg.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert svg.ticks(0.93, 1.07) == pytest.approx([0.95, 1.0, 1.05]) or len(svg.ticks(0.93, 1.07)) >= 3
+    assert svg.ticks(3, 3) == [3] and svg.ticks(float("nan"), 1)
+    assert [svg.number(value) for value in (0, 1e-7, 0.25, 123456789.0)] == ["0", "1e-07", "0.25", "1.23e+08"]
