@@ -106,6 +106,19 @@ def _lora_label(entry: dict[str, Any]) -> str:
     return ", ".join((entry["shape"], f"r {entry['rank']}", *options))
 
 
+def recipe(report: Report) -> str:
+    """A staged recipe: the score of held-out prompts before, between and after, a row a seed."""
+    names = list(report["rows"][0]["scores"])
+    rows = [
+        [str(row["seed"]), *(f"{row['scores'][name]:.3f}" for name in names),
+         ", ".join(f"{name} {count}" for name, count in row["steps"].items())]
+        for row in report["rows"]
+    ]  # fmt: skip
+    about = f"{report['rows'][0]['probe']}, greedy answers. "
+    return markdown(["seed", *names, "steps"], rows) + "\n" + about + source(report)
+
+
+RECIPES = ("rloo", "grpo", "gspo", "dapo", "dr_grpo")
 TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "ops-elementwise": ("ops/elementwise.json", elementwise),
     "ops-head": ("ops/head.json", head_table),
@@ -113,6 +126,7 @@ TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "ops-lora": ("ops/lora.json", bounded(_lora_label)),
     "ops-nf4": ("ops/nf4.json", bounded(lambda entry: " x ".join(map(str, entry["shape"])))),
     "ops-adamw": ("ops/adamw.json", bounded(lambda entry: f"{entry['numel']:,} parameters")),
+    **{f"recipe-{name}": (f"recipes/{name}-builtin.json", recipe) for name in RECIPES},
 }
 
 

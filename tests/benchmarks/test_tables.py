@@ -31,6 +31,14 @@ def test_a_changed_figure_is_found():
     assert "| 2 x 3 | ours | 30 |" in make(report)
 
 
+def test_a_recipes_table_has_a_row_a_seed():
+    rows = [{"seed": 1, "probe": "exact_match on sums", "scores": {"before": 0.0, "after sft": 0.765},
+             "steps": {"sft": 340}}]  # fmt: skip
+    report = {"device": "CPU", "versions": {"torch": "1"}, "commit": "c" * 40, "command": "x", "rows": rows}
+    assert tables.recipe(report).splitlines()[2] == "| 1 | 0.000 | 0.765 | sft 340 |"
+    assert "exact_match on sums, greedy answers. CPU; torch 1" in tables.recipe(report)
+
+
 @pytest.mark.parametrize("name", sorted(tables.TABLES))
 def test_results_name_card_commit_command_and_versions(name):
     path = tables.RESULTS / tables.TABLES[name][0]
@@ -38,5 +46,6 @@ def test_results_name_card_commit_command_and_versions(name):
         assert tables.table(name) == "Not measured yet.\n"
         return
     report = json.loads(path.read_text())
-    assert "H100" in report["device"] and len(report["commit"].rstrip("+")) == 40 and report["command"]
+    where = "CPU" if name.startswith("recipe-") else "H100"
+    assert where in report["device"] and len(report["commit"].rstrip("+")) == 40 and report["command"]
     assert report["rows"]
