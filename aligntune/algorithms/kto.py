@@ -92,8 +92,8 @@ SPEC = AlgorithmSpec(
     defaults={"learning_rate": 5e-6, "batch_size": 8, "max_seq_length": 1024},
     reference=True,
     differs=(
-        "rows are shuffled once, with the seed (TRL trains them in the order of the file, and of pairs the good "
-        "completions of 1,000 rows before their bad ones)",
+        "rows are shuffled once, those of evaluation too, with the seed (TRL trains them in the order of the file, and "
+        "of pairs the good completions of 1,000 rows before their bad ones)",
         "in evaluation, completions are mismatched within evaluation batches (TRL: within batches of the training's "
         "size)",
         "rows whose prompt alone fills max_seq_length are reported (TRL drops them without a word)",

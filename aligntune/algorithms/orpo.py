@@ -66,6 +66,6 @@ SPEC = AlgorithmSpec(
     differs=(
         "the likelihood is of prompt and chosen answer, as in TRL and the authors' code; equation 6 has the answer's. "
         "On the batch of the parity test with beta 0.3 that is a loss of 6.591 where the paper prints 6.551",
-        "learning_rate 8e-6, the paper's (TRL's default is 1e-6)",
+        "learning_rate 8e-6, as in the example of TRL's documentation (its default is 1e-6)",
     ),
 )

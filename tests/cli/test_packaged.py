@@ -31,4 +31,4 @@ def test_a_packaged_recipe_trains_resumes_and_is_evaluated(name: str, tmp_path: 
     result = runner.invoke(app, ["evaluate", folder, "--json", "max_eval_samples=16"])
     assert result.exit_code == 0, result.output
     metrics = json.loads(result.stdout.splitlines()[-1])
-    assert any(key in metrics for key in ("eval_perplexity", "eval_reward", "eval_rewards/margins"))
+    assert any(key in metrics for key in ("eval_perplexity", "eval_reward", "eval_rewards/margins", "eval_margin"))

@@ -58,12 +58,10 @@ class KTO(Quiet, KTOTrainer):
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if "KL_completion_ids" in columns:
             return dataset
-        size = args.per_device_eval_batch_size
-        if dataset_name == "train":
-            # TRL never shuffles (the mismatched completions belong to fixed batches), and pairs come as a thousand
-            # good completions, then a thousand bad ones.
-            dataset = dataset.shuffle(seed=args.seed, keep_in_memory=True, load_from_cache_file=False)
-            size = args.per_device_train_batch_size
+        # TRL never shuffles (the mismatched completions belong to fixed batches), and pairs come as a thousand good
+        # completions, then a thousand bad ones: batches of one label have no margin, in evaluation too.
+        dataset = dataset.shuffle(seed=args.seed, keep_in_memory=True, load_from_cache_file=False)
+        size = args.per_device_train_batch_size if dataset_name == "train" else args.per_device_eval_batch_size
         return with_kl_completions(dataset, size) if self.calculate_KL else dataset
 
 
