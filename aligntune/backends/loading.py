@@ -196,7 +196,16 @@ def _storage_dtype(job: Job, precision: Precision, quantized: str | None) -> Any
     return precision.dtype if job.options.use_peft or quantized else torch.float32
 
 
-def lora_config(job: Job) -> LoraConfig | None:
+def keep_tied(config: LoraConfig, model: Any) -> LoraConfig:
+    """Has peft keep tied embeddings one tensor where one of them trains whole; else it would make two copies."""
+    ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+    tied = len(ends) == 2 and ends[0].weight is ends[1].weight
+    paths = [path for path, module in model.named_modules() if tied and any(module is end for end in ends)]
+    config.ensure_weight_tying = any(path.endswith(name) for path in paths for name in config.modules_to_save or [])
+    return config
+
+
+def lora_config(job: Job, model: Any) -> LoraConfig | None:
     """peft's configuration for the job, or None where it trains no adapters or the model has some already."""
     options = job.options
     if not options.use_peft or hasattr(options.model_name, "peft_config"):
@@ -205,10 +214,12 @@ def lora_config(job: Job) -> LoraConfig | None:
 
     init = {"default": True}.get(options.lora_init, options.lora_init)
     alpha = options.lora_alpha
-    return LoraConfig(
+    config = LoraConfig(
         task_type=TaskType.SEQ_CLS if job.spec.takes == "reward" else TaskType.CAUSAL_LM, r=options.lora_r,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         lora_dropout=options.lora_dropout, target_modules=options.lora_target_modules, bias=options.lora_bias,
-        modules_to_save=options.modules_to_save, use_dora=options.use_dora, use_rslora=options.use_rslora,
-        init_lora_weights=init,
+        # A list of its own: peft writes the name of a tied module into it.
+        modules_to_save=list(options.modules_to_save) if options.modules_to_save else None,
+        use_dora=options.use_dora, use_rslora=options.use_rslora, init_lora_weights=init,
     )
+    return keep_tied(config, model)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from aligntune.backends.base import Built, Prepared
 from aligntune.backends.fast.attachment import Attachment
 from aligntune.backends.fast.graphs import eager_because
+from aligntune.backends.fast.online import FlatLogProbs
 from aligntune.backends.fast.rollout.trl import FastRollouts, engine_cannot_because
 from aligntune.backends.fast.scripts import attach_trainer
 from aligntune.backends.fast.support import SEQUENCE_RATIOS
@@ -37,6 +38,8 @@ def build(job: Job, prepared: Prepared) -> Built:
     """
     built = build_trl(job, prepared, trainers=FAST_TRAINERS)
     _refuse_sequence_ratios(built.trainer.args)
+    if job.options.embedding_learning_rate is not None:
+        built.notices.append(built.trainer.train_embeddings_at(job.options.embedding_learning_rate))
     attachment = attach_trainer(built.trainer, strict=job.options.strict)
     layout = _layout(job, built.trainer, attachment)
     if isinstance(built.trainer, FastRollouts):
@@ -46,9 +49,13 @@ def build(job: Job, prepared: Prepared) -> Built:
 
 
 def _layout(job: Job, trainer: Trainer, attachment: Attachment) -> str:
-    """Lay the rows of an SFT run's batches end to end where they can be, and say how they lie."""
+    """Lay the rows of a run's batches end to end where they can be, and say how they lie."""
     wanted = vars(job.options).get("padding_free", "auto")
     why: str | None
+    if isinstance(trainer, FlatLogProbs):
+        why = padded_because(trainer, attachment)
+        trainer.rows_end_to_end = why is None
+        return "rows: " + ("end to end in log-prob and loss passes" if why is None else f"padded, {why}")
     if not isinstance(trainer, FastSFT):
         why = "this trainer's batches are TRL's"
     elif wanted is False:

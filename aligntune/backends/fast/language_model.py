@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from aligntune.backends.fast.attachment import attach
+from aligntune.backends.loading import keep_tied
 from aligntune.errors import ConfigError
 
 logger = logging.getLogger("aligntune")
@@ -116,14 +117,15 @@ class FastLanguageModel:
             lora_dropout=lora_dropout,
             bias=bias,  # type: ignore[arg-type]
             use_rslora=use_rslora,
-            modules_to_save=modules_to_save,
+            # A list of its own: peft writes the name of a tied module into it.
+            modules_to_save=list(modules_to_save) if modules_to_save else None,
             task_type="CAUSAL_LM",
             **kwargs,
         )
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(random_state)
-            peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+            peft_model = get_peft_model(model, keep_tied(config, model))  # type: ignore[arg-type]
         if use_gradient_checkpointing:
             # Without reentrance no input needs a gradient for the adapters to get theirs.
             model.gradient_checkpointing_enable(  # type: ignore[operator]

@@ -35,7 +35,6 @@ class FastBackend:
         Gate("loss_type", ("luspo", "vespo"), SEQUENCE_RATIOS),
         Gate("gradient_checkpointing", ("offload",), "this version recomputes (True) or keeps (False) activations"),
         Gate("memory_budget_gib", None, "this version does not plan recompute by memory"),
-        Gate("embedding_learning_rate", None, "this version trains every parameter at learning_rate"),
     )
 
     def available(self) -> Support:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aligntune.backends.fast.graphs import GraphedModel
+from aligntune.backends.fast.optim import EmbeddingRate
 from aligntune.backends.fast.packing import RowsEndToEnd
 from aligntune.backends.fast.rollout.trl import FastRollouts
-from aligntune.backends.trl.trainers import DAPO, GRPO, SFT, TRAINERS
+from aligntune.backends.trl.trainers import DAPO, DPO, GRPO, SFT, TRAINERS
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -43,7 +44,7 @@ def padded_because(trainer: Trainer, attachment: Attachment) -> str | None:
     return None
 
 
-class FastSFT(SFT):
+class FastSFT(EmbeddingRate, SFT):
     """TRL's SFTTrainer; training batches are rows end to end where the model allows it."""
 
     rows_end_to_end = False
@@ -109,12 +110,16 @@ class FastSFT(SFT):
         super().log(logs, start_time)
 
 
-class FastGRPO(FastRollouts, GRPO):
+class FastDPO(EmbeddingRate, DPO):
+    """TRL's DPOTrainer."""
+
+
+class FastGRPO(EmbeddingRate, FastRollouts, GRPO):
     """TRL's GRPOTrainer; completions come from our engine where it is asked for."""
 
 
-class FastDAPO(FastRollouts, DAPO):
+class FastDAPO(EmbeddingRate, FastRollouts, DAPO):
     """TRL's GRPOTrainer with dynamic sampling; completions come from our engine where it is asked for."""
 
 
-FAST_TRAINERS = TRAINERS | {"sft": FastSFT, "grpo": FastGRPO, "dr_grpo": FastGRPO, "dapo": FastDAPO}
+FAST_TRAINERS = TRAINERS | {"sft": FastSFT, "dpo": FastDPO, "grpo": FastGRPO, "dr_grpo": FastGRPO, "dapo": FastDAPO}

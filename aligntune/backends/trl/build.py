@@ -46,7 +46,7 @@ def build(job: Job, prepared: Prepared, *, trainers: Mapping[str, type] = TRAINE
     args = trl_config(job, precision, eval_rows=len(prepared.eval) if prepared.eval is not None else 0)
     if job.spec.name == "dapo":
         _overlong(job, args, rewards)
-    peft_config = lora_config(job)
+    peft_config = lora_config(job, model)
     kwargs: dict[str, Any] = {
         "model": model, "args": args, "train_dataset": prepared.train, "eval_dataset": prepared.eval,
         "processing_class": prepared.tokenizer, "peft_config": peft_config,

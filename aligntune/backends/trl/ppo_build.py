@@ -80,6 +80,7 @@ def _add_adapters(critic: Any, peft_config: LoraConfig, seed: int) -> None:
     backbone = backbone_of(critic)
     names = {name.rpartition(".")[2] for name, _ in backbone.named_modules()}
     config.modules_to_save = [name for name in config.modules_to_save or [] if name in names] or None
+    config.ensure_weight_tying = False  # the critic has no head to be tied to
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         inject_adapter_in_model(config, backbone)

@@ -1,0 +1,124 @@
+"""A learning rate of their own for embed_tokens and lm_head: parameter groups behind those that transformers makes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from aligntune.errors import CheckpointError, ConfigError
+
+
+def embedding_weights(model: Any) -> list[nn.Parameter]:
+    """The parameters of the input and the output embeddings that train; tied ones are one.
+
+    Found by what the model calls its embeddings, so under PEFT it is the trained copy (`modules_to_save`). Low-rank
+    factors beside a frozen embedding are an adapter like any other, and are not among them.
+    """
+    found: dict[int, nn.Parameter] = {}
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if isinstance(module, LoraLayer):
+            module = module.get_base_layer()
+        if module is not None:
+            found |= {id(p): p for p in module.parameters() if p.requires_grad}
+    return list(found.values())
+
+
+class EmbeddingRate:
+    """Mixin of trainers: after `train_embeddings_at(rate)` the embeddings train at that peak rate.
+
+    The groups that transformers makes stay the first ones, so `learning_rate` in the logs is the others' rate; each of
+    them that held an embedding is followed, behind all of them, by one with the embeddings, the same settings (weight
+    decay, betas) and the other rate. Schedulers scale every group's own peak; clipping goes by the model's parameters
+    and knows no groups; a checkpoint keeps the groups in this order.
+    """
+
+    embedding_learning_rate: float | None = None
+    _first_embedding_group: int | None = None
+    _embedding_rate_now = 0.0
+
+    def train_embeddings_at(self: Any, rate: float) -> str:
+        """Set the peak rate; returns what trains at it, in words.
+
+        Raises:
+            ConfigError: the rate is no rate, no embedding trains, or the optimizer is there already.
+        """
+        if not (math.isfinite(rate) and rate >= 0):
+            raise ConfigError(f"embedding_learning_rate = {rate!r}: must be a finite number >= 0")
+        if self.optimizer is not None:
+            raise ConfigError("embedding_learning_rate: the optimizer is made already; give its groups their rates, or "
+                              "leave the optimizer to the trainer")
+        weights = embedding_weights(self.model)
+        if not weights:
+            raise ConfigError(f"embedding_learning_rate = {rate:g}: {_nothing_trains(self.model)}, or leave it out")
+        self.embedding_learning_rate = rate
+        lost = ("; they are stored in bfloat16, which loses steps below 1/256 of a weight"
+                if any(p.dtype == torch.bfloat16 for p in weights) else "")
+        return (f"embeddings: {sum(p.numel() for p in weights):,} weights train at {rate:g}, "
+                f"the others at {self.args.learning_rate:g}{lost}")
+
+    def create_optimizer(self: Any, model: Any = None) -> Any:
+        """As transformers makes it, with the embeddings moved into groups of their own."""
+        made_here = self.optimizer is None
+        optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        if made_here and self.embedding_learning_rate is not None:
+            base = self.accelerator.unwrap_model(self.model if model is None else model)
+            self._first_embedding_group = len(optimizer.param_groups)
+            _move(optimizer, embedding_weights(base), self.embedding_learning_rate)
+        return optimizer
+
+    def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        except ValueError as error:
+            if "parameter group" not in str(error):  # torch's words
+                raise
+            mine = self.embedding_learning_rate
+            raise CheckpointError(
+                f"{checkpoint}: its optimizer has other parameter groups than this run's, which has "
+                f"{'no embedding_learning_rate' if mine is None else f'embedding_learning_rate = {mine:g}'}; resume "
+                "with the options that the run was started with"
+            ) from error
+
+    def _get_learning_rate(self: Any) -> float:
+        # Read together: transformers asks before it moves the schedule on, and logs later.
+        if self._first_embedding_group is not None:
+            self._embedding_rate_now = float(self.optimizer.param_groups[self._first_embedding_group]["lr"])
+        return super()._get_learning_rate()  # type: ignore[misc]
+
+    def log(self: Any, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds `embedding_learning_rate` beside `learning_rate`."""
+        if self._first_embedding_group is not None and "learning_rate" in logs:
+            logs["embedding_learning_rate"] = self._embedding_rate_now
+        super().log(logs, start_time)  # type: ignore[misc]
+
+
+def _move(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], rate: float) -> None:
+    """Move `weights` out of the optimizer's groups into new ones behind them, which differ in the rate alone.
+
+    Raises:
+        ConfigError: the optimizer's groups do not hold them: it makes its own out of the model.
+    """
+    wanted, moved = {id(p) for p in weights}, 0
+    for group in list(optimizer.param_groups):
+        own = [p for p in group["params"] if id(p) in wanted]
+        if own:
+            moved += len(own)
+            group["params"] = [p for p in group["params"] if id(p) not in wanted]
+            # "initial_lr" would be the peak that the others' schedule starts from.
+            settings = {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
+            optimizer.add_param_group({**settings, "params": own, "lr": rate})
+    if moved != len(wanted):
+        raise ConfigError(f"embedding_learning_rate: {type(optimizer).__name__} keeps {len(wanted) - moved} of the "
+                          "embeddings in no parameter group; choose another optimizer")
+
+
+def _nothing_trains(model: Any) -> str:
+    """Why no embedding trains, and what would change it."""
+    if hasattr(model, "peft_config"):
+        return ("neither embed_tokens nor lm_head trains; name them among the adapters' target modules "
+                "(['q_proj', ..., 'embed_tokens', 'lm_head']) or in modules_to_save")
+    return "neither embed_tokens nor lm_head trains; set requires_grad on their weights"

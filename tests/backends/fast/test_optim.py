@@ -1,0 +1,272 @@
+"""Embeddings at a rate of their own: which weights, which groups, what schedules, clipping and resume make of them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from aligntune import create_rl_trainer, create_sft_trainer
+from aligntune.backends.base import require
+from aligntune.backends.fast.optim import EmbeddingRate, _move, embedding_weights
+from aligntune.backends.fast.support import BACKEND
+from aligntune.backends.fast.trainers import FAST_TRAINERS, FastSFT
+from aligntune.errors import CheckpointError, ConfigError
+from tests.core import tiny
+
+RATE, OTHERS = 1e-3, 1e-2
+WHOLE = ["q_proj", "embed_tokens", "lm_head"]
+
+
+def sft(path: Path, *, backend: str = "fast", model: Any = None, **options: Any) -> Any:
+    settings = {
+        "max_steps": 1, "batch_size": 2, "learning_rate": OTHERS, "report_to": "none", "logging_steps": 1,
+        "max_seq_length": 48, "tokenizer_name": tiny.tokenizer(), "output_dir": str(path), "seed": 3,
+    }  # fmt: skip
+    if backend == "fast":
+        settings["embedding_learning_rate"] = RATE
+    return create_sft_trainer(
+        model if model is not None else tiny.llama(num_hidden_layers=1), list(tiny.text_rows()), backend=backend,
+        **(settings | options),
+    )  # fmt: skip
+
+
+def groups(trainer: Any) -> list[tuple[float, float, set[str]]]:
+    """(rate, weight decay, names) of each parameter group."""
+    names = {id(p): n for n, p in trainer.model.named_parameters()}
+    made = trainer.create_optimizer().param_groups
+    return [(g["lr"], g["weight_decay"], {names[id(p)] for p in g["params"]}) for g in made]
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+# ------------------------------------------------------------------------------------------------------ which weights
+
+
+def test_full_training(tmp_path):
+    trainer = sft(tmp_path, weight_decay=0.1).trainer
+    decayed, plain, embeddings = groups(trainer)
+    everything = {name for name, _ in trainer.model.named_parameters()}
+    assert embeddings == (RATE, 0.1, {"model.embed_tokens.weight", "lm_head.weight"})
+    assert plain == (OTHERS, 0.0, {name for name in everything if "norm" in name}) and len(plain[2]) == 3
+    assert decayed == (OTHERS, 0.1, everything - plain[2] - embeddings[2]) and len(decayed[2]) == 7
+
+
+def test_tied_embeddings_are_one_tensor(tmp_path):
+    trainer = sft(tmp_path, model=tiny.llama(num_hidden_layers=1, tie_word_embeddings=True)).trainer
+    assert groups(trainer)[2:] == [(RATE, 0.0, {"model.embed_tokens.weight"})]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_whole_beside_adapters(tied, tmp_path):
+    model = tiny.llama(num_hidden_layers=1, tie_word_embeddings=tied)
+    before = model.model.embed_tokens.weight.detach().clone()
+    trainer = sft(tmp_path, model=model, use_peft=True, lora_target_modules=WHOLE, max_steps=2)
+    head = trainer.trainer.model.get_output_embeddings().weight
+    assert (head is trainer.trainer.model.get_input_embeddings().weight) == tied
+    (_, _, adapters), (_, _, none), (rate, _, embeddings) = groups(trainer.trainer)
+    prefix, suffix = "base_model.model.", ".modules_to_save.default.weight"
+    both = {f"{prefix}model.embed_tokens{suffix}", f"{prefix}lm_head{suffix}"}
+    assert embeddings == ({f"{prefix}model.embed_tokens{suffix}"} if tied else both) and rate == RATE
+    assert len(adapters) == 2 and all("lora_" in name for name in adapters) and none == set()
+    trainer.train()
+    trained = trainer.trainer.model.get_input_embeddings().weight
+    assert 0.5 * RATE < (trained - before).abs().max() < 2.1 * RATE  # AdamW's steps are as long as the rate
+
+
+def test_found_by_identity_not_by_name():
+    config = transformers.GPTNeoXConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.GPTNeoXForCausalLM(config)
+    head = model.get_output_embeddings().weight  # its name is not the same in all versions of transformers
+    assert [id(p) for p in embedding_weights(model)] == [id(model.gpt_neox.embed_in.weight), id(head)]
+    head.requires_grad_(False)
+    assert [id(p) for p in embedding_weights(model)] == [id(model.gpt_neox.embed_in.weight)]
+
+
+def test_low_rank_factors_on_an_embedding_are_an_adapter_like_any_other():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny.llama(), LoraConfig(r=2, target_modules=["embed_tokens"], task_type="CAUSAL_LM"))
+    assert embedding_weights(model) == []
+    rows = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 4], task_type="CAUSAL_LM")
+    (delta,) = embedding_weights(get_peft_model(tiny.llama(), rows))
+    assert delta.shape == (2, 32)
+
+
+def test_a_bias_of_the_head_keeps_the_decay_of_biases():
+    config = transformers.PhiConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.PhiForCausalLM(config)
+    head = model.lm_head
+    assert {id(p) for p in embedding_weights(model)} == {
+        id(model.get_input_embeddings().weight), id(head.weight), id(head.bias)
+    }  # fmt: skip
+    decayed = [p for p in model.parameters() if p.dim() == 2]
+    plain = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1, "betas": (0.5, 0.6)}, {"params": plain, "weight_decay": 0.0}], lr=1.0
+    )
+    _move(optimizer, embedding_weights(model), 0.25)
+    own = optimizer.param_groups[2:]
+    assert [(g["lr"], g["weight_decay"], g["betas"], len(g["params"])) for g in own] == [
+        (0.25, 0.1, (0.5, 0.6), 2), (0.25, 0.0, (0.9, 0.999), 1)
+    ]  # fmt: skip
+    assert own[1]["params"][0] is head.bias
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+
+
+# -------------------------------------------------------------------------------------- schedules, clipping, the step
+
+
+def test_a_schedule_scales_each_peak_and_logs_both(tmp_path):
+    trainer = sft(tmp_path, max_steps=4, warmup_steps=2, lr_scheduler="linear")
+    trainer.train()
+    seen = [(row["learning_rate"], row["embedding_learning_rate"]) for row in trainer.trainer.state.log_history[:4]]
+    expected = [(OTHERS * share, RATE * share) for share in (0.0, 0.5, 1.0, 0.5)]
+    assert seen == [pytest.approx(pair, abs=1e-12) for pair in expected]
+    assert "embeddings: 16,576 weights train at 0.001" in (tmp_path / "summary.json").read_text()
+
+
+def test_the_step_is_trls_with_another_rate_and_the_norm_is_of_everything(tmp_path):
+    """SGD, clipped: each weight moves by its rate times trl's clipped gradient."""
+    start = weights(sft(tmp_path / "start").trainer)
+    options = {"optimizer": "sgd", "max_grad_norm": 1.0, "lr_scheduler": "constant"}
+    moved = {}
+    for backend in ("fast", "trl"):
+        trainer = sft(tmp_path / backend, backend=backend, **options)
+        trainer.train()
+        assert trainer.trainer.state.log_history[0]["grad_norm"] > 1.5
+        moved[backend] = {name: value - start[name] for name, value in weights(trainer.trainer).items()}
+    total = math.sqrt(sum(float(value.double().square().sum()) for value in moved["trl"].values()))
+    assert total == pytest.approx(1.0 * OTHERS, rel=1e-3)
+    for name, theirs in moved["trl"].items():
+        share = RATE / OTHERS if name in ("model.embed_tokens.weight", "lm_head.weight") else 1.0
+        assert (moved["fast"][name] - share * theirs).norm() < 1e-3 * share * theirs.norm(), name
+        assert theirs.norm() > 0
+
+
+def test_without_the_option_the_optimizer_is_transformers_own(tmp_path):
+    trainer = sft(tmp_path, embedding_learning_rate=None).trainer
+    assert isinstance(trainer, EmbeddingRate) and len(groups(trainer)) == 2
+    trainer.train()
+    assert "embedding_learning_rate" not in trainer.state.log_history[0]
+
+
+# ------------------------------------------------------------------------------------------------ optimizers and resume
+
+
+SLOW = ["adamw", "paged_adamw_32bit", "paged_adamw_8bit", "sgd", "adafactor"]
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["adamw_fused", "adamw_8bit", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_resumed_is_uninterrupted(optimizer, tmp_path):
+    options = {
+        "optimizer": optimizer, "max_steps": 4, "save_steps": 2, "weight_decay": 0.01, "warmup_steps": 1,
+        "use_peft": True, "lora_target_modules": WHOLE,
+    }  # fmt: skip
+    whole = sft(tmp_path / "whole", **options)
+    whole.train()
+    resumed = sft(tmp_path / "again", **options)
+    start = weights(resumed.trainer)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert resumed.trainer.state.global_step == 4
+    rates = [(row["learning_rate"], row["embedding_learning_rate"]) for row in resumed.trainer.state.log_history[:4]]
+    assert rates == [(row["learning_rate"], row["embedding_learning_rate"])
+                     for row in whole.trainer.state.log_history[:4]]  # fmt: skip
+    assert all(embedding == pytest.approx(other * RATE / OTHERS) for other, embedding in rates) and rates[2][0] > 0
+    there, here = weights(whole.trainer), weights(resumed.trainer)
+    for name in there:
+        assert torch.equal(there[name], here[name]), name
+        assert not torch.equal(there[name], start[name]), name
+
+
+def test_eight_bit_moments_go_by_the_weight_not_by_the_group(tmp_path):
+    """transformers keeps the moments of nn.Embedding in 32 bits; the head's are 8 bits, in the same group."""
+    trainer = sft(tmp_path, optimizer="adamw_8bit", use_peft=True, lora_target_modules=WHOLE)
+    trainer.train()
+    optimizer, model = trainer.trainer.optimizer, trainer.trainer.model
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert [id(p) for p in optimizer.param_groups[2]["params"]] == [id(embedding), id(head)]
+    assert optimizer.state[embedding]["state1"].dtype == torch.float32
+    assert optimizer.state[head]["state1"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize(("first", "then"), [(RATE, None), (None, RATE)])
+def test_a_checkpoint_with_other_groups_is_refused(first, then, tmp_path):
+    sft(tmp_path / "run", embedding_learning_rate=first).train()
+    other = sft(tmp_path / "other", embedding_learning_rate=then, max_steps=2)
+    with pytest.raises(CheckpointError, match="other parameter groups.*resume with the options"):
+        other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_where_no_embedding_trains_it_says_what_to_do(tmp_path):
+    with pytest.raises(ConfigError, match=r"embedding_learning_rate = 0.001: neither .* modules_to_save, or leave it"):
+        sft(tmp_path / "a", use_peft=True, lora_target_modules=["q_proj"])
+    frozen = tiny.llama(num_hidden_layers=1)
+    for weight in embedding_weights(frozen):
+        weight.requires_grad_(False)
+    with pytest.raises(ConfigError, match="set requires_grad"):
+        sft(tmp_path / "b", model=frozen)
+
+
+def test_rates_that_are_none_and_optimizers_that_are_made(tmp_path):
+    trainer = sft(tmp_path, embedding_learning_rate=None).trainer
+    for rate in (float("nan"), float("inf"), -1e-3):
+        with pytest.raises(ConfigError, match="a finite number >= 0"):
+            trainer.train_embeddings_at(rate)
+    trainer.create_optimizer()
+    with pytest.raises(ConfigError, match="made already"):
+        trainer.train_embeddings_at(RATE)
+    weight = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(ConfigError, match="SGD keeps 1 of the embeddings in no parameter group"):
+        _move(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0), [weight], 0.1)
+
+
+def test_embeddings_stored_in_bf16_are_spoken_of(tmp_path):
+    options = {"embedding_learning_rate": None, "precision": "bf16"}
+    model = tiny.llama(num_hidden_layers=1)
+    said = sft(tmp_path / "fp32", model=model, **options).trainer.train_embeddings_at(RATE)
+    assert said == "embeddings: 16,576 weights train at 0.001, the others at 0.01"
+    coarse = sft(tmp_path / "bf16", model=model.bfloat16(), **options).trainer.train_embeddings_at(RATE)
+    assert coarse == said + "; they are stored in bfloat16, which loses steps below 1/256 of a weight"
+
+
+# ------------------------------------------------------------------------------------------------ the other algorithms
+
+
+def test_every_algorithm_of_fast_takes_it(tmp_path):
+    for algorithm, support in BACKEND.support.items():
+        if support.status == "supported":
+            assert issubclass(FAST_TRAINERS[algorithm], EmbeddingRate), algorithm
+            require(BACKEND, algorithm, {"embedding_learning_rate": 1e-5})
+    assert FAST_TRAINERS["sft"] is FastSFT
+
+
+def test_dpo(tmp_path):
+    trainer = create_rl_trainer(
+        tiny.llama(num_hidden_layers=1), list(tiny.pairs()), algorithm="dpo", backend="fast", max_steps=1, batch_size=2,
+        learning_rate=OTHERS, embedding_learning_rate=RATE, report_to="none", tokenizer_name=tiny.tokenizer(),
+        output_dir=str(tmp_path), use_peft=True, lora_target_modules=WHOLE, lr_scheduler="constant",
+    )  # fmt: skip
+    before = weights(trainer.trainer)
+    trainer.train()
+    for name, after in weights(trainer.trainer).items():
+        if "lora_A" not in name:  # its gradient is 0 while B is
+            rate = RATE if "modules_to_save" in name else OTHERS
+            assert (after - before[name]).abs().max() == pytest.approx(rate, rel=0.01), name
