@@ -2,56 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import aligntune
-from aligntune.compare.protocol import in_this_process
 from tests import small_jobs
-
-SFT = {"algorithm": "sft", "model": {"model_name": "builtin:tiny"},
-       "data": {"dataset_name": "builtin:arithmetic", "max_samples": 200, "max_seq_length": 64},
-       "train": {"max_steps": 6, "batch_size": 4, "learning_rate": 1e-3}}
-PACKED = {**SFT, "data": {**SFT["data"], "packing": True, "max_seq_length": 48}, "train": {
-    **SFT["train"], "batch_size": 1}}
-GRPO = {"algorithm": "grpo", "model": {"model_name": "builtin:tiny-instruct"},
-        "data": {"dataset_name": "builtin:arithmetic-prompts", "max_samples": 64, "max_seq_length": 64},
-        "train": {"max_steps": 6, "batch_size": 8, "learning_rate": 1e-3},
-        "loss": {"beta": 0.04}, "rollout": {"num_generations": 4, "max_completion_length": 6, "temperature": 1.5},
-        "rewards": {"reward_functions": ["exact_match"]}}
-
-# recipe, fault, kind of the finding, words of it, whether the comparison is still valid
-FAULTS: list[tuple[dict[str, Any], str, str, str, bool]] = [
-    (SFT, "loss_scaled", "loss-scale", "1.0100 times", True),
-    (SFT, "layer_without_gradient", "zero-gradient", "model.layers.1.mlp", True),
-    (PACKED, "leak_across_documents", "document-leak", "leaks across documents", True),
-    (GRPO, "without_kl", "kl-missing", "KL term is missing", True),
-    (GRPO, "without_kl_metric", "kl-missing", "beta is 0.04", True),
-    (SFT, "mask_shifted_in_the_batch", "mask", "shifted by one token (+1)", False),
-    (SFT, "mask_shifted_in_the_loss", "mask", "shifted by one token (+1)", True),
-    (SFT, "other_order", "data-order", "order", False),
-]
-
-
-class Once:
-    """Runs each arm in this process, and the same arm only once: a, the oracle and the yardstick are in every test."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.known = folder, {}
-
-    def __call__(self, spec: Any, arm: Any) -> dict[str, Any]:
-        options = {name: value for name, value in spec.overrides.items() if name != "output_dir"}
-        key = json.dumps([spec.role, spec.repeat, spec.setup, spec.config, options], sort_keys=True)
-        if key not in self.known:
-            spec.folder = str(self.folder / str(len(self.known)))
-            spec.overrides["output_dir"] = f"{spec.folder}/run"
-            self.known[key] = in_this_process(spec, arm) | {"kept": spec.folder}
-        spec.folder = self.known[key]["kept"]
-        return copy.deepcopy(self.known[key])
+from tests.compare.cases import FAULTS, GRPO, PACKED, SFT, Once, kinds
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +25,6 @@ def run(once: Once, tmp_path: Path) -> Any:
         return aligntune.compare(recipe, setup_b=setup, output_dir=tmp_path / "out", **given)
 
     return compare
-
-
-def kinds(report: Any) -> dict[str, str]:
-    return {one["kind"]: one["text"] for one in report.data["findings"] if one["severity"] != "said"}
 
 
 @pytest.mark.parametrize(("recipe", "fault", "kind", "words", "valid"), FAULTS, ids=[row[1] for row in FAULTS])
