@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aligntune.backends.fast.graphs import GraphedModel
-from aligntune.backends.fast.optim import EmbeddingRate
+from aligntune.backends.fast.online import FlatLogProbs
 from aligntune.backends.fast.packing import RowsEndToEnd
 from aligntune.backends.fast.rollout.trl import FastRollouts
-from aligntune.backends.trl.trainers import DAPO, DPO, GRPO, SFT, TRAINERS
+from aligntune.backends.trl.trainers import DAPO, GRPO, SFT, TRAINERS
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -44,7 +44,7 @@ def padded_because(trainer: Trainer, attachment: Attachment) -> str | None:
     return None
 
 
-class FastSFT(EmbeddingRate, SFT):
+class FastSFT(SFT):
     """TRL's SFTTrainer; training batches are rows end to end where the model allows it."""
 
     rows_end_to_end = False
@@ -110,16 +110,12 @@ class FastSFT(EmbeddingRate, SFT):
         super().log(logs, start_time)
 
 
-class FastDPO(EmbeddingRate, DPO):
-    """TRL's DPOTrainer."""
+class FastGRPO(FastRollouts, FlatLogProbs, GRPO):
+    """TRL's GRPOTrainer; completions come from our engine, and log-probs of rows end to end."""
 
 
-class FastGRPO(EmbeddingRate, FastRollouts, GRPO):
-    """TRL's GRPOTrainer; completions come from our engine where it is asked for."""
+class FastDAPO(FastRollouts, FlatLogProbs, DAPO):
+    """The same with dynamic sampling."""
 
 
-class FastDAPO(EmbeddingRate, FastRollouts, DAPO):
-    """TRL's GRPOTrainer with dynamic sampling; completions come from our engine where it is asked for."""
-
-
-FAST_TRAINERS = TRAINERS | {"sft": FastSFT, "dpo": FastDPO, "grpo": FastGRPO, "dr_grpo": FastGRPO, "dapo": FastDAPO}
+FAST_TRAINERS = TRAINERS | {"sft": FastSFT, "grpo": FastGRPO, "dr_grpo": FastGRPO, "dapo": FastDAPO}

@@ -1,0 +1,83 @@
+"""Log-probs of sampled completions with rows end to end: the padding of a batch of uneven completions is not computed.
+
+TRL pads prompts on the left and completions on the right, and hands the batch to one method that returns the log-prob
+of every completion token. Here the tokens that the mask keeps are laid end to end, the head scores those of the
+completions, and the numbers are put back where TRL expects them; padding gets 0, as TRL's own head gives it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from aligntune.backends.fast.packing import IGNORED
+
+
+@dataclass
+class Flat:
+    """A padded batch, flat. `inputs`: keywords of the model. `places` (T,): where token t's output goes in the padded
+    (rows * kept columns) result, and one past its end for outputs that nobody asked for."""
+
+    inputs: dict[str, Any]
+    places: torch.Tensor
+    rows: int
+    columns: int
+
+    @classmethod
+    def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor, columns: int) -> Flat:
+        """Of (rows, L) ids and a mask whose ones are one run in each row; outputs of the last `columns` are wanted."""
+        rows, width = input_ids.shape
+        lengths = attention_mask.sum(dim=1)
+        longest, total = torch.stack((lengths.max(), lengths.sum())).tolist()
+        # The order of equal keys stays: first the tokens, row by row.
+        index = torch.argsort(attention_mask.flatten(), descending=True, stable=True)[:total]
+        row, column = index // width, index % width
+        ids = input_ids.flatten()[index]
+        cu_seq_lens = torch.zeros(rows + 1, dtype=torch.int32, device=ids.device)
+        cu_seq_lens[1:] = lengths.cumsum(0)
+        position_ids = torch.arange(total, device=ids.device) - cu_seq_lens.long()[row]
+        # Token t scores token t + 1, where that is of the same row and of the completion.
+        scored = torch.zeros(total, dtype=torch.bool, device=ids.device)
+        scored[:-1] = (row[1:] == row[:-1]) & (column[1:] >= width - columns)
+        shift_labels = torch.where(scored, ids.roll(-1), IGNORED)
+        places = torch.where(scored, row * columns + column + 1 - (width - columns), rows * columns)
+        inputs = {
+            "input_ids": ids[None], "labels": shift_labels.roll(1)[None], "shift_labels": shift_labels[None],
+            "position_ids": position_ids[None], "cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens,
+            "max_length_q": longest, "max_length_k": longest, "use_cache": False,
+            # A mask of width 0 is the sign that our attention reads.
+            "attention_mask": ids.new_empty((1, 1, 1, 0), dtype=torch.bool),
+        }
+        return cls(inputs, places, rows, columns)
+
+    def padded(self, values: torch.Tensor) -> torch.Tensor:
+        """(1, T) outputs as (rows, columns); their gradient finds its way back."""
+        whole = values.new_zeros(self.rows * self.columns + 1).scatter(0, self.places, values[0])
+        return whole[:-1].view(self.rows, self.columns)
+
+
+class FlatLogProbs:
+    """Mixin before a GRPOTrainer: with `rows_end_to_end`, log-prob and loss passes compute no padding."""
+
+    rows_end_to_end = False
+
+    def _get_per_token_logps_and_entropies(
+        self: Any, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int,
+        batch_size: int | None = None, compute_entropy: bool = False, **other: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        asked = {name for name, value in other.items() if value is not None and value is not False}
+        if not self.rows_end_to_end or asked:  # images, or the router's loss
+            return super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
+                model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size,
+                compute_entropy=compute_entropy, **other)
+        log_probs, entropies = [], []
+        size = batch_size or len(input_ids)
+        for start in range(0, len(input_ids), size):
+            flat = Flat.of(input_ids[start : start + size], attention_mask[start : start + size], logits_to_keep)
+            with self.accelerator.autocast():
+                outputs = model(**flat.inputs, fused_lm_head=True)
+            log_probs.append(flat.padded(outputs.log_probs))
+            entropies.append(flat.padded(outputs.entropy.detach()))
+        return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None
