@@ -38,6 +38,8 @@ def build(job: Job, prepared: Prepared) -> Built:
     """
     built = build_trl(job, prepared, trainers=FAST_TRAINERS)
     _refuse_sequence_ratios(built.trainer.args)
+    if job.options.embedding_learning_rate is not None:
+        built.notices.append(built.trainer.train_embeddings_at(job.options.embedding_learning_rate))
     attachment = attach_trainer(built.trainer, strict=job.options.strict)
     layout = _layout(job, built.trainer, attachment)
     if isinstance(built.trainer, FastRollouts):

@@ -12,9 +12,10 @@ import torch
 
 from aligntune.backends.fast.graphs import GraphedModel
 from aligntune.backends.fast.online import FlatLogProbs
+from aligntune.backends.fast.optim import EmbeddingRate
 from aligntune.backends.fast.packing import RowsEndToEnd
 from aligntune.backends.fast.rollout.trl import FastRollouts
-from aligntune.backends.trl.trainers import DAPO, GRPO, SFT, TRAINERS
+from aligntune.backends.trl.trainers import DAPO, DPO, GRPO, SFT, TRAINERS
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -44,7 +45,7 @@ def padded_because(trainer: Trainer, attachment: Attachment) -> str | None:
     return None
 
 
-class FastSFT(SFT):
+class FastSFT(EmbeddingRate, SFT):
     """TRL's SFTTrainer; training batches are rows end to end where the model allows it."""
 
     rows_end_to_end = False
@@ -110,12 +111,16 @@ class FastSFT(SFT):
         super().log(logs, start_time)
 
 
-class FastGRPO(FastRollouts, FlatLogProbs, GRPO):
+class FastDPO(EmbeddingRate, DPO):
+    """TRL's DPOTrainer."""
+
+
+class FastGRPO(EmbeddingRate, FastRollouts, FlatLogProbs, GRPO):
     """TRL's GRPOTrainer; completions come from our engine, and log-probs of rows end to end."""
 
 
-class FastDAPO(FastRollouts, FlatLogProbs, DAPO):
+class FastDAPO(EmbeddingRate, FastRollouts, FlatLogProbs, DAPO):
     """The same with dynamic sampling."""
 
 
-FAST_TRAINERS = TRAINERS | {"sft": FastSFT, "grpo": FastGRPO, "dr_grpo": FastGRPO, "dapo": FastDAPO}
+FAST_TRAINERS = TRAINERS | {"sft": FastSFT, "dpo": FastDPO, "grpo": FastGRPO, "dr_grpo": FastGRPO, "dapo": FastDAPO}
