@@ -42,6 +42,8 @@ def compare(
                                                 show_default=False)] = None,
     setup_b: Annotated[str | None, typer.Option(help="The same for arm b.", show_default=False)] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Folder of the outputs.", show_default=False)] = None,
+    fits: Annotated[str | None, typer.Option(help="Also find the largest 'batch' or 'context' that each arm trains on "
+                                             "this card.", show_default=False)] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave gradients and distributions on disk.")] = False,
 ) -> None:
     """Train a recipe with two arms and say, with error bars, whether they train the same model and what each costs.
@@ -55,6 +57,7 @@ def compare(
         recipe, a=a, b=b, stage=stage, overrides=parse(overrides or []), steps=steps, repeats=repeats, warmup=warmup,
         oracle=oracle, target_loss=target_loss, price=price, asserts=asserts or [], baseline=baseline,
         python_a=python_a, python_b=python_b, setup_a=setup_a, setup_b=setup_b, output_dir=output_dir, keep=keep,
+        fits=fits,
     )
     show(report)
     if report.exit_code:

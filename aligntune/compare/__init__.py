@@ -42,6 +42,7 @@ def compare(
     setup_b: str | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     keep: bool = False,
+    fits: str | None = None,
     runner: Runner | None = None,
     command: Sequence[str] | None = None,
 ) -> Report:
@@ -64,19 +65,21 @@ def compare(
         setup_a, setup_b: "module:function", called with the built AlignTrainer before training.
         output_dir: for the outputs; None makes comparisons/<recipe>-<time>.
         keep: leave the arms' gradients and probe distributions on disk.
+        fits: also find the largest "batch", or the longest "context", that each arm trains on this card (sft).
         runner: runs one arm; the default starts a process.
         command: what to write down as the command; None is this process's own.
 
     Raises:
         ConfigError: a fault of the recipe, the options or the assertions, before anything runs.
         ComparisonError: an arm died.
+        BackendUnavailableError, UnsupportedAlgorithmError: an arm that cannot run here.
     """
     from aligntune.compare.run import run
 
     return run(
         recipe, a=a, b=b, stage=stage, overrides=dict(overrides or {}), steps=steps, repeats=repeats, warmup=warmup,
         oracle=oracle, target_loss=target_loss, price=price, asserts=asserts, baseline=baseline, python_a=python_a,
-        python_b=python_b, setup_a=setup_a, setup_b=setup_b, output_dir=output_dir, keep=keep, runner=runner,
+        python_b=python_b, setup_a=setup_a, setup_b=setup_b, output_dir=output_dir, keep=keep, fits=fits, runner=runner,
         command=command,
     )
 

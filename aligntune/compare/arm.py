@@ -41,6 +41,7 @@ class ArmSpec:
         stop_after: end after this step.
         probe: keep the final model's distribution on the probe rows.
         hypotheses: the first step's loss under likely mistakes (the oracle's task).
+        fill: train on rows of exactly max_seq_length random tokens.
     """
 
     label: str
@@ -57,6 +58,7 @@ class ArmSpec:
     stop_after: int | None = None
     probe: bool = True
     hypotheses: bool = False
+    fill: bool = False
 
 
 def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
     """
     from transformers import set_seed
 
-    from aligntune.compare import batches, peers, probes
+    from aligntune.compare import batches, fits, peers, probes
     from aligntune.compare.flops import work
     from aligntune.compare.recorder import Recorder, save_gradients
     from aligntune.core.environment import snapshot
@@ -78,6 +80,8 @@ def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
     trainer = peers.build(spec, package)
     inner = trainer.trainer
     inner.args.save_strategy, inner.args.eval_strategy = "no", "no"
+    if spec.fill:
+        fits.fill(trainer)
     if spec.setup is not None:
         attribute(spec.setup)(trainer)
     recorder = Recorder(inner, started=spec.started, gradient_steps=tuple(spec.gradient_steps),

@@ -27,10 +27,10 @@ METRICS = ("reward", "reward_std", "kl", "entropy", "completions/mean_length", "
 
 
 class Timeline:
-    """Marks on the device's own clock (CUDA events), or the host's where there is no card."""
+    """Marks on the device's own clock (CUDA events), or the host's for a model that trains on the CPU."""
 
-    def __init__(self) -> None:
-        self.cuda = torch.cuda.is_available()
+    def __init__(self, *, cuda: bool) -> None:
+        self.cuda = cuda
 
     def mark(self) -> Any:
         if not self.cuda:
@@ -69,7 +69,7 @@ class Recorder(TrainerCallback):
         self.cold_start: float | None = None
         self.first_documents: list[batches.Document] = []
         self.before_forward: Callable[[Any, dict[str, Any]], None] | None = None
-        self._line = Timeline()
+        self._line = Timeline(cuda=trainer.args.device.type == "cuda")
         self._undo: list[tuple[Any, str, Any]] = []
         self._seen: dict[str, int] = {}
         self._fresh()
@@ -149,7 +149,7 @@ class Recorder(TrainerCallback):
         Only then: a forward that is captured as a graph may not be asked about its memory, and the first never is.
         """
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        if not torch.cuda.is_available() or "head" in self.memory or not hasattr(model, "get_decoder"):
+        if not self._line.cuda or "head" in self.memory or not hasattr(model, "get_decoder"):
             yield
             return
         below: list[int] = []
@@ -176,7 +176,7 @@ class Recorder(TrainerCallback):
 
     def finish(self) -> None:
         """Read what only the end knows."""
-        if torch.cuda.is_available():
+        if self._line.cuda:
             self._note_peaks()
 
     def _watch_batch(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

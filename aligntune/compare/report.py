@@ -56,7 +56,7 @@ class Report:
 
 def build(
     settings: Settings, results: Mapping[str, Sequence[dict[str, Any]]], *, command: Sequence[str],
-    baseline: Mapping[str, Any] | None = None,
+    baseline: Mapping[str, Any] | None = None, fits: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The report of finished runs."""
     a, b = results["a"], results["b"]
@@ -73,7 +73,7 @@ def build(
         "protocol": _protocol(settings, results),
         "arms": {"a": _arm(settings.a, a), "b": _arm(settings.b, b)},
         "data": {"same": data.same, "common_steps": data.common_steps},
-        "findings": [one.as_dict() for one in found], "speed": rates, "memory": measure.memory(a, b),
+        "findings": [one.as_dict() for one in found], "speed": rates, "memory": measure.memory(a, b) | {"fits": fits},
         "parity": _parity(parity, valid=not invalid, judged=settings.oracle),
         "cost": measure.cost(a, b, rates, settings.price),
         "machine": {role: [one.get("machine") for one in results[role]] for role in ("a", "b")},

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from aligntune.compare import outputs
+from aligntune.compare.fits import WHAT, largest, require_card
 from aligntune.compare.protocol import Runner, execute, in_a_fresh_process, leftovers, plan, spec_of
 from aligntune.compare.report import SCHEMA, Report, build
 from aligntune.compare.schema import faults_of
 from aligntune.compare.settings import Settings, check_counts, read_arm, read_assertion
-from aligntune.core.environment import command_line
+from aligntune.core.backend_factory import choose_backend
+from aligntune.core.environment import cards, command_line
 from aligntune.core.recipes import PREVIOUS, Recipe, leaves, load_plan, over, packaged, read_recipe
 from aligntune.core.resolve import Job, resolve
 from aligntune.errors import ConfigError
@@ -26,7 +28,7 @@ def run(
     recipe: Any, *, a: Any, b: Any, stage: int | None, overrides: dict[str, Any], steps: int | None, repeats: int,
     warmup: int, oracle: bool, target_loss: float | None, price: float | None, asserts: Sequence[str], baseline: Any,
     python_a: str | None, python_b: str | None, setup_a: str | None, setup_b: str | None, output_dir: Any, keep: bool,
-    runner: Runner | None, command: Sequence[str] | None,
+    fits: str | None, runner: Runner | None, command: Sequence[str] | None,
 ) -> Report:
     """`aligntune.compare`, see there."""
     check_counts(steps=steps, repeats=repeats, warmup=warmup)
@@ -41,12 +43,16 @@ def run(
     )
     earlier = read_baseline(baseline) if baseline is not None else None
     job = _check(settings, Path("comparisons"))
+    if fits is not None:
+        require_card(fits, cards=len(cards()), algorithm=job.spec.name)
     folder = _folder(output_dir, read.name)
     results = execute(
         settings, folder, runner=runner or in_a_fresh_process, say=_say, seed=int(job.options.seed),
         online=job.spec.online, peft=_peft(job), attention=job.options.attn_implementation,
     )
-    data = build(settings, results, command=list(command) if command is not None else command_line(), baseline=earlier)
+    sizes = _fits(settings, job, fits, folder, runner or in_a_fresh_process) if fits is not None else None
+    data = build(settings, results, command=list(command) if command is not None else command_line(), baseline=earlier,
+                 fits=sizes)
     faults = faults_of(data)
     assert not faults, faults
     report = Report(data, folder)
@@ -89,11 +95,20 @@ def _check(settings: Settings, folder: Path) -> Job:
         if job.objects:
             raise ConfigError(f"{', '.join(sorted(job.objects))}: arms run in processes of their own and take names "
                               "and paths, not Python objects")
+        if one.role in ("a", "b") and one.arm.peer is None and one.arm.python is None:
+            choose_backend(job)  # what cannot run here is told now, not when the other arm has trained
         found = job if one.role == "a" else found
     assert found is not None
     plain = resolve({**settings.overrides, **settings.a.options, "backend": "trl"}, settings.config)
     found.set("seed", plain.options.seed)
     return found
+
+
+def _fits(settings: Settings, job: Job, what: str, folder: Path, runner: Runner) -> dict[str, Any]:
+    start = max(1, int(vars(job.options)[WHAT[what]]))
+    return {"what": WHAT[what]} | {
+        role: largest(settings, arm, role, what, folder, start=start, seed=int(job.options.seed), runner=runner,
+                      say=_say) for role, arm in (("a", settings.a), ("b", settings.b))}
 
 
 def _peft(job: Job) -> bool:

@@ -36,7 +36,7 @@ FIELDS: dict[str, Any] = {
     "findings": [{"kind": str, "severity": str, "text": str}],
     "speed": ({"ratio": [NUMBER], "noise": (*NUMBER, _OPTIONAL), "significant": bool, "steps": int, "a": _SPEED_ARM,
                "b": _SPEED_ARM}, _OPTIONAL),
-    "memory": {"a": _MEMORY_ARM, "b": _MEMORY_ARM, "peak_ratio": (*NUMBER, _OPTIONAL)},
+    "memory": {"a": _MEMORY_ARM, "b": _MEMORY_ARM, "peak_ratio": (*NUMBER, _OPTIONAL), "fits": (dict, _OPTIONAL)},
     "parity": {"passed": (bool, _OPTIONAL), "checks": [{"name": str, "passed": bool, "text": str}], "losses": dict,
                "gradients": list, "worst": list, "final": (dict, _OPTIONAL), "bands": dict},
     "cost": {"price_per_hour": (*NUMBER, _OPTIONAL), "a": _COST_ARM, "b": _COST_ARM}, "machine": dict,

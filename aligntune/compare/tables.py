@@ -97,6 +97,9 @@ def _memory(report: Report) -> Table | None:
              "optimizer": "optimizer state", "activations": "activations and the rest, at the peak",
              "head": "loss head, above its inputs"}
     rows = [_row(text, a[name], b[name], "{:,.3f}", 2**-30) for name, text in names.items()]
+    fits = report["memory"]["fits"]
+    if fits:
+        rows.append(_row(f"largest {fits['what']}, rows full", fits["a"]["value"], fits["b"]["value"], "{:,.0f}"))
     note = "" if a["peak_allocated"] is not None else "No card: peaks are those of the process, activations not known."
     return Table("Memory", ("GiB", *_labels(report), "b / a"), [row for row in rows if row[1] or row[2]], note)
 
