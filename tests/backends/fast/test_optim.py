@@ -20,6 +20,7 @@ from tests.core import tiny
 
 RATE, OTHERS = 1e-3, 1e-2
 WHOLE = ["q_proj", "embed_tokens", "lm_head"]
+ROWS = [{"text": f"row {i:02d}"} for i in range(16)]  # of one length: nothing is filled up
 
 
 def sft(path: Path, *, backend: str = "fast", model: Any = None, **options: Any) -> Any:
@@ -30,7 +31,7 @@ def sft(path: Path, *, backend: str = "fast", model: Any = None, **options: Any)
     if backend == "fast":
         settings["embedding_learning_rate"] = RATE
     return create_sft_trainer(
-        model if model is not None else tiny.llama(num_hidden_layers=1), list(tiny.text_rows()), backend=backend,
+        model if model is not None else tiny.llama(num_hidden_layers=1), ROWS, backend=backend,
         **(settings | options),
     )  # fmt: skip
 
@@ -150,7 +151,7 @@ def test_the_step_is_trls_with_another_rate_and_the_norm_is_of_everything(tmp_pa
     assert total == pytest.approx(1.0 * OTHERS, rel=1e-3)
     for name, theirs in moved["trl"].items():
         share = RATE / OTHERS if name in ("model.embed_tokens.weight", "lm_head.weight") else 1.0
-        assert (moved["fast"][name] - share * theirs).norm() < 1e-3 * share * theirs.norm(), name
+        assert (moved["fast"][name] - share * theirs).norm() < 5e-3 * share * theirs.norm(), name
         assert theirs.norm() > 0
 
 
