@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from aligntune.backends.fast import ledger
 from aligntune.backends.fast.attachment import base_model
 from aligntune.backends.fast.ops import decode_attention as paged
 from aligntune.backends.fast.ops import sample as sampler
@@ -60,11 +61,11 @@ class Step:
 
 @dataclass
 class Capture:
-    """Graphs by (batch size, form, number of stop tokens), and what they were captured of."""
+    """Graphs by (batch size, form, number of stop tokens), with what they launch, and what they were captured of."""
 
     fingerprint: tuple[Any, ...] = ()
     projections: Projections | None = None
-    graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = field(default_factory=dict)
+    graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, ledger.Ledger]] = field(default_factory=dict)
     count: int = 0
     seconds: float = 0.0
 
@@ -168,6 +169,8 @@ class Decoder:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         now = self._now
         assert now is not None, "the model was called outside a prefill or a step"
+        if self.kernels:
+            ledger.promise(module, "decode attention" if isinstance(now, Step) else "prefill")
         (paged.write_kv if self.kernels else paged.write_kv_reference)(k, v, now.slots, k_pages, v_pages)
         if isinstance(now, Step):
             attend = paged.decode_attention if self.kernels else paged.decode_attention_reference
@@ -224,11 +227,13 @@ class Decoder:
             return
         size = bucket(rows, self.slots)
         key = (size, form, self.stops.numel())
-        graph = self.capture.graphs.get(key)
-        if graph is None:
-            graph = self.capture.graphs[key] = self._captured(size, form)
+        found = self.capture.graphs.get(key)
+        if found is None:
+            found = self.capture.graphs[key] = self._captured(size, form)
+        graph, promises = found
         for _ in range(count):
             graph.replay()
+            ledger.replayed(promises)
 
     def _step(self, rows: int, form: Form) -> None:
         state = self.state[:rows]
@@ -243,6 +248,8 @@ class Decoder:
         ).logits[0]
         seen = self.seen[:rows] if form.penalty and self.seen is not None else None
         scores = choices(logits, form, self.numbers, seen) if form.filters else None
+        if self.kernels:
+            ledger.promise(self.model, "sample")
         draw = sampler.sample_step if self.kernels else sampler.sample_step_reference
         draw(logits, self.state, self.outputs, seed=self.numbers.seed, temperature=self.numbers.temperature,
              stops=self.stops, greedy=form.greedy, choices=scores)
@@ -253,7 +260,7 @@ class Decoder:
         projections = self.capture.projections
         return contextlib.nullcontext() if projections is None else projections.in_use()
 
-    def _captured(self, rows: int, form: Form) -> torch.cuda.CUDAGraph:
+    def _captured(self, rows: int, form: Form) -> tuple[torch.cuda.CUDAGraph, ledger.Ledger]:
         started = time.perf_counter()
         if self._pool_of_graphs is None:
             self._pool_of_graphs = torch.cuda.graph_pool_handle()
@@ -271,11 +278,12 @@ class Decoder:
             self.seen.copy_(seen)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with self._projections(), torch.cuda.graph(graph, pool=self._pool_of_graphs, stream=self._side):
+        with (self._projections(), ledger.writing() as promises,
+              torch.cuda.graph(graph, pool=self._pool_of_graphs, stream=self._side)):  # fmt: skip
             self._step(rows, form)
         self.capture.count += 1
         self.capture.seconds += time.perf_counter() - started
-        return graph
+        return graph, promises
 
 
 @contextlib.contextmanager

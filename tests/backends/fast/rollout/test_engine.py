@@ -337,6 +337,28 @@ def test_kernels_under_an_attached_model(family, device):
     assert rollout.completion_ids == expected
 
 
+def test_a_rollout_is_attested(device):
+    """What the engine promised to launch, per layer and step, is in the trace; a step that takes the twins is told."""
+    from aligntune.backends.fast import attach
+    from aligntune.backends.fast.ops import decode_attention as paged
+
+    model = mini()
+    attachment = attach(model.to(device))
+    engine = RolloutEngine(model, max_batch=2, max_len=64, kernels=True)
+    run = lambda: engine.generate(prompts_of((5,)), sampling=dataclasses.replace(GREEDY, max_new_tokens=2))  # noqa: E731
+    result = attachment.attest(run)
+    assert result.problems == ()
+    assert result.kernels["decode_attention_kernel"] >= 2 * 2 == result.promised["decode_attention_kernel"]
+    assert result.promised["write_kv_kernel"] == 2 * (1 + 2) and result.promised["sample_finish"] == 2
+    if device == "cpu":
+        kernel, paged.decode_attention = paged.decode_attention, paged.decode_attention_reference
+        try:
+            problems = attachment.attest(run).problems
+        finally:
+            paged.decode_attention = kernel
+        assert any("decode_attention_kernel: the table promises 4 launches" in line for line in problems)
+
+
 def test_faults_are_told_together():
     engine = RolloutEngine(mini(), max_batch=2, max_len=32)
     with pytest.raises(ConfigError) as error:
