@@ -1,4 +1,7 @@
-"""A learning rate of their own for embed_tokens and lm_head: parameter groups behind those that transformers makes."""
+"""A learning rate of their own for embed_tokens and lm_head: parameter groups behind those that transformers makes.
+
+Each run's optimizer keeps to itself, too: what bitsandbytes is told about one is not left for the next.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +67,8 @@ class EmbeddingRate:
         """As transformers makes it, with the embeddings moved into groups of their own."""
         made_here = self.optimizer is None
         optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        if made_here:
+            _keep_overrides_to_itself(optimizer, self.model if model is None else model)
         if made_here and self.embedding_learning_rate is not None:
             base = self.accelerator.unwrap_model(self.model if model is None else model)
             self._first_embedding_group = len(optimizer.param_groups)
@@ -114,6 +119,26 @@ def _move(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], rate: f
     if moved != len(wanted):
         raise ConfigError(f"embedding_learning_rate: {type(optimizer).__name__} keeps {len(wanted) - moved} of the "
                           "embeddings in no parameter group; choose another optimizer")
+
+
+def _keep_overrides_to_itself(optimizer: Any, model: nn.Module) -> None:
+    """Give a bitsandbytes optimizer a manager of its own, with the overrides of this model's modules.
+
+    transformers registers "32-bit moments" for each embedding with the manager of the process, which holds the module
+    for good and remembers its place in the groups: the weight of a later run at that place got 32 bits too.
+    """
+    shared = getattr(optimizer, "mng", None)
+    if shared is None:
+        return
+    modules = {id(module) for module in model.modules()}
+    triples = shared.module_weight_config_triple
+    own = object.__new__(type(shared))
+    own.initialize()
+    own.module_weight_config_triple = [triple for triple in triples if id(triple[0]) in modules]
+    own.pid2config = {id(p): shared.pid2config[id(p)] for group in optimizer.param_groups for p in group["params"]
+                      if id(p) in shared.pid2config}
+    shared.module_weight_config_triple = [triple for triple in triples if id(triple[0]) not in modules]
+    optimizer.mng = own
 
 
 def _nothing_trains(model: Any) -> str:

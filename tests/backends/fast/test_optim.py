@@ -205,6 +205,22 @@ def test_eight_bit_moments_go_by_the_weight_not_by_the_group(tmp_path):
     assert optimizer.state[head]["state1"].dtype == torch.uint8
 
 
+def test_one_run_decides_nothing_for_the_next(tmp_path):
+    """bitsandbytes keeps overrides by place in the groups, for the whole process: the next weight there got 32 bits."""
+    for name, targets in (("first", WHOLE), ("second", ["q_proj", "lm_head"])):
+        trainer = sft(tmp_path / name, optimizer="adamw_8bit", use_peft=True, lora_target_modules=targets)
+        trainer.train()
+        optimizer = trainer.trainer.optimizer
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+    (head,) = optimizer.param_groups[2]["params"]
+    assert head is trainer.trainer.model.get_output_embeddings().weight
+    assert optimizer.state[head]["state1"].dtype == torch.uint8
+    modules = {id(module) for module in trainer.trainer.model.modules()}
+    shared = type(optimizer.mng).get_instance()
+    assert optimizer.mng is not shared
+    assert not [triple for triple in shared.module_weight_config_triple if id(triple[0]) in modules]
+
+
 @pytest.mark.parametrize(("first", "then"), [(RATE, None), (None, RATE)])
 def test_a_checkpoint_with_other_groups_is_refused(first, then, tmp_path):
     sft(tmp_path / "run", embedding_learning_rate=first).train()
