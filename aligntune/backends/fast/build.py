@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
 from aligntune.backends.base import Built, Prepared
 from aligntune.backends.fast.attachment import Attachment
 from aligntune.backends.fast.graphs import eager_because
@@ -33,7 +35,7 @@ def build(job: Job, prepared: Prepared) -> Built:
 
     Raises:
         ConfigError: `strict=True` and a module would run eager; every such module is named. Or the rollout engine that
-            was asked for cannot run.
+            was asked for cannot run. Or `embedding_learning_rate` is given and no embedding trains.
         UnsupportedAlgorithmError: `trainer_options` ask for ratios of whole sequences.
     """
     built = build_trl(job, prepared, trainers=FAST_TRAINERS)
@@ -41,16 +43,19 @@ def build(job: Job, prepared: Prepared) -> Built:
     if job.options.embedding_learning_rate is not None:
         built.notices.append(built.trainer.train_embeddings_at(job.options.embedding_learning_rate))
     attachment = attach_trainer(built.trainer, strict=job.options.strict)
-    layout = _layout(job, built.trainer, attachment)
+    layout = lay_rows(built.trainer, attachment, vars(job.options).get("padding_free", "auto"))
     if isinstance(built.trainer, FastRollouts):
         layout += f"; rollouts: {_rollouts(job, built.trainer)}"
     witness = Witness(built.trainer, attachment, layout)
     return Built(built.trainer, attestation=witness.report, notices=built.notices)
 
 
-def _layout(job: Job, trainer: Trainer, attachment: Attachment) -> str:
-    """Lay the rows of a run's batches end to end where they can be, and say how they lie."""
-    wanted = vars(job.options).get("padding_free", "auto")
+def lay_rows(trainer: Trainer, attachment: Attachment, wanted: bool | str = "auto") -> str:
+    """Lay the rows of a trainer's batches end to end where they can be; returns how they lie.
+
+    Raises:
+        ConfigError: `wanted` is True and they cannot.
+    """
     why: str | None
     if isinstance(trainer, FlatLogProbs):
         why = padded_because(trainer, attachment)
@@ -60,6 +65,8 @@ def _layout(job: Job, trainer: Trainer, attachment: Attachment) -> str:
         why = "this trainer's batches are TRL's"
     elif wanted is False:
         why = "padding_free is false"
+    elif not isinstance(trainer.data_collator, DataCollatorForLanguageModeling):
+        why = f"{type(trainer.data_collator).__name__} makes the batches"
     else:
         why = padded_because(trainer, attachment)
     # A batch is copied from pinned memory while the step before it runs; a copy that is waited for leaves the GPU
