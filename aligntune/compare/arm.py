@@ -19,6 +19,7 @@ from typing import Any
 
 from aligntune.errors import AlignTuneError, ConfigError
 
+_TRACED = 4  # within the warm-up, after compilation; fast traces a step of its own
 RESULT, GRADIENTS, PROBE = "arm.json", "gradients.safetensors", "probe.safetensors"
 
 
@@ -85,7 +86,8 @@ def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
     if spec.setup is not None:
         attribute(spec.setup)(trainer)
     recorder = Recorder(inner, started=spec.started, gradient_steps=tuple(spec.gradient_steps),
-                        stop_after=spec.stop_after)
+                        stop_after=spec.stop_after,
+                        trace_step=_TRACED if trainer.backend != "fast" and spec.role in ("a", "b") else None)
     extra: dict[str, Any] = {"leak": None, "hypotheses": None}
     recorder.before_forward = _questions(spec, trainer, recorder, extra)
     recorder.install()
@@ -109,7 +111,8 @@ def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
         "weights": recorder.weights, "memory": {**recorder.memory, **peaks},
         "cold_start": recorder.cold_start, "train_window": [start, time.time()],
         "capture_seconds": getattr(getattr(inner, "graphed", None), "capture_seconds", None),
-        "attestation": trainer.attestation(), "environment": snapshot(), "config": _plain(config),
+        "attestation": trainer.attestation(), "trace": recorder.trace,
+        "environment": snapshot(), "config": _plain(config),
         "config_digest": digest_of(config), "work": work(trainer.model), "interpreter": _interpreted(),
         "beta": float(getattr(inner, "beta", 0.0) or 0.0), "load": os.getloadavg(), **extra,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -122,10 +123,17 @@ def compare_starts(a: Arm, b: Arm) -> list[Finding]:
     return [Finding("start", INVALID, f"the arms start from different weights (those that are {' and '.join(parts)})")]
 
 
-def attested(arm: Arm, name: str, backend: str) -> list[Finding]:
-    """What an arm's attestation says against it."""
+def attested(arm: Arm, name: str, backend: str, peer: str | None = None) -> list[Finding]:
+    """What an arm's attestation, or the trace of a step, says against it."""
     paper = arm["attestation"]
     label = f"{name} ({arm['label']})"
+    trace = arm.get("trace")
+    if peer is not None and trace is not None and trace["device"] == "cuda":
+        from aligntune.compare.peers import PEERS
+
+        if not any(re.search(PEERS[peer].kernels, kernel) for kernel in trace["names"]):
+            return [Finding("eager", INVALID, f"{label} ran eager: no kernel of {peer} is among those that step "
+                            f"{trace['step']} launched")]
     if paper["backend"] != backend and backend != "auto":
         return [Finding("eager", INVALID, f"{label} ran on backend {paper['backend']!r}, not {backend!r}")]
     if paper["backend"] != "fast":

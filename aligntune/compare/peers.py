@@ -25,11 +25,13 @@ class Peer:
         package: imported before torch and transformers, which some peers insist on.
         install: the command that brings it.
         options: options of the job.
+        kernels: what the names of its kernels match; a traced step on a card without one is a fallback.
         model: makes the model from the job's options, or None where ours does.
     """
 
     package: str
     install: str
+    kernels: str
     options: dict[str, Any] = field(default_factory=dict)
     model: Callable[[Any, dict[str, Any]], Any] | None = None
 
@@ -54,9 +56,10 @@ def _unsloth_model(package: Any, options: dict[str, Any]) -> Any:
 
 
 PEERS: dict[str, Peer] = {
-    "liger": Peer("liger_kernel", "pip install liger-kernel", {"trainer_options": {"use_liger_kernel": True}}),
+    "liger": Peer("liger_kernel", "pip install liger-kernel",
+                  r"liger|rms_norm|swiglu|geglu|triton_rope", {"trainer_options": {"use_liger_kernel": True}}),
     "unsloth": Peer("unsloth", "pip install unsloth (in an environment of its own; --python-b names it)",
-                    model=_unsloth_model),
+                    r"rms_layernorm|fg_kernel|rope_embedding|cross_entropy", model=_unsloth_model),
 }
 
 

@@ -10,11 +10,13 @@ import contextlib
 import functools
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from transformers import TrainerCallback
 
 from aligntune.compare import batches
@@ -55,19 +57,23 @@ class Recorder(TrainerCallback):
         started: `time.time()` when its process was started; cold start counts from there.
         gradient_steps: optimizer steps whose gradients are kept (before clipping).
         stop_after: end the training after this step; None runs to the end.
+        trace_step: the step that is traced by a profiler, for arms that do not trace one themselves; None is none.
     """
 
     def __init__(
-        self, trainer: Any, *, started: float, gradient_steps: tuple[int, ...] = (1,), stop_after: int | None = None
+        self, trainer: Any, *, started: float, gradient_steps: tuple[int, ...] = (1,), stop_after: int | None = None,
+        trace_step: int | None = None,
     ) -> None:
         self.trainer, self.started = trainer, started
-        self.gradient_steps, self.stop_after = gradient_steps, stop_after
+        self.gradient_steps, self.stop_after, self.trace_step = gradient_steps, stop_after, trace_step
         self.steps: list[dict[str, Any]] = []
         self.gradients: dict[str, torch.Tensor] = {}
         self.norms: dict[str, float] = {}
         self.memory: dict[str, int] = {}
         self.cold_start: float | None = None
         self.first_documents: list[batches.Document] = []
+        self.trace: dict[str, Any] | None = None
+        self._profiler: Any = None
         self.before_forward: Callable[[Any, dict[str, Any]], None] | None = None
         self._line = Timeline(cuda=trainer.args.device.type == "cuda")
         self._undo: list[tuple[Any, str, Any]] = []
@@ -217,6 +223,27 @@ class Recorder(TrainerCallback):
 
     # The steps
 
+    # What ran
+
+    def _start_trace(self) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._line.cuda else [])]
+        self._profiler = profile(activities=activities)
+        self._profiler.__enter__()
+
+    def _end_trace(self, step: int) -> None:
+        """Names and counts of what the step launched: the card's kernels, or torch's operators on a CPU."""
+        if self._profiler is None:
+            return
+        self._profiler.__exit__(None, None, None)
+        wanted = DeviceType.CUDA if self._line.cuda else DeviceType.CPU
+        names = Counter(event.name for event in self._profiler.events() if event.device_type == wanted)
+        if not self._line.cuda:
+            names = Counter({name: count for name, count in names.items() if name.startswith("aten::")})
+        self._profiler = None
+        self.trace = {"step": step, "device": "cuda" if self._line.cuda else "cpu", "names": dict(names.most_common())}
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._fresh()
 
@@ -224,6 +251,8 @@ class Recorder(TrainerCallback):
         if self._begin is None:
             self._begin = time.perf_counter()
         self._seen = {name: len(values) for name, values in self._lists().items()}
+        if state.global_step + 1 == self.trace_step:
+            self._start_trace()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
@@ -238,6 +267,7 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         self._line.wait()
         now = time.perf_counter()
+        self._end_trace(state.global_step)
         if self.cold_start is None:
             self.cold_start = time.time() - self.started
             self.memory["optimizer"] = optimizer_bytes(self.trainer.optimizer)

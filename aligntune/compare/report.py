@@ -98,7 +98,7 @@ def _check(
     found += findings.compare_starts(a[0], b[0])
     for name, arm, runs in (("a", settings.a, a), ("b", settings.b, b)):
         for run in runs:
-            found += [one for one in findings.attested(run, name, arm.backend) if one not in found]
+            found += [one for one in findings.attested(run, name, arm.backend, arm.peer) if one not in found]
     found += findings.machine_findings(results)
     same, common = all(one.same for one in datas), min(one.common_steps for one in datas)
     return Data(same, common, ()), found
@@ -123,6 +123,7 @@ def _arm(arm: Arm, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "label": arm.label, "backend": arm.backend, "options": _plain(arm.options), "peer": arm.peer,
         "python": arm.python, "setup": arm.setup, "precision": first["precision"],
         "config_digest": first["config_digest"], "config": first["config"], "attestation": first["attestation"],
+        "trace": first.get("trace"),
         "packages": environment["packages"], "gpus": environment["gpus"], "git": environment["git"],
         "python_version": environment["python"], "command": environment["command_line"], "flags": environment["flags"],
         "cpus": environment["cpu_count"],

@@ -197,6 +197,11 @@ def _ran(arm: Mapping[str, Any]) -> str:
     step = paper.get("step")
     if step:
         text += f"; kernels of one step: {', '.join(f'{name} x{count}' for name, count in step['kernels'].items())}"
+    trace = arm.get("trace")
+    if trace:
+        what = "kernels" if trace["device"] == "cuda" else "operators"
+        names = [f"{name} x{count}" for name, count in list(trace["names"].items())[:8]]
+        text += f"; most frequent of {len(trace['names'])} {what} in step {trace['step']}: {', '.join(names)}"
     return text + (f"; {paper['layout']}" if "layout" in paper else "")
 
 

@@ -14,6 +14,10 @@ SFT = {"algorithm": "sft", "model": {"model_name": "builtin:tiny"},
        "train": {"max_steps": 6, "batch_size": 4, "learning_rate": 1e-3}}
 PACKED = {**SFT, "data": {**SFT["data"], "packing": True, "max_seq_length": 48}, "train": {
     **SFT["train"], "batch_size": 1}}
+LORA = {**SFT, "lora": {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}}
+DPO = {"algorithm": "dpo", "model": {"model_name": "builtin:tiny-instruct"},
+       "data": {"dataset_name": "builtin:arithmetic-preference", "max_samples": 64, "max_seq_length": 64},
+       "train": {"max_steps": 4, "batch_size": 2, "learning_rate": 1e-4}}
 GRPO = {"algorithm": "grpo", "model": {"model_name": "builtin:tiny-instruct"},
         "data": {"dataset_name": "builtin:arithmetic-prompts", "max_samples": 64, "max_seq_length": 64},
         "train": {"max_steps": 6, "batch_size": 8, "learning_rate": 1e-3},

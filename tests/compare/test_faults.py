@@ -9,7 +9,7 @@ import pytest
 
 import aligntune
 from tests import small_jobs
-from tests.compare.cases import FAULTS, GRPO, PACKED, SFT, Once, kinds
+from tests.compare.cases import DPO, FAULTS, GRPO, LORA, PACKED, SFT, Once, kinds
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_each_fault_is_caught_and_named(
     assert report.exit_code == (9 if valid else 10)
 
 
-@pytest.mark.parametrize("recipe", [SFT, PACKED, GRPO], ids=["sft", "packed", "grpo"])
+@pytest.mark.parametrize("recipe", [SFT, PACKED, GRPO, LORA, DPO], ids=["sft", "packed", "grpo", "lora", "dpo"])
 def test_without_a_fault_nothing_is_found(recipe: Any, run: Any) -> None:
     report = run(recipe, None, asserts=["parity", "data", "attestation"])
     assert kinds(report) == {}
@@ -50,6 +50,19 @@ def test_without_a_fault_nothing_is_found(recipe: Any, run: Any) -> None:
     # The judgement rests on numbers that are not 0 against 0: the yardstick differs from a.
     assert report.data["parity"]["losses"]["scale"] > 0 and checks["losses"]["limit"] > 0
     assert report.data["parity"]["gradients"][0]["error_a"] > 0
+
+
+def test_adapters_gradients_are_looked_at_again_where_they_are_not_0(run: Any) -> None:
+    report = run(LORA, None)
+    first, later = report.data["parity"]["gradients"]
+    assert (first["step"], later["step"]) == (1, 3)
+    assert first["zero_in_both"] == first["parameters"] / 2 and later["zero_in_both"] == 0
+    assert later["error_a"] > 0
+
+
+def test_a_layer_without_gradient_in_adapters_too(run: Any) -> None:
+    found = kinds(run(LORA, "layer_without_gradient"))
+    assert "layers.1.mlp" in found["zero-gradient"]
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,10 @@ from tests.core import tiny
 
 def trained(path: Path, **options: Any) -> tuple[Any, Recorder]:
     steps = options.pop("gradient_steps", (1, 3))
-    stop = options.pop("stop_after", None)
+    stop, trace = options.pop("stop_after", None), options.pop("trace_step", None)
     trainer = tiny.sft(path, **options)
-    watch = Recorder(trainer, started=time.time() - 5, gradient_steps=steps, stop_after=stop)
+    watch = Recorder(trainer, started=time.time() - 5, gradient_steps=steps, stop_after=stop,
+                     trace_step=trace)
     watch.install()
     try:
         trainer.train()
@@ -106,3 +107,10 @@ def test_divergence_of_known_distributions() -> None:
     assert probes.divergence(q, q) == {"kl": 0.0, "kl_max": 0.0, "top1": 1.0, "positions": 2}
     with pytest.raises(ValueError, match="cannot be compared"):
         probes.divergence(p, q[:1])
+
+
+def test_the_traced_step_is_marked_and_names_what_ran(tmp_path: Path) -> None:
+    _, watch = trained(tmp_path, trace_step=2, max_steps=3)
+    assert [step["traced"] for step in watch.steps] == [False, True, False]
+    assert watch.trace is not None and watch.trace["step"] == 2 and watch.trace["device"] == "cpu"
+    assert watch.trace["names"]["aten::mm"] > 10 and any("attention" in name for name in watch.trace["names"])

@@ -138,6 +138,17 @@ def test_a_fallback_is_a_failed_comparison(change: Any, words: str, tmp_path: Pa
     assert words in report.verdict and not report.valid and report.exit_code == 10 and report.failed
 
 
+def test_a_peer_whose_kernels_did_not_run(tmp_path: Path) -> None:
+    results = made_up.results(tmp_path, b={"label": "liger", "backend": "trl", "speed": 1.0})
+    given = dataclasses.replace(settings(), b=read_arm("liger"))
+    for names, valid in (({"_rms_norm_forward_kernel": 9, "sgemm": 40}, True), ({"sgemm": 40}, False)):
+        for one in results["b"]:
+            one["trace"] = {"step": 4, "device": "cuda", "names": names}
+        report = build(given, results, command=[])
+        assert report["valid"] is valid, report["verdict"]
+    assert "no kernel of liger" in report["verdict"]
+
+
 def test_a_shared_or_slow_card_is_said(tmp_path: Path) -> None:
     results = made_up.results(tmp_path)
     results["a"][0]["machine"] = {"shared": True, "memory_before_mib": 9000.0, "throttled": ["power brake"]}
