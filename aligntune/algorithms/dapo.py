@@ -34,12 +34,9 @@ class DAPOOptions(GroupOptions):
     )
 
 
-def overlong_buffer(options: DAPOOptions, max_completion_length: int) -> int:
-    """Tokens of the buffer of the soft overlong punishment; 0 where there is no punishment."""
-    if options.overlong_penalty_factor == 0:
-        return 0
-    given = options.overlong_buffer_len
-    return max(1, max_completion_length // 5) if given is None else given
+def overlong_buffer(overlong_buffer_len: int | None, max_completion_length: int) -> int:
+    """Tokens of the buffer of the soft overlong punishment, where None is the published share."""
+    return max(1, max_completion_length // 5) if overlong_buffer_len is None else overlong_buffer_len
 
 
 def loss(

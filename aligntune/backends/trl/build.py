@@ -79,15 +79,15 @@ def build(job: Job, prepared: Prepared, *, trainers: Mapping[str, type] = TRAINE
 
 def _overlong(job: Job, args: Any, rewards: list[Any]) -> None:
     """Add DAPO's punishment of long completions to the rewards."""
-    longest = job.options.max_completion_length
-    buffer = overlong_buffer(job.options, longest)
+    longest, weight = job.options.max_completion_length, job.options.overlong_penalty_factor
+    buffer = overlong_buffer(job.options.overlong_buffer_len, longest)
     if buffer > longest:
         raise ConfigError(f"loss.overlong_buffer_len = {buffer}: must be at most max_completion_length = {longest}")
-    if buffer:
+    if buffer and weight:
         rewards.append(SoftOverlong(longest, buffer))
-        args.reward_weights = [*args.reward_weights, job.options.overlong_penalty_factor]
+        args.reward_weights = [*args.reward_weights, weight]
         job.notices.append(f"soft overlong punishment: the last {buffer} of {longest} tokens of a completion cost up "
-                           f"to {job.options.overlong_penalty_factor:g} of its reward")
+                           f"to {weight:g} of its reward")
 
 
 def _packed(job: Job, rows: Any) -> Any:
