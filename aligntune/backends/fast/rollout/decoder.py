@@ -247,7 +247,7 @@ class Decoder:
             self.model, input_ids=token[None], attention_mask=self._mask, position_ids=length[None], use_cache=False,
         ).logits[0]
         seen = self.seen[:rows] if form.penalty and self.seen is not None else None
-        scores = choices(logits, form, self.numbers, seen) if form.filters else None
+        scores = choices(logits, form, self.numbers, seen, kernels=self.kernels) if form.filters else None
         if self.kernels:
             ledger.promise(self.model, "sample")
         draw = sampler.sample_step if self.kernels else sampler.sample_step_reference

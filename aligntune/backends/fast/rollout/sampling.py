@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from aligntune.backends.fast.ops.nucleus import nucleus_floor, nucleus_floor_reference
 from aligntune.errors import ConfigError
 
 
@@ -102,13 +103,16 @@ class Numbers:
         self.repetition_penalty.fill_(sampling.repetition_penalty)
 
 
-def choices(logits: torch.Tensor, form: Form, numbers: Numbers, seen: torch.Tensor | None) -> torch.Tensor:
+def choices(
+    logits: torch.Tensor, form: Form, numbers: Numbers, seen: torch.Tensor | None, *, kernels: bool = False
+) -> torch.Tensor:
     """Scores to draw from, -inf where a token is left out.
 
     Args:
         logits: (rows, V), any float type.
         form, numbers: the sampling.
         seen: (rows, V) bool, tokens of the row's prompt and completion so far; None without a penalty.
+        kernels: find the nucleus with our kernel, or by sorting.
 
     Returns:
         (rows, V) fp32.
@@ -121,19 +125,13 @@ def choices(logits: torch.Tensor, form: Form, numbers: Numbers, seen: torch.Tens
     if form.greedy:
         return scores
     scores = scores / numbers.temperature
-    highest = None
+    among = scores
     if form.top_k:
-        highest = scores.topk(min(form.top_k, scores.shape[1]), dim=1).values
-        scores = scores.masked_fill(scores < highest[:, -1:], -math.inf)
+        among = scores.topk(min(form.top_k, scores.shape[1]), dim=1).values
+        scores = scores.masked_fill(scores < among[:, -1:], -math.inf)
     if form.top_p:
-        # Sorted, the tokens before which less than top_p lies; what top-k has cut needs no sorting.
-        ordered = highest if highest is not None else scores.sort(dim=1, descending=True).values
-        probabilities = ordered.softmax(dim=1)
-        before = probabilities.cumsum(dim=1) - probabilities
-        kept = before < numbers.top_p
-        kept[:, 0] = True
-        lowest = ordered.masked_fill(~kept, math.inf).min(dim=1, keepdim=True).values
-        scores = scores.masked_fill(scores < lowest, -math.inf)
+        floor = nucleus_floor if kernels else nucleus_floor_reference
+        scores = scores.masked_fill(scores < floor(among, numbers.top_p), -math.inf)  # few, if top-k came before
     if form.min_p:
         best = scores.max(dim=1, keepdim=True).values
         scores = scores.masked_fill(scores < best + numbers.min_p.log(), -math.inf)

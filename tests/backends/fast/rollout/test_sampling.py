@@ -51,9 +51,11 @@ def processors(*, temperature=1.0, top_k=0, top_p=1.0, min_p=None, repetition_pe
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "kernels"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
 @pytest.mark.parametrize("options", CASES, ids=str)
-def test_scores_are_transformers(options, dtype):
+def test_scores_are_transformers(options, dtype, kernels, device):
+    if kernels and "top_p" not in options:
+        pytest.skip("no kernel takes part")
     g = torch.Generator().manual_seed(0)
     # Well apart from each other, also after rounding: equal scores at a cut may fall either way.
     logits = torch.stack([torch.randperm(VOCAB, generator=g) for _ in range(ROWS)]).float() * 0.25 - 7
@@ -61,9 +63,9 @@ def test_scores_are_transformers(options, dtype):
     ids = torch.randint(0, VOCAB, (ROWS, 9), generator=g)
     seen = torch.zeros(ROWS, VOCAB, dtype=torch.bool).scatter_(1, ids, True)
     sampling = Sampling(**options)
-    numbers = Numbers.on(torch.device("cpu"))
+    numbers = Numbers.on(torch.device(device))
     numbers.set(sampling)
-    ours = choices(logits, sampling.form, numbers, seen).softmax(1)
+    ours = choices(logits.to(device), sampling.form, numbers, seen.to(device), kernels=kernels).softmax(1).cpu()
     expected = processors(**options)(ids, logits.float()).softmax(1)
     assert (ours > 0).sum(1).tolist() == (expected > 0).sum(1).tolist()
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
