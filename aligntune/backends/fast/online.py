@@ -79,5 +79,6 @@ class FlatLogProbs:
             with self.accelerator.autocast():
                 outputs = model(**flat.inputs, fused_lm_head=True)
             log_probs.append(flat.padded(outputs.log_probs))
-            entropies.append(flat.padded(outputs.entropy.detach()))
+            if compute_entropy:  # a reference model's head has none
+                entropies.append(flat.padded(outputs.entropy.detach()))
         return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None

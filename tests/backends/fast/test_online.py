@@ -71,5 +71,7 @@ def test_slices_of_a_batch(size: int, tmp_path: Any) -> None:
         whole, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, COLUMNS)
         parts, nothing, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, COLUMNS,
                                                                        batch_size=size)
+        reference, _, _ = trainer._get_per_token_logps_and_entropies(trainer.ref_model, ids, mask, COLUMNS)
     assert nothing is None
+    torch.testing.assert_close(reference, whole, atol=1e-5, rtol=1e-5)  # before any step the two are one
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
