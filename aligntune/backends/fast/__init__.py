@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from aligntune.backends.fast.attestation import Attestation
     from aligntune.backends.fast.language_model import FastLanguageModel
     from aligntune.backends.fast.scripts import accelerate_trl, attach_trainer, fast_train
+    from aligntune.backends.fast.sft_trainer import FastSFTTrainer, FastTrainingArguments
 
 _HOMES = {
     "Attachment": "attachment",
     "Attestation": "attestation",
     "FastLanguageModel": "language_model",
+    "FastSFTTrainer": "sft_trainer",
+    "FastTrainingArguments": "sft_trainer",
     "Line": "attachment",
     "accelerate_trl": "scripts",
     "attach": "attachment",
@@ -36,6 +39,8 @@ __all__ = [
     "Attachment",
     "Attestation",
     "FastLanguageModel",
+    "FastSFTTrainer",
+    "FastTrainingArguments",
     "Line",
     "accelerate_trl",
     "attach",

@@ -38,7 +38,7 @@ def eager_because(trainer: Trainer) -> str | None:
         return "several processes exchange gradients while the backward runs"
     if not (args.bf16 or args.fp16 or model.dtype in (torch.bfloat16, torch.float16)):
         return "in fp32 attention over ragged rows waits for their lengths"
-    if args.gradient_checkpointing:
+    if args.gradient_checkpointing or any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
         return "recomputation restores the generator's state, which waits for the GPU"
     if sum(p.numel() for p in trained) * 8 > sum(p.numel() for p in model.parameters()):
         return "more than an eighth of the parameters train: the GPU is busy for longer than the CPU"

@@ -39,7 +39,8 @@ class FastLanguageModel:
 
         Args:
             model_name: hub id or local path.
-            max_seq_length: longest sequence in tokens; becomes the tokenizer's limit. None: the model's own.
+            max_seq_length: longest sequence in tokens; becomes the tokenizer's limit, and `model.max_seq_length`, which
+                `FastSFTTrainer` reads. None: the model's own.
             dtype: None is bfloat16, or float16 on GPUs without it, or float32 on a CPU.
             load_in_4bit: quantise the linears to NF4 with double quantisation. A checkpoint that is quantised already
                 loads as it is either way.
@@ -66,7 +67,7 @@ class FastLanguageModel:
         )
         if max_seq_length is not None:
             _check_length(model, max_seq_length)
-            tokenizer.model_max_length = max_seq_length
+            tokenizer.model_max_length = model.max_seq_length = max_seq_length
         attach(model, strict=strict)
         return model, tokenizer
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from aligntune.backends.fast.attachment import Attachment, attach
+from aligntune.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -17,8 +18,13 @@ if TYPE_CHECKING:
 def attach_trainer(trainer: Trainer, *, strict: bool = False) -> Attachment:
     """Attach the model of a trainer, and its reference model where it holds one; returns the model's attachment.
 
-    Raises what `attach` raises.
+    Raises what `attach` raises, and:
+        ConfigError: its arguments hold an `embedding_learning_rate`, which its class does not know.
     """
+    rate = getattr(trainer.args, "embedding_learning_rate", None)
+    if rate is not None and getattr(trainer, "embedding_learning_rate", None) != rate:
+        raise ConfigError(f"embedding_learning_rate = {rate!r}: a {type(trainer).__name__} trains every parameter at "
+                          "learning_rate; FastSFTTrainer takes it")
     attachment = attach(trainer.model, strict=strict)
     reference = getattr(trainer, "ref_model", None)
     if reference is not None:

@@ -1,0 +1,151 @@
+"""`FastSFTTrainer` and `FastTrainingArguments`: TRL's SFTTrainer over our kernels, under the names old scripts use."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from aligntune.backends.fast.attachment import Attachment
+from aligntune.backends.fast.build import lay_rows
+from aligntune.backends.fast.scripts import attach_trainer
+from aligntune.backends.fast.trainers import FastSFT
+from aligntune.core.model_hygiene import forget_patched_forward
+from aligntune.errors import ConfigError
+
+logger = logging.getLogger("aligntune")
+
+_DEFAULTS = {item.name: item.default for item in fields(SFTConfig)}
+
+
+@dataclass
+class FastTrainingArguments(SFTConfig):
+    """TRL's SFTConfig and two fields more.
+
+    Args:
+        embedding_learning_rate: peak rate of embed_tokens and lm_head where they train (whole, or as
+            `modules_to_save` beside adapters); None is `learning_rate`.
+        max_seq_length: longest row in tokens, what TRL calls `max_length`.
+
+    Raises:
+        ConfigError: `max_seq_length` and another `max_length` are given.
+    """
+
+    embedding_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak rate of embed_tokens and lm_head; None is learning_rate."}
+    )
+    max_seq_length: int | None = field(default=None, metadata={"help": "Longest row in tokens: max_length."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_seq_length is not None:
+            _set(self, "max_seq_length", "max_length", self.max_seq_length)
+
+
+class FastSFTTrainer(FastSFT):
+    """TRL's SFTTrainer with its model attached to our kernels and its rows end to end where the model allows it.
+
+    The loss, the rows of a step and the metrics are TRL's. `attachment` says what runs on which kernel, `layout` how
+    rows lie and how steps are launched.
+
+    Args:
+        model: a model (from `FastLanguageModel` or anywhere), or a name that TRL loads.
+        args: `FastTrainingArguments`, TRL's `SFTConfig`, or plain `TrainingArguments`.
+        data_collator, train_dataset, eval_dataset, processing_class, **kwargs: as TRL's. With a collator of your own
+            rows stay as it lays them.
+        tokenizer: `processing_class` under its older name.
+        dataset_text_field, max_seq_length, packing, eval_packing, dataset_num_proc: fields of the config that TRL's
+            trainer once took itself (`max_seq_length` is `max_length` there).
+        strict: anything that would run eager is an error.
+
+    Raises:
+        ConfigError: a setting is given twice, with two values; `embedding_learning_rate` where no embedding trains;
+            with `strict`, what would run eager.
+        BackendUnavailableError: there is no CUDA device.
+    """
+
+    attachment: Attachment
+    layout: str
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        tokenizer: Any = None,
+        dataset_text_field: str | None = None,
+        max_seq_length: int | None = None,
+        packing: bool | None = None,
+        eval_packing: bool | None = None,
+        dataset_num_proc: int | None = None,
+        strict: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if tokenizer is not None and processing_class is not None and tokenizer is not processing_class:
+            raise ConfigError("tokenizer and processing_class are two names of one thing: give one")
+        given = {
+            "dataset_text_field": dataset_text_field, "max_seq_length": max_seq_length, "packing": packing,
+            "eval_packing": eval_packing, "dataset_num_proc": dataset_num_proc,
+        }  # fmt: skip
+        config = _config(args, model, {name: value for name, value in given.items() if value is not None})
+        if not isinstance(model, str):
+            forget_patched_forward(model)  # another trainer's would stay under this one's, and follow that trainer
+        super().__init__(
+            model=model, args=config, data_collator=data_collator, train_dataset=train_dataset,
+            eval_dataset=eval_dataset, processing_class=tokenizer if processing_class is None else processing_class,
+            **kwargs,
+        )  # fmt: skip
+        rate = getattr(config, "embedding_learning_rate", None)
+        if rate is not None:
+            logger.info(self.train_embeddings_at(rate))
+        self.attachment = attach_trainer(self, strict=strict)
+        self.layout = lay_rows(self, self.attachment)
+        logger.info(self.layout)
+
+
+def _config(args: TrainingArguments | None, model: Any, given: dict[str, Any]) -> SFTConfig:
+    """TRL's config out of what the script passed; the script's own object stays as it is.
+
+    Raises:
+        ConfigError: a setting is given twice, or `args` are no training arguments.
+    """
+    loaded_for = getattr(model, "max_seq_length", None)
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        config: SFTConfig = FastTrainingArguments(f"{name.rstrip('/').split('/')[-1] or 'model'}-SFT")
+    elif isinstance(args, SFTConfig):
+        config = copy.copy(args)
+    elif isinstance(args, TrainingArguments):
+        # These know no length: the one that the model was loaded for is meant.
+        given = {"max_seq_length": loaded_for, **given} if loaded_for is not None else given
+        config = FastTrainingArguments(**args.to_dict() | {"hub_token": args.hub_token})  # to_dict hides the token
+    else:
+        raise ConfigError(f"args is a {type(args).__name__}: FastTrainingArguments, trl.SFTConfig and "
+                          "transformers.TrainingArguments are taken")
+    for name, value in given.items():
+        _set(config, name, "max_length" if name == "max_seq_length" else name, value)
+    if loaded_for is not None and "max_seq_length" not in given and config.max_length == _DEFAULTS["max_length"]:
+        _warn_of_cut(config.max_length, loaded_for)
+    return config
+
+
+def _warn_of_cut(length: int | None, loaded_for: int) -> None:
+    if length is not None and length < loaded_for:
+        logger.warning("rows are cut at %d tokens, TRL's default; the model was loaded for %d: max_seq_length=%d keeps "
+                       "them", length, loaded_for, loaded_for)
+
+
+def _set(config: SFTConfig, name: str, target: str, value: Any) -> None:
+    """`config.target = value`, unless the config holds another value that is not its class's default."""
+    held = getattr(config, target)
+    if held != value and held != _DEFAULTS[target]:
+        raise ConfigError(f"{name}={value!r}, and the training arguments hold {target}={held!r}: give one of the two")
+    setattr(config, target, value)
