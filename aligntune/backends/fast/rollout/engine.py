@@ -252,6 +252,7 @@ class _Run:
         self.schedule = Schedule(decoder.pool, slots=engine.max_batch, stride=engine.stride, ahead=PREFILL_TOKENS,
                                  collect=lambda row: self._read([row]))
         self._left = False  # rows have left since the device was last told
+        self._table = torch.zeros(decoder.table.shape, dtype=torch.int32)
 
     def run(self, prompts: list[list[int]], counts: list[int]) -> list[Row]:
         """Every row, finished, in order."""
@@ -318,9 +319,15 @@ class _Run:
         self._write_tables(running)
 
     def _write_tables(self, running: list[Row]) -> None:
+        for row in running:
+            if row.shown[0] != row.slot:
+                row.shown = (row.slot, 0)
+            # At 4,096 tokens a row has 256 pages, of which one is new every other time.
+            self._table[row.slot, row.shown[1] : len(row.pages)] = torch.tensor(
+                row.pages[row.shown[1] :], dtype=torch.int32)
+            row.shown = (row.slot, len(row.pages))
         widest = max(len(row.pages) for row in running)
-        lines = [row.pages + [0] * (widest - len(row.pages)) for row in running]
-        self.decoder.table[: len(lines), :widest].copy_(torch.tensor(lines, dtype=torch.int32))
+        self.decoder.table[: len(running), :widest].copy_(self._table[: len(running), :widest])
 
     def _look(self) -> None:
         """What the steps did: rows that finished leave."""

@@ -74,6 +74,7 @@ class Projections:
     """Every group of an attached model that gains by it, by the module that asks for it."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
         self._groups: list[tuple[nn.Module, dict[tuple[str, ...], Projection]]] = []
         for module in model.modules():
             spec = module.__dict__.get(KEY)
@@ -98,10 +99,11 @@ class Projections:
                 return
             if any(adapter.bias is not None for linear in linears for adapter in linear.adapters):
                 return
-            dtypes = {linear.weight.dtype for linear in linears}
-            if len(dtypes) != 1:
+            # 4-bit weights come out in any type; the others are multiplied as they are.
+            plain = {linear.weight.dtype for linear in linears if not isinstance(linear.weight, NF4Weight)}
+            if plain - {self._dtype}:
                 return
-            made[names] = Projection(linears, dtypes.pop())
+            made[names] = Projection(linears, self._dtype)
         self._groups.append((module, made))
 
     def __len__(self) -> int:

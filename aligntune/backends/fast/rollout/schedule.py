@@ -23,6 +23,7 @@ class Row:
 
     `number` is its place in the results and in the random stream. It has drawn `count` tokens; those in `drawn` have
     been read from the device, where its line of outputs begins with token number `offset`. `token` is fed next.
+    `shown`: the slot whose table has its pages, and how many of them.
     """
 
     number: int
@@ -37,6 +38,7 @@ class Row:
     slot: int = -1
     age: int = 0
     reason: str | None = None
+    shown: tuple[int, int] = (-1, 0)
 
     @property
     def cached(self) -> int:
@@ -141,7 +143,7 @@ class Schedule:
         self.preemptions += 1
         self._collect(row)
         self.pool.drop(row.pages)
-        row.pages, row.slot = [], -1
+        row.pages, row.slot, row.shown = [], -1, (-1, 0)
         self.running.remove(row)
         self.waiting.appendleft(Prefix((row.prompt + row.drawn)[:-1], deque([row])))
 
