@@ -19,6 +19,7 @@ from aligntune.errors import CheckpointError, ConfigError
 from tests.core import tiny
 
 RATE, OTHERS = 1e-3, 1e-2
+NEAR = 1e-5 if torch.cuda.is_available() else 0  # a GPU adds in no fixed order
 WHOLE = ["q_proj", "embed_tokens", "lm_head"]
 ROWS = [{"text": f"row {i:02d}"} for i in range(16)]  # of one length: nothing is filled up
 
@@ -27,6 +28,7 @@ def sft(path: Path, *, backend: str = "fast", model: Any = None, **options: Any)
     settings = {
         "max_steps": 1, "batch_size": 2, "learning_rate": OTHERS, "report_to": "none", "logging_steps": 1,
         "max_seq_length": 48, "tokenizer_name": tiny.tokenizer(), "output_dir": str(path), "seed": 3,
+        "precision": "fp32",
     }  # fmt: skip
     if backend == "fast":
         settings["embedding_learning_rate"] = RATE
@@ -189,7 +191,7 @@ def test_resumed_is_uninterrupted(optimizer, tmp_path):
     assert all(embedding == pytest.approx(other * RATE / OTHERS) for other, embedding in rates) and rates[2][0] > 0
     there, here = weights(whole.trainer), weights(resumed.trainer)
     for name in there:
-        assert torch.equal(there[name], here[name]), name
+        assert torch.allclose(there[name], here[name], rtol=0, atol=NEAR), name
         assert not torch.equal(there[name], start[name]), name
 
 

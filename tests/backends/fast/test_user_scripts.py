@@ -1,0 +1,318 @@
+"""Four scripts as users have them, with only names mapped, on tiny random models; and what FastSFTTrainer refuses."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from aligntune.backends.fast import (
+    FastLanguageModel,
+    FastSFTTrainer,
+    FastTrainingArguments,
+    accelerate_trl,
+    attachment_of,
+    fast_train,
+)
+from aligntune.backends.fast.sft_trainer import _config
+from aligntune.errors import ConfigError
+from tests.core import tiny
+
+NEAR = 1e-4 if torch.cuda.is_available() else 0  # a GPU adds in no fixed order
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FLAT = "rows: end to end, one attention launch; step: "
+
+
+def rows(lengths: tuple[int, ...] = (8,) * 8) -> Dataset:
+    return Dataset.from_list([{"story": f"{i:02d}".ljust(length, "ab"[i % 2])} for i, length in enumerate(lengths)])
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> str:
+    """A model and its tokenizer on disk, as a script names them."""
+    path = tmp_path / "model"
+    tiny.llama(num_hidden_layers=1).save_pretrained(path)
+    tiny.tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def losses(trainer: Any) -> list[float]:
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+# ---------------------------------------------------------------------------------------------------- the four scripts
+
+
+def test_embedding_rates(saved, tmp_path):
+    """Continued pretraining: FastSFTTrainer for UnslothTrainer, FastTrainingArguments for UnslothTrainingArguments."""
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        model_name=saved, max_seq_length=64, dtype=torch.float32, load_in_4bit=False
+    )
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=4,
+        target_modules=[*LINEARS, "embed_tokens", "lm_head"],
+        lora_alpha=8,
+        lora_dropout=0,
+        bias="none",
+        use_gradient_checkpointing="unsloth",
+        random_state=3407,
+        use_rslora=True,
+        loftq_config=None,
+    )
+    trainer = FastSFTTrainer(
+        model=model,
+        tokenizer=tokenizer,
+        train_dataset=rows(),
+        dataset_text_field="story",
+        max_seq_length=64,
+        dataset_num_proc=1,
+        args=FastTrainingArguments(
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            warmup_steps=1,
+            max_steps=2,
+            learning_rate=5e-5,
+            embedding_learning_rate=1e-5,
+            bf16=False,
+            logging_steps=1,
+            optim="adamw_torch",
+            weight_decay=0.01,
+            lr_scheduler_type="constant_with_warmup",
+            seed=3407,
+            output_dir=str(tmp_path / "out"),
+            report_to="none",
+        ),
+    )
+    embedding = model.get_input_embeddings().weight
+    before = embedding.detach().clone()
+    trainer_stats = trainer.train()
+    assert trainer_stats.global_step == 2 and trainer_stats.metrics["train_runtime"] > 0
+    first, second = trainer.state.log_history[:2]
+    assert (first["learning_rate"], first["embedding_learning_rate"]) == (0.0, 0.0)
+    assert (second["learning_rate"], second["embedding_learning_rate"]) == (5e-5, 1e-5)
+    # 4 rows of 8 letters and an end: the ids of the letters and the end took one step of AdamW, as long as the rate.
+    assert (embedding.detach() - before).abs().max() == pytest.approx(1e-5, rel=0.05)
+    assert trainer.layout.startswith(FLAT + "launched one by one")
+    assert "lora" in str(trainer.attachment) and not [line for line in trainer.attachment.report if line.eager]
+
+
+def old_script(SFTTrainer: Any, saved: str, out: Path) -> Any:
+    """A script of TRL's older names."""
+    model, tokenizer = FastLanguageModel.from_pretrained(saved, max_seq_length=12, dtype=torch.float32)
+    model = FastLanguageModel.get_peft_model(model, r=4, lora_alpha=8)
+    args = TrainingArguments(
+        output_dir=str(out), per_device_train_batch_size=2, max_steps=2, learning_rate=1e-2, logging_steps=1,
+        report_to="none", lr_scheduler_type="constant", save_strategy="no", seed=3,
+    )  # fmt: skip
+    before = args.to_dict()
+    trainer = SFTTrainer(
+        model=model, tokenizer=tokenizer, args=args, train_dataset=rows((8, 20) * 4), dataset_text_field="story",
+        max_seq_length=12,
+    )  # fmt: skip
+    assert args.to_dict() == before
+    trainer.train()
+    return trainer
+
+
+def test_the_names_of_older_trl(saved, tmp_path):
+    """FastSFTTrainer takes them all; the run is that of a plain TRL script in today's names."""
+    trainer = old_script(FastSFTTrainer, saved, tmp_path / "old")
+    assert trainer.layout.startswith(FLAT)
+    assert trainer.args.max_length == 12 and max(map(len, trainer.train_dataset["input_ids"])) == 12
+    assert trainer.args.learning_rate == 1e-2 and not trainer.args.gradient_checkpointing  # as plain arguments have it
+    model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    tokenizer = tiny.tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(3407)
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=LINEARS, task_type="CAUSAL_LM"))
+    today = trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path / "new"), per_device_train_batch_size=2, max_steps=2, learning_rate=1e-2,
+            logging_steps=1, report_to="none", lr_scheduler_type="constant", save_strategy="no", seed=3, max_length=12,
+            dataset_text_field="story", bf16=False, gradient_checkpointing=False,
+        ),
+        train_dataset=rows((8, 20) * 4),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    today.train()
+    assert attachment_of(today.model) is None
+    assert losses(trainer) == pytest.approx(losses(today), rel=2e-5) and losses(today)[0] > 4
+    assert abs(losses(today)[1] - losses(today)[0]) > 1e-3
+
+
+def test_a_plain_trl_trainer_on_a_fast_model(saved, tmp_path):
+    """TRL's own class, in today's names: the kernels are under its model."""
+    model, tokenizer = FastLanguageModel.from_pretrained(saved, dtype=torch.float32)
+    settings = {"max_steps": 1, "bf16": False, "report_to": "none", "max_length": 12, "save_strategy": "no",
+                "per_device_train_batch_size": 2, "dataset_text_field": "story", "gradient_checkpointing": False}
+    args = trl.SFTConfig(str(tmp_path / "out"), **settings)
+    with accelerate_trl() as attachments:
+        trainer = trl.SFTTrainer(model=model, args=args, train_dataset=rows(), processing_class=tokenizer)
+    result = attachments[0].attest(trainer.train)
+    assert result.ok and result.kernels["logits_loss"] == 1 and attachment_of(model) is attachments[0]
+    asks = FastTrainingArguments(str(tmp_path / "asks"), embedding_learning_rate=1e-5, **settings)
+    trainer = trl.SFTTrainer(model=model, args=asks, train_dataset=rows(), processing_class=tokenizer)
+    with pytest.raises(ConfigError, match="a SFTTrainer trains every parameter at learning_rate; FastSFTTrainer takes"):
+        fast_train(trainer)
+
+
+def test_packing(saved, tmp_path):
+    model, tokenizer = FastLanguageModel.from_pretrained(saved, max_seq_length=32, dtype=torch.float32)
+    data = rows((3, 9, 5, 12, 7, 7))
+    with torch.no_grad():
+        ids = [tokenizer(text + "<eos>", return_tensors="pt").input_ids.to(model.device) for text in data["story"]]
+        summed = [float(model(input_ids=i, labels=i).loss) * (i.numel() - 1) for i in ids]
+    expected = sum(summed) / sum(i.numel() - 1 for i in ids)
+    trainer = FastSFTTrainer(
+        model=model, tokenizer=tokenizer, train_dataset=data, dataset_text_field="story", max_seq_length=32,
+        packing=True,
+        args=TrainingArguments(
+            str(tmp_path / "out"), per_device_train_batch_size=2, num_train_epochs=1, logging_steps=1,
+            report_to="none", save_strategy="no",
+        ),
+    )  # fmt: skip
+    packed = trainer.train_dataset["seq_lengths"]
+    assert sorted(length for row in packed for length in row) == [4, 6, 8, 8, 10, 13] and len(packed) == 2
+    assert trainer.layout.startswith(FLAT)
+    assert trainer.train().global_step == 1
+    assert losses(trainer) == [pytest.approx(expected, rel=1e-5)]  # six documents, none of which sees another
+
+
+def test_eight_bits_tensorboard_memory_resume_and_save(saved, tmp_path):
+    max_seq_length = 16
+
+    def load() -> tuple[Any, Any]:
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            model_name=saved, max_seq_length=max_seq_length, dtype=torch.float32
+        )
+        return FastLanguageModel.get_peft_model(model, r=4, target_modules=LINEARS), tokenizer
+
+    def make(model: Any, tokenizer: Any, out: str) -> Any:
+        return FastSFTTrainer(
+            model=model, tokenizer=tokenizer, train_dataset=rows(), dataset_text_field="story",
+            max_seq_length=max_seq_length,
+            args=TrainingArguments(
+                output_dir=str(tmp_path / out), per_device_train_batch_size=2, max_steps=4, learning_rate=2e-3,
+                logging_steps=1, save_steps=2, optim="adamw_8bit", weight_decay=0.01, lr_scheduler_type="linear",
+                seed=3407, report_to="tensorboard",
+            ),
+        )  # fmt: skip
+
+    model, tokenizer = load()
+    trainer = make(model, tokenizer, "run")
+    if torch.cuda.is_available():
+        gpu_stats = torch.cuda.get_device_properties(0)
+        print(f"GPU = {gpu_stats.name}, {torch.cuda.max_memory_reserved() / 2**30:.3f} GiB reserved.")
+    trainer_stats = trainer.train()
+    print(f"{trainer_stats.metrics['train_runtime']} seconds used for training.")
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+    assert "bitsandbytes" in type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__module__
+
+    again, tokenizer = load()
+    resumed = make(again, tokenizer, "again")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert resumed.state.global_step == 4 and losses(resumed) == pytest.approx(losses(trainer), rel=NEAR)
+    assert len(losses(trainer)) == 4
+    trained = {name: value for name, value in model.state_dict().items() if "lora_" in name}
+    assert len(trained) == 14
+    for name, value in again.state_dict().items():
+        assert name not in trained or torch.allclose(value, trained[name], rtol=0, atol=NEAR), name
+
+    model.save_pretrained(str(tmp_path / "lora_model"))
+    tokenizer.save_pretrained(str(tmp_path / "lora_model"))
+    FastLanguageModel.for_inference(model)
+    ids = tokenizer(["00aa"], return_tensors="pt").to(model.device)
+    text = model.generate(**ids, max_new_tokens=3, do_sample=False)
+    assert text.shape == (1, 7)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved), str(tmp_path / "lora_model")).eval()
+    reloaded, _ = FastLanguageModel.from_pretrained(str(tmp_path / "lora_model"), dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(saved).eval()
+    logits = [other.to(model.device)(**ids).logits for other in (model, plain, reloaded.eval(), base)]
+    assert torch.allclose(logits[1], logits[0], atol=1e-4) and torch.allclose(logits[2], logits[0], atol=1e-4)
+    assert not torch.allclose(logits[3], logits[0], atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------- what it takes and refuses
+
+
+def build(tmp_path: Path, args: Any = None, **options: Any) -> Any:
+    settings = {"model": tiny.llama(num_hidden_layers=1), "tokenizer": tiny.tokenizer(), "train_dataset": rows(),
+                "dataset_text_field": "story"}
+    return FastSFTTrainer(args=args, **(settings | options))
+
+
+def config(tmp_path: Path, **options: Any) -> FastTrainingArguments:
+    return FastTrainingArguments(str(tmp_path), **({"bf16": False, "report_to": "none"} | options))
+
+
+def test_a_setting_given_twice(tmp_path):
+    assert build(tmp_path, config(tmp_path, max_length=20), max_seq_length=20).args.max_length == 20
+    with pytest.raises(ConfigError, match="max_seq_length=30, and the training arguments hold max_length=20"):
+        build(tmp_path, config(tmp_path, max_length=20), max_seq_length=30)
+    with pytest.raises(ConfigError, match="max_seq_length=30, and the training arguments hold max_length=20"):
+        config(tmp_path, max_length=20, max_seq_length=30)
+    with pytest.raises(ConfigError, match="packing=False, and the training arguments hold packing=True"):
+        build(tmp_path, config(tmp_path, packing=True), packing=False)
+    with pytest.raises(ConfigError, match="two names of one thing"):
+        build(tmp_path, config(tmp_path), processing_class=tiny.tokenizer())
+    with pytest.raises(ConfigError, match="args is a dict"):
+        build(tmp_path, {"max_steps": 3})
+    with pytest.raises(TypeError, match="max_seq_lenght"):
+        build(tmp_path, config(tmp_path), max_seq_lenght=30)
+
+
+def test_the_length_that_is_meant(tmp_path, caplog):
+    model = tiny.llama(num_hidden_layers=1)
+    model.max_seq_length = 2048
+    plain = TrainingArguments(str(tmp_path), report_to="none")
+    with caplog.at_level(logging.WARNING, logger="aligntune"):
+        assert build(tmp_path, plain, model=model).args.max_length == 2048
+        assert build(tmp_path, plain, model=model, max_seq_length=40).args.max_length == 40
+        assert build(tmp_path, config(tmp_path, max_seq_length=50), model=model).args.max_length == 50
+        assert caplog.text == ""
+        assert build(tmp_path, config(tmp_path), model=model).args.max_length == 1024
+    assert "rows are cut at 1024 tokens, TRL's default; the model was loaded for 2048" in caplog.text
+    assert build(tmp_path, plain).args.max_length == 1024
+
+
+def test_collators_and_losses_of_their_own_keep_padded_rows(tmp_path):
+    def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        return tiny.tokenizer().pad(examples, return_tensors="pt")
+
+    assert build(tmp_path, config(tmp_path)).layout.startswith(FLAT)
+    assert build(tmp_path, config(tmp_path), data_collator=collate).layout == "rows: padded, function makes the batches"
+    smooth = build(tmp_path, config(tmp_path, label_smoothing_factor=0.1))
+    assert smooth.layout == "rows: padded, its loss wants logits"
+
+
+def test_the_default_folder(monkeypatch):
+    """TRL's default is bf16, which transformers refuses on a CPU."""
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    assert _config(None, "org/name/", {}).output_dir == "name-SFT"
+    assert _config(None, tiny.llama(), {"packing": True}).packing is True
+    assert _config(None, tiny.llama(), {}).output_dir == "model-SFT"
+
+
+def test_errors_of_the_embedding_rate_and_strict(tmp_path):
+    with pytest.raises(ConfigError, match="neither embed_tokens nor lm_head trains"):
+        build(tmp_path, config(tmp_path, embedding_learning_rate=1e-5), peft_config=tiny.lora())
+    with pytest.raises(ConfigError, match="relu2"):
+        build(tmp_path, config(tmp_path), model=tiny.llama(hidden_act="relu2"), strict=True)
+
+
+def test_arguments_survive_their_own_dictionary(tmp_path):
+    args = config(tmp_path, embedding_learning_rate=1e-5, max_seq_length=50)
+    again = FastTrainingArguments(**json.loads(json.dumps(args.to_dict())))
+    assert (again.embedding_learning_rate, again.max_length) == (1e-5, 50)
