@@ -6,6 +6,7 @@
 | `builtin:tiny-instruct` | the same, trained on `builtin:instruct` by the recipe `tiny-instruct` |
 | `builtin:arithmetic` | chat rows: a sum, and its answer |
 | `builtin:arithmetic-preference` | the same problems with a right and a wrong answer |
+| `builtin:arithmetic-brief` | the same problems with a bare right answer and one in a sentence, for reward models |
 | `builtin:arithmetic-prompts` | the same problems as prompts with an `answer` column, for rewards |
 | `builtin:pydoc` | chat rows from the docstrings of the running Python's standard library |
 | `builtin:instruct` | the rows of `builtin:arithmetic` and then those of `builtin:pydoc` |
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 PREFIX = "builtin:"
 MODELS = ("tiny", "tiny-instruct")
-DATASETS = ("arithmetic", "arithmetic-preference", "arithmetic-prompts", "pydoc", "instruct")
+DATASETS = ("arithmetic", "arithmetic-preference", "arithmetic-brief", "arithmetic-prompts", "pydoc", "instruct")
 SPLITS = ("train", "test")
 
 
@@ -124,6 +125,7 @@ def load_dataset(name: str, split: str = "train") -> datasets.Dataset:
     rows = {
         "arithmetic": arithmetic.chat_rows,
         "arithmetic-preference": arithmetic.preference_rows,
+        "arithmetic-brief": arithmetic.brief_rows,
         "arithmetic-prompts": arithmetic.prompt_rows,
         "pydoc": docstrings.chat_rows,
         "instruct": lambda split: [*arithmetic.chat_rows(split), *docstrings.chat_rows(split)],

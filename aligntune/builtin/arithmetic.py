@@ -93,6 +93,22 @@ def preference_rows(split: str) -> list[Row]:
     ]
 
 
+SENTENCES = ("It is {}.", "The answer is {}.", "I think that is {}, but I am not sure.")
+
+
+def brief_rows(split: str) -> list[Row]:
+    """`prompt`, `chosen` (the bare answer), `rejected` (the same number in a sentence): a taste, which a small reward
+    model learns in seconds where telling right from nearly right takes it far longer."""
+    return [
+        {
+            "prompt": [_user(problem.question)],
+            "chosen": [_assistant(problem.answer)],
+            "rejected": [_assistant(SENTENCES[problem.draw("sentence", len(SENTENCES))].format(problem.answer))],
+        }
+        for problem in problems(split)
+    ]
+
+
 def prompt_rows(split: str) -> list[Row]:
     """`prompt` (a list of one user message) and `answer` (a string), for rewards that read the answer."""
     return [{"prompt": [_user(problem.question)], "answer": str(problem.answer)} for problem in problems(split)]

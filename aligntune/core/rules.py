@@ -32,7 +32,9 @@ def check(values: Values, origin: Origin, spec: AlgorithmSpec, faults: list[str]
         else:
             _rollout(values, faults, world_size())
         _rewards(values, faults)
-    if values["warmup_steps"] is not None and origin["warmup_ratio"] in ("argument", "config"):
+    # A ratio of 0 is no second wish: a run's own config.yaml has every option.
+    given = origin["warmup_ratio"] in ("argument", "config") and values["warmup_ratio"] > 0
+    if values["warmup_steps"] is not None and given:
         faults.append("train.warmup_steps and train.warmup_ratio: give one of the two")
 
 

@@ -40,6 +40,20 @@ def test_the_three_forms_of_arithmetic_agree_and_are_right(split):
         assert int(pair["rejected"][0]["content"]) not in (-1, int(answer["content"]))
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_brief_pairs_hold_one_number_twice(split):
+    rows = load_dataset("builtin:arithmetic-brief", split)
+    assert len(rows) == SIZES[split] and rows.column_names == ["prompt", "chosen", "rejected"]
+    said = set()
+    for row in rows:
+        right = str(solve(row["prompt"][0]["content"]))
+        assert row["chosen"] == [{"role": "assistant", "content": right}]
+        (answer,) = row["rejected"]
+        assert re.findall(r"\d+", answer["content"]) == [right] and answer["role"] == "assistant"
+        said.add(answer["content"].replace(right, "{}"))
+    assert said == {*arithmetic.SENTENCES}
+
+
 def test_train_and_held_out_share_no_problem_in_either_order():
     def problems(split):
         rows = load_dataset("arithmetic", split)
@@ -132,7 +146,8 @@ def test_pydoc_reads_source_without_running_it(tmp_path):
 def test_names_and_unknown_names():
     assert is_builtin("builtin:pydoc") and is_builtin("builtin:") and not is_builtin("pydoc") and not is_builtin(None)
     assert names()["datasets"] == [
-        "builtin:arithmetic", "builtin:arithmetic-preference", "builtin:arithmetic-prompts", "builtin:pydoc",
+        "builtin:arithmetic", "builtin:arithmetic-preference", "builtin:arithmetic-brief",
+        "builtin:arithmetic-prompts", "builtin:pydoc",
         "builtin:instruct"]
     for name in names()["datasets"]:
         assert len(load_dataset(name, "test")) > 100

@@ -347,3 +347,9 @@ def test_set_reaches_options_and_tree() -> None:
     assert job.config.lora.use_peft is True
     with pytest.raises(Exception, match="read-only"):
         job.config.lora.use_peft = False
+
+
+def test_the_config_of_a_run_with_warmup_steps_can_be_run_again() -> None:
+    job = resolve({**BASE, "algorithm": "sft", "warmup_steps": 7})
+    again = resolve({}, OmegaConf.to_container(job.config))
+    assert (again.options.warmup_steps, again.options.warmup_ratio) == (7, 0.0)
