@@ -42,8 +42,8 @@ def test_log_probs_and_gradients_are_those_of_padded_rows(tmp_path: Any) -> None
     built = built_of("fast", "grpo", tmp_path)
     trainer = built.trainer
     assert built.attestation()["layout"].startswith("rows: end to end in log-prob and loss passes; rollouts: our")
-    ids, mask = batch()
-    upstream = torch.randn(3, COLUMNS, generator=torch.Generator().manual_seed(1))
+    ids, mask = (x.to(trainer.accelerator.device) for x in batch())
+    upstream = torch.randn(3, COLUMNS, generator=torch.Generator().manual_seed(1)).to(ids.device)
     found = []
     for flat in (True, False):
         trainer.rows_end_to_end = flat
@@ -52,7 +52,7 @@ def test_log_probs_and_gradients_are_those_of_padded_rows(tmp_path: Any) -> None
             trainer.model, ids, mask, COLUMNS, compute_entropy=True)
         assert aux is None
         (log_probs * upstream).sum().backward()
-        found.append((log_probs.detach(), entropies, [p.grad.clone() for p in trainer.model.parameters()]))
+        found.append((log_probs.detach().cpu(), entropies.cpu(), [p.grad.clone() for p in trainer.model.parameters()]))
     (ours, our_entropies, our_grads), (theirs, their_entropies, their_grads) = found
     scored = torch.tensor([[j < n for j in range(COLUMNS)] for n in COMPLETIONS])
     assert ours[scored].max() < 0 and not ours[~scored].any()
@@ -66,7 +66,7 @@ def test_log_probs_and_gradients_are_those_of_padded_rows(tmp_path: Any) -> None
 @pytest.mark.parametrize("size", [1, 2])
 def test_slices_of_a_batch(size: int, tmp_path: Any) -> None:
     trainer = built_of("fast", "grpo", tmp_path).trainer
-    ids, mask = batch()
+    ids, mask = (x.to(trainer.accelerator.device) for x in batch())
     with torch.no_grad():
         whole, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, COLUMNS)
         parts, nothing, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, COLUMNS,

@@ -73,7 +73,9 @@ class FastRollouts:
         if images or multimodal_fields:
             raise ConfigError("rollout.rollout_engine = 'fast' generates from text alone; 'hf' takes images")
         if self.rollout_engine is None:
-            rows = min(MOST_ROWS, len(prompt_ids))
+            # An evaluation may come first, with fewer rows than training will have.
+            round_of_training = self.args.generation_batch_size // self.accelerator.num_processes
+            rows = min(MOST_ROWS, max(len(prompt_ids), round_of_training))
             options = {"max_batch": rows, "autocast": _autocast(self)} | self._engine_options
             self.rollout_engine = RolloutEngine(self.model, self._tokenizer, **options)
         # TRL repeats a prompt for each of its completions; next to each other they share a prefill.

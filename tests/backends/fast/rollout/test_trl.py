@@ -24,6 +24,7 @@ def built_of(backend: str, algorithm: str, tmp_path: Any, **options: Any) -> Any
         "output_dir": str(tmp_path / backend), "max_steps": 2, "batch_size": 4, "learning_rate": 1e-3,
         "logging_steps": 1, "report_to": "none", "tokenizer_name": tiny.tokenizer(), "reward_functions": [longest],
         "num_generations": 4, "max_completion_length": 5, "max_seq_length": 64, "gradient_accumulation_steps": 1,
+        "precision": "fp32",
         **options,
     })
     return {"trl": build_trl, "fast": build_fast}[backend](job, Prepared(tiny.tokenizer(), rows(algorithm), None))
@@ -71,7 +72,7 @@ def test_steps_are_trls_on_the_same_completions(algorithm: str, adapters: bool, 
     assert max(logged(ours, "grad_norm")) > 1e-3
     start = dict(tiny.llama().named_parameters())
     moved = 0
-    for (name, mine), other in zip(ours.model.named_parameters(), theirs.model.parameters(), strict=True):
+    for (name, mine), other in zip(ours.model.cpu().named_parameters(), theirs.model.cpu().parameters(), strict=True):
         difference = (mine - other).norm()
         if mine.requires_grad and name in start:
             way = (mine - start[name]).norm()
@@ -116,6 +117,10 @@ def test_transformers_generate_stays_available(tmp_path: Any) -> None:
     detach(built.trainer.model)
     ids, log_probs = built.trainer._generate_single_turn([[9, 30, 7]] * 4, None, {}, 4)
     assert log_probs is None and len(ids) == 4  # TRL's own returns none
+    trainer = built_of("fast", "grpo", tmp_path, batch_size=8).trainer
+    detach(trainer.model.eval())
+    trainer._generate_single_turn([[9, 30, 7]] * 2, None, {}, 2)
+    assert trainer.rollout_engine.max_batch == 8  # as many as training will want
     assert built.trainer.rollout_engine is None
 
 
