@@ -29,6 +29,7 @@ def test_padded_and_end_to_end_are_the_same_documents() -> None:
     one, two = batches.documents(padded()), batches.documents(batches.keep(flat))
     assert batches.fingerprint(one) == batches.fingerprint(two)
     assert batches.sizes(one) == batches.sizes(two) == {"tokens": 8, "documents": 2, "squared": 34, "learnt": 5}
+    assert [document.prompt for document in two] == [3, 5] == [document.prompt for document in one]
     assert [document.row for document in one] == [0, 1] and [document.row for document in two] == [0, 0]
 
 
@@ -78,6 +79,8 @@ def test_shifted_masks_are_what_a_shift_would_give() -> None:
     document = batches.documents(padded())[0]
     later = np.array([-100, -100, 7], dtype=np.int32)
     assert batches.shifted([document])["mask+1"] == [batches.digest(later)]
+    earlier = np.array([-100, 6, -100], dtype=np.int32)
+    assert batches.shifted([document])["mask-1"] == [batches.digest(earlier)]
     assert {name: mask.tolist() for name, mask in batches.masks(document).items()} == {
         "right": [False, True, True], "mask+1": [False, False, True], "mask-1": [True, True, False],
         "all": [True, True, True]}

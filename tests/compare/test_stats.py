@@ -87,6 +87,27 @@ def test_b_is_the_faster_one_above_1_and_noise_is_what_repeats_differ_by() -> No
     assert throughput_ratio([slow], [fast]).noise is None
 
 
+def test_three_repeats_have_four_degrees_of_freedom() -> None:
+    a = [[level] * 6 for level in (0.0, 0.01, -0.01)]
+    b = [[level - 0.06] * 6 for level in (0.0, 0.01, -0.01)]
+    found = throughput_ratio(a, b)
+    deviation = math.sqrt(2 * 1e-4 / 3)
+    assert math.log(found.ratio.high) == pytest.approx(0.06 + 2.776 * deviation)
+    assert math.log(found.ratio.low) == pytest.approx(0.06 - 2.776 * deviation)
+    assert found.significant  # 0.06 > 4.604 x 0.0082, the end of the 99 % interval
+    assert not throughput_ratio(a, [[level - 0.035] * 6 for level in (0.0, 0.01, -0.01)]).significant
+
+
+def test_noise_is_the_spread_of_repeats_and_the_interval_of_one_pair() -> None:
+    generator = np.random.default_rng(4)
+    a, b = ([generator.normal(level, 0.05, 30).tolist() for level in (0.0, 0.02)] for _ in range(2))
+    inside = mean_interval([[x - y for x, y in zip(one, two, strict=True)] for one, two in zip(a, b, strict=True)])
+    half = max(inside.high - inside.value, inside.value - inside.low)
+    spread = max(abs(np.mean(arm[0]) - np.mean(arm[1])) for arm in (a, b))
+    found = throughput_ratio(a, b)
+    assert found.noise == pytest.approx(math.expm1(spread + half * math.sqrt(2)))
+
+
 def test_tables() -> None:
     assert (student(1), student(2), student(9), student(1000)) == (12.706, 4.303, 2.306, 2.042)
     assert percentiles([1.0, 2.0, 3.0]) == pytest.approx({"p10": 1.2, "p50": 2.0, "p90": 2.8})
