@@ -118,7 +118,7 @@ def recipe(report: Report) -> str:
     return markdown(["seed", *names, "steps"], rows) + "\n" + about + source(report)
 
 
-RECIPES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "rloo", "grpo", "gspo", "dapo", "dr_grpo")
+RECIPES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "ppo", "rloo", "grpo", "gspo", "dapo", "dr_grpo")
 TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "ops-elementwise": ("ops/elementwise.json", elementwise),
     "ops-head": ("ops/head.json", head_table),

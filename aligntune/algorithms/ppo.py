@@ -143,7 +143,7 @@ def generalized_advantages(
     following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
     deltas = rewards + gamma * following - values
     advantages = torch.zeros_like(deltas)
-    running = torch.zeros_like(deltas[:, 0]) if deltas.shape[1] else None
+    running = torch.zeros_like(deltas[:, :1]).sum(1)
     for t in reversed(range(deltas.shape[1])):
         running = (deltas[:, t] + gamma * lam * running) * mask[:, t]
         advantages[:, t] = running

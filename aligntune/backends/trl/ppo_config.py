@@ -25,6 +25,7 @@ class PPOConfig(GRPOConfig):
 
     learning_rate: float = _field(3e-6, "The initial learning rate.")
     num_generations: int | None = _field(1, "Completions per prompt.")
+    num_generations_eval: int | None = _field(None, "Completions per prompt in evaluation; None is num_generations.")
     disable_dropout: bool = _field(True, "Dropout would make the ratio of an unchanged policy differ from 1.")
     num_ppo_epochs: int = _field(4, "Passes over each rollout.")
     num_mini_batches: int = _field(1, "Optimizer steps in a pass.")

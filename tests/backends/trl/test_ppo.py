@@ -257,3 +257,19 @@ def test_faults_are_told(tmp_path: Any) -> None:
         PPOConfig(str(tmp_path), beta=0.5, bf16=False, use_cpu=True)
     with pytest.raises(ConfigError, match="the critic reads the policy's ids"):
         job(tmp_path, value_model_name=tiny.llama(vocab_size=100))
+
+
+@pytest.mark.parametrize("critic", [None, "policy"])
+def test_the_critic_learns_what_the_prompt_tells(critic: str | None, tmp_path: Any) -> None:
+    """Scores follow from the prompt alone: values come to explain most of the returns' variance."""
+
+    def parity(answer: list, **columns: Any) -> list[float]:
+        return [2.0 * (int(number) % 2) for number in answer]
+
+    run = job(tmp_path, reward_functions=[parity], batch_size=16, num_mini_batches=1, num_ppo_epochs=4, max_steps=60,
+              learning_rate=1e-3, value_learning_rate=1e-2, vf_coef=1.0, kl_coef=0.0, cliprange_value=None,
+              value_model_name=critic, max_completion_length=3)
+    run.train()
+    explained = [entry["val/explained_variance"] for entry in run.trainer.state.log_history
+                 if "val/explained_variance" in entry]
+    assert abs(explained[0]) < 1e-6 and explained[-1] > 0.5
