@@ -10,6 +10,7 @@ from torch import nn
 
 from aligntune.backends.fast.attachment import attach
 from aligntune.backends.loading import keep_tied
+from aligntune.builtin import is_builtin, model_path
 from aligntune.errors import ConfigError
 
 logger = logging.getLogger("aligntune")
@@ -38,7 +39,7 @@ class FastLanguageModel:
         """`(model, tokenizer)`: the causal language model `model_name`, attached.
 
         Args:
-            model_name: hub id or local path.
+            model_name: hub id, local path (of adapters too) or `builtin:NAME`.
             max_seq_length: longest sequence in tokens; becomes the tokenizer's limit, and `model.max_seq_length`, which
                 `FastSFTTrainer` reads. None: the model's own.
             dtype: None is bfloat16, or float16 on GPUs without it, or float32 on a CPU.
@@ -52,6 +53,8 @@ class FastLanguageModel:
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        if is_builtin(model_name):
+            model_name = str(model_path(model_name))
         if load_in_4bit and full_finetuning:
             raise ConfigError("full_finetuning=True trains the weights, which load_in_4bit=True freezes: choose one")
         if dtype is None:

@@ -13,7 +13,7 @@ import torch
 from aligntune.backends.fast.graphs import GraphedModel
 from aligntune.backends.fast.online import FlatLogProbs
 from aligntune.backends.fast.optim import EmbeddingRate
-from aligntune.backends.fast.packing import RowsEndToEnd
+from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd
 from aligntune.backends.fast.rollout.trl import FastRollouts
 from aligntune.backends.trl.trainers import DAPO, DPO, GRPO, SFT, TRAINERS
 
@@ -73,22 +73,31 @@ class FastSFT(EmbeddingRate, SFT):
         # A mask of width 0: transformers hands a 4-dimensional mask on as it is, and our attention reads the sign. An
         # attention that is not ours cannot take it for a mask and fails.
         inputs["attention_mask"] = inputs["input_ids"].new_empty((1, 1, 1, 0), dtype=torch.bool)
+        num_valid = (inputs["shift_labels"] != IGNORED).sum()
+        denominator = (num_valid if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)).clamp(min=1)
         if self.capture and self.model.training:
             if self.graphed is None or self.graphed.model is not model:
                 self.graphed = GraphedModel(model, [p for p in self.model.parameters() if p.requires_grad])
-            outputs = SimpleNamespace(**self.graphed(inputs))
+            outputs = SimpleNamespace(**self.graphed(inputs), loss=None)
         else:
-            outputs = model(**inputs, fused_lm_head=True)
-        per_token_loss = -outputs.log_probs
-        if self.args.loss_type == "dft":
-            per_token_loss = per_token_loss * outputs.log_probs.exp().detach()
-        num_valid = outputs.label_mask.sum()
-        denominator = num_valid if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        loss = per_token_loss.sum() / denominator.clamp(min=1)
+            # The mean over tokens is a loss whose gradient the head can make in its forward.
+            over = {"loss_over": denominator} if self.args.loss_type == "nll" and self._head_trains() else {}
+            outputs = model(**inputs, fused_lm_head=True, **over)
+            if not over:
+                outputs.loss = None
+        loss = outputs.loss
+        if loss is None:
+            per_token_loss = -outputs.log_probs
+            if self.args.loss_type == "dft":
+                per_token_loss = per_token_loss * outputs.log_probs.exp().detach()
+            loss = per_token_loss.sum() / denominator
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         self._note(outputs, num_valid, num_tokens)
         return (loss, outputs) if return_outputs else loss
+
+    def _head_trains(self) -> bool:
+        return self.model.training and self.model.get_output_embeddings().weight.requires_grad
 
     def _note(self, outputs: Any, num_valid: torch.Tensor, num_tokens: int) -> None:
         sums = torch.stack([num_valid.float(), outputs.entropy.detach().sum().float(), outputs.is_top1.sum().float(),

@@ -40,10 +40,16 @@ class DecodeLaunch:
     stages: int = 3
 
 
-def launch_for(rows: int, q_heads: int, k_heads: int, head_dim: int, most_tokens: int, *, sms: int) -> DecodeLaunch:
-    """Pieces enough for two programs a processor; none shorter than two tiles of the longest row."""
+def launch_for(
+    rows: int, q_heads: int, k_heads: int, head_dim: int, most_tokens: int, *, sms: int, itemsize: int = 2
+) -> DecodeLaunch:
+    """Pieces enough for two programs a processor; none shorter than two tiles of the longest row.
+
+    Tiles of up to 16 KiB of keys: with four programs a processor that keeps memory busy. fp32 at head_dim 256 spills
+    4,000 instructions with tiles of 32 tokens, and none with 16.
+    """
     block_d = max(16, _runtime.next_power_of_2(head_dim))
-    block_n = 64 if block_d <= 128 else 32
+    block_n = max(16, min(64, 16384 // (block_d * itemsize)))
     wanted = _runtime.next_power_of_2(_runtime.cdiv(2 * sms, max(1, rows * k_heads)))
     longest = _runtime.next_power_of_2(max(1, most_tokens // (2 * block_n)))
     splits = max(1, min(wanted, longest, _MOST_SPLITS))
@@ -85,15 +91,18 @@ def decode_attention_kernel(
     top = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    for tile in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
-        n = tile + tl.arange(0, BLOCK_N)
+    table = table_ptr + row * table_row
+    n = start + tl.arange(0, BLOCK_N)
+    page = tl.load(table + n // PAGE, n < stop, other=0)
+    for _ in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
         keep_n = n < stop
         # int64: a cache of 40 GiB has more elements than int32 counts.
-        page = tl.load(table_ptr + row * table_row + n // PAGE, keep_n, other=0).to(tl.int64)
-        at = ((page * HK + head) * PAGE + n % PAGE) * D
+        at = ((page.to(tl.int64) * HK + head) * PAGE + n % PAGE) * D
         keep_kv = keep_n[:, None] & keep_d[None, :]
         k = tl.load(k_ptr + at[:, None] + d[None, :], keep_kv, other=0.0)
         v = tl.load(v_ptr + at[:, None] + d[None, :], keep_kv, other=0.0)
+        n += BLOCK_N  # the next tile's pages are on their way while this one is multiplied
+        page = tl.load(table + n // PAGE, n < stop, other=0)
         if UPCAST:
             k, v = k.to(tl.float32), v.to(tl.float32)
         s = _capped(tl.dot(q, tl.trans(k), input_precision="ieee"), SCALE, SOFTCAP)
@@ -186,7 +195,8 @@ def decode_attention(
     rows, q_heads, head_dim = q.shape
     k_heads, page = k_pages.shape[1:3]
     most = min(table.shape[1] * page, window or 1 << 30)
-    launch = launch_for(rows, q_heads, k_heads, head_dim, most, sms=_runtime.num_sms(q))
+    launch = launch_for(rows, q_heads, k_heads, head_dim, most, sms=_runtime.num_sms(q),
+                        itemsize=k_pages.element_size())
     out = torch.empty((rows, q_heads, head_dim), dtype=q.dtype, device=q.device)
     if not rows:
         return out

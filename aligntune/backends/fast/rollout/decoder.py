@@ -196,10 +196,11 @@ class Decoder:
         self._now = Prefill(torch.tensor(slots, device=device), torch.tensor(ends, dtype=torch.int32, device=device),
                             max(lengths))
         backbone = self.model.base_model
-        type(backbone).forward(
-            backbone, input_ids=torch.tensor([ids], device=device), attention_mask=self._mask,
-            position_ids=torch.tensor([positions], device=device), use_cache=False,
-        )
+        with self._projections():  # short prompts are bound by launching, and it launches less
+            type(backbone).forward(
+                backbone, input_ids=torch.tensor([ids], device=device), attention_mask=self._mask,
+                position_ids=torch.tensor([positions], device=device), use_cache=False,
+            )
 
     def mark_seen(self, slot: int, tokens: list[int]) -> None:
         """The tokens that a row's repetition penalty falls on, at its start."""

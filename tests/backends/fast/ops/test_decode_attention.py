@@ -134,16 +134,18 @@ SIGNATURE = {
 }  # fmt: skip
 
 
-def sm90(head_dim, splits, *, window=0, softcap=0.0):
-    launch = launch_for(64, 32, 8, head_dim, 4096, sms=132)
+def sm90(head_dim, splits, *, window=0, softcap=0.0, dtype="bf16"):
+    launch = launch_for(64, 32, 8, head_dim, 4096, sms=132, itemsize=4 if dtype == "fp32" else 2)
     constants = {
         "SCALE": 0.125, "HK": 8, "GROUP": 4, "D": head_dim, "PAGE": 16, "WINDOW": window, "SOFTCAP": softcap,
         "SPLITS": splits, "UPCAST": False, "BLOCK_G": launch.block_g, "BLOCK_D": launch.block_d,
         "BLOCK_N": launch.block_n, "STAGES": launch.stages,
     }  # fmt: skip
-    return sm90_case(decode_attention_kernel, SIGNATURE, constants, num_warps=launch.num_warps)
+    signature = {name: f"*{dtype}" if kind == "*bf16" else kind for name, kind in SIGNATURE.items()}
+    return sm90_case(decode_attention_kernel, signature, constants, num_warps=launch.num_warps)
 
 
+FP32 = [sm90(head_dim, splits, dtype="fp32") for head_dim in (64, 256) for splits in (1, 8)]
 CASES = {"d64": sm90(64, 1), "d128": sm90(128, 4), "d256": sm90(256, 1, window=4096, softcap=50.0)}
 SUM = sm90_case(decode_attention_sum, {"partial_ptr": "*fp32", "stats_ptr": "*fp32", "out_ptr": "*bf16"},
                 {"D": 128, "SPLITS": 8, "BLOCK_D": 128}, num_warps=2)  # fmt: skip
@@ -159,6 +161,12 @@ WRITE = sm90_case(
 def test_compiles_for_sm90(name):
     found = assert_fits(CASES[name])
     assert found.mma > 0
+
+
+@pytest.mark.slow
+def test_fp32_does_not_spill():
+    for one in FP32:
+        assert_fits(one)
 
 
 def test_the_small_kernels_compile():

@@ -286,7 +286,7 @@ def test_attached_adapters(family, monkeypatch, device):
     engine = RolloutEngine(model, max_batch=4, max_len=64, graphs=False)
     sampling = dataclasses.replace(GREEDY, max_new_tokens=6)
     assert engine.generate(prompts, sampling=sampling).completion_ids == expected
-    assert len(calls) == 2 * 4 * 6  # layers, groups, steps
+    assert len(calls) == 2 * 4 * (6 + 1)  # layers, groups, steps and the prefill
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
