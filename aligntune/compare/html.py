@@ -30,14 +30,14 @@ h1 { font-size: 22px; margin: 0 0 10px; } h2 { font-size: 17px; margin: 34px 0 8
 .bad-text { color: var(--bad); font-weight: 600; } .good-text { color: var(--good); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13.5px; width: 100%; }
 th, td { text-align: left; padding: 4px 10px 4px 0; border-bottom: 1px solid var(--rule); vertical-align: top;
-  overflow-wrap: anywhere; } th { color: var(--soft); font-weight: 600; } td { font-variant-numeric: tabular-nums; }
+  overflow-wrap: break-word; } th { color: var(--soft); font-weight: 600; } td { font-variant-numeric: tabular-nums; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 22px; }
 figure { margin: 0; min-width: 0; } figure h3 { font-size: 14px; margin: 0 0 2px; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--text); font-size: 12px; }
 svg .tick { fill: var(--soft); font-size: 11.5px; } svg .label { font-size: 12.5px; }
 svg .grid { stroke: var(--rule); stroke-width: 0.7; } svg .zero { stroke: var(--soft); stroke-width: 1; }
-svg .curve { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
-svg .curve.a { stroke-width: 4; opacity: 0.65; } svg .band { opacity: 0.22; }
+svg .curve { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+svg .curve.a { stroke-width: 5; } svg .band { opacity: 0.22; }
 .curve.a, .mark.a { stroke: var(--a); } .curve.b, .mark.b { stroke: var(--b); } .curve.y { stroke: var(--y);
   stroke-dasharray: 5 4; }
 .band.a, .fill.a { fill: var(--a); } .band.b, .fill.b { fill: var(--b); } .band.y, .fill.y { fill: var(--y); }

@@ -118,7 +118,7 @@ def histogram(rows: Sequence[tuple[str, Sequence[float], str]], *, x_label: str,
             parts.append(f'<line class="mark {css}" x1="{place:.1f}" x2="{place:.1f}" y1="{base - row_height + 24}" '
                          f'y2="{base + 4}"><title>{name}: {float(np.quantile(values, share)):.4g}</title></line>')
         parts.append(f'<line class="zero" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
-        parts.append(f'<text class="label" x="{LEFT}" y="{base - row_height + 18}">{escape(label)}</text>')
+        parts.append(f'<text class="label" x="{LEFT}" y="{base - row_height + 18}">{_short(label)}</text>')
     return _svg("".join(parts), height, title)
 
 
@@ -139,7 +139,7 @@ def stacked_bars(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], *, uni
     for number_, (label, pieces) in enumerate(rows):
         top = TOP + legend + (bar + gap) * number_ + gap - 6
         total = sum(value for _, value in pieces)
-        parts.append(f'<text class="label" x="{LEFT}" y="{top - 5}">{escape(label)}: {total:,.3g}</text>')
+        parts.append(f'<text class="label" x="{LEFT}" y="{top - 5}">{_short(label)}: {_amount(total)}</text>')
         start = 0.0
         for name, value in pieces:
             wide = frame.x(start + value) - frame.x(start)
@@ -148,6 +148,14 @@ def stacked_bars(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], *, uni
                          "</rect>")
             start += value
     return _svg("".join(parts), height, title)
+
+
+def _short(label: str, most: int = 62) -> str:
+    return escape(label if len(label) <= most else f"{label[: most - 3]}...")
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _axes(frame: Frame, x_label: str, y_label: str) -> str:
