@@ -107,8 +107,12 @@ def eager_because(model: nn.Module) -> str | None:
         return f"rotary embedding of type {kind!r} looks at the lengths"
     family = families.family_of(base.config.model_type)
     experts = getattr(base.config, "_experts_implementation", "eager")
-    if family is not None and family.mlp == "experts" and experts not in ("grouped_mm", "batched_mm"):
-        return f"routed experts run as {experts!r}, which waits for the router"
+    if family is not None and family.mlp == "experts":
+        if experts not in ("grouped_mm", "batched_mm"):
+            return f"routed experts run as {experts!r}, which waits for the router"
+        dtype = base.get_input_embeddings().weight.dtype
+        if experts == "grouped_mm" and dtype != torch.bfloat16:  # torch then loops over the groups, on the CPU
+            return f"torch's grouped product waits for the router in {str(dtype).removeprefix('torch.')}"
     return None
 
 
