@@ -64,6 +64,18 @@ def test_greedy_is_transformers_greedy(family):
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_batch_that_transformers_pads_on_the_left(family):
+    model, prompts = mini(family).eval(), prompts_of()
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(one)) + one for one in prompts])
+    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts])
+    padded = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20, eos_token_id=7,
+                            pad_token_id=0)[:, longest:].tolist()
+    cut = [row[: row.index(7) + 1] if 7 in row else row for row in padded]
+    assert RolloutEngine(model, max_batch=6, max_len=64).generate(prompts, sampling=GREEDY).completion_ids == cut
+
+
 def test_the_model_is_left_as_it_was():
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
