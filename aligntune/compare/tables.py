@@ -54,8 +54,9 @@ def _speed(report: Report) -> Table | None:
     rows.append(_row("compilation and warm-up, s", _least(a["warmup_extra"]), _least(b["warmup_extra"]), "{:,.2f}"))
     rows.append(_row("graph capture, s", _least(a["capture_seconds"]), _least(b["capture_seconds"]), "{:,.2f}"))
     if speed["target_loss"] is not None:
-        rows.append(_row(f"time to loss {speed['target_loss']:.4g}, s", _least(a["time_to_target"]),
-                         _least(b["time_to_target"]), "{:,.2f}"))
+        row = _row(f"time to loss {speed['target_loss']:.4g}, s", _least(a["time_to_target"]),
+                   _least(b["time_to_target"]), "{:,.2f}")
+        rows.append((row[0], *(cell or "not reached" for cell in row[1:3]), row[3]))
     ratio, low, high = speed["ratio"]
     noise = ("not measured, one repeat" if speed["noise"] is None else
              f"{speed['noise']:.1%}, what repeats of one arm differ by and the interval of one pair together")
