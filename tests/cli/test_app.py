@@ -28,7 +28,7 @@ from aligntune.errors import (
 from tests.small_jobs import alpaca, write
 
 COMMANDS = ("train", "validate", "preview", "generate", "evaluate", "backends", "explain", "options", "doctor",
-            "launch", "recipes")
+            "launch", "recipes", "compare")
 
 
 def run(*arguments: str, **kwargs: Any) -> Any:
@@ -47,7 +47,7 @@ def test_help_names_every_command_and_the_exit_codes() -> None:
     for command in COMMANDS:
         assert f"\n  {command}" in result.stdout
         assert run(command, "--help").exit_code == 0
-    assert "130 Ctrl-C" in result.stdout
+    assert "130 Ctrl-C" in result.stdout and "9 an assertion of compare" in " ".join(result.stdout.split())
     assert set(COMMANDS) == set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
