@@ -5,6 +5,7 @@ Each run's optimizer keeps to itself, too: what bitsandbytes is told about one i
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -13,6 +14,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from aligntune.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger("aligntune")
 
 
 def embedding_weights(model: Any) -> list[nn.Parameter]:
@@ -58,10 +61,11 @@ class EmbeddingRate:
         if not weights:
             raise ConfigError(f"embedding_learning_rate = {rate:g}: {_nothing_trains(self.model)}, or leave it out")
         self.embedding_learning_rate = rate
-        lost = ("; they are stored in bfloat16, which loses steps below 1/256 of a weight"
-                if any(p.dtype == torch.bfloat16 for p in weights) else "")
+        if any(p.dtype == torch.bfloat16 for p in weights):
+            logger.warning("embedding_learning_rate = %g: they are stored in bfloat16, which loses steps below "
+                           "1/256 of a weight; storage in float32 keeps them", rate)
         return (f"embeddings: {sum(p.numel() for p in weights):,} weights train at {rate:g}, "
-                f"the others at {self.args.learning_rate:g}{lost}")
+                f"the others at {self.args.learning_rate:g}")
 
     def create_optimizer(self: Any, model: Any = None) -> Any:
         """As transformers makes it, with the embeddings moved into groups of their own."""
