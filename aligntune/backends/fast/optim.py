@@ -62,7 +62,7 @@ class EmbeddingRate:
             raise ConfigError(f"embedding_learning_rate = {rate:g}: {_nothing_trains(self.model)}, or leave it out")
         self.embedding_learning_rate = rate
         if any(p.dtype == torch.bfloat16 for p in weights):
-            logger.warning("embedding_learning_rate = %g: they are stored in bfloat16, which loses steps below "
+            logger.warning("embeddings at a rate of %g: they are stored in bfloat16, which loses steps below "
                            "1/256 of a weight; storage in float32 keeps them", rate)
         return (f"embeddings: {sum(p.numel() for p in weights):,} weights train at {rate:g}, "
                 f"the others at {self.args.learning_rate:g}")

@@ -157,6 +157,24 @@ def test_the_step_is_trls_with_another_rate_and_the_norm_is_of_everything(tmp_pa
         assert theirs.norm() > 0
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_beside_adapters_learn_what_they_learn_on_trl(tied, tmp_path):
+    """A tied weight gets the gradient of both of its uses."""
+    moved = {}
+    for backend in ("fast", "trl"):
+        model = tiny.llama(num_hidden_layers=1, tie_word_embeddings=tied)
+        trainer = sft(tmp_path / backend, backend=backend, model=model, embedding_learning_rate=None, optimizer="sgd",
+                      use_peft=True, lora_target_modules=WHOLE, max_steps=1, lr_scheduler="constant")  # fmt: skip
+        before = weights(trainer.trainer)
+        trainer.train()
+        moved[backend] = {name: value - before[name] for name, value in weights(trainer.trainer).items()}
+    whole = [name for name in moved["trl"] if "modules_to_save" in name]
+    assert len(whole) == (1 if tied else 2)
+    for name in whole:
+        theirs = moved["trl"][name]
+        assert theirs.norm() > 1e-4 and (moved["fast"][name] - theirs).norm() < 1e-3 * theirs.norm(), name
+
+
 def test_without_the_option_the_optimizer_is_transformers_own(tmp_path):
     trainer = sft(tmp_path, embedding_learning_rate=None).trainer
     assert isinstance(trainer, EmbeddingRate) and len(groups(trainer)) == 2
@@ -175,13 +193,18 @@ SLOW = ["adamw", "paged_adamw_32bit", "paged_adamw_8bit", "sgd", "adafactor"]
 )
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_resumed_is_uninterrupted(optimizer, tmp_path):
+    resume(optimizer, tmp_path)
+
+
+def resume(optimizer: str, tmp_path: Path, **size: Any) -> Any:
+    """Four steps, and two of them again from a checkpoint: the same rates and weights; returns the first trainer."""
     options = {
         "optimizer": optimizer, "max_steps": 4, "save_steps": 2, "weight_decay": 0.01, "warmup_steps": 1,
         "use_peft": True, "lora_target_modules": WHOLE,
     }  # fmt: skip
-    whole = sft(tmp_path / "whole", **options)
+    whole = sft(tmp_path / "whole", model=tiny.llama(num_hidden_layers=1, **size), **options)
     whole.train()
-    resumed = sft(tmp_path / "again", **options)
+    resumed = sft(tmp_path / "again", model=tiny.llama(num_hidden_layers=1, **size), **options)
     start = weights(resumed.trainer)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert resumed.trainer.state.global_step == 4
@@ -193,6 +216,19 @@ def test_resumed_is_uninterrupted(optimizer, tmp_path):
     for name in there:
         assert torch.allclose(there[name], here[name], rtol=0, atol=NEAR), name
         assert not torch.equal(there[name], start[name]), name
+    return whole.trainer
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+def test_moments_of_large_weights_on_a_gpu(optimizer, tmp_path):
+    """Paged moments exist on GPUs alone, for 100,000 weights and more."""
+    trainer = resume(optimizer, tmp_path, hidden_size=512)
+    state = getattr(trainer.optimizer, "optimizer", trainer.optimizer).state
+    moments = [state[p]["state1"] for p in embedding_weights(trainer.model)]
+    assert [m.dtype for m in moments] == [torch.float32, torch.float32 if "32bit" in optimizer else torch.uint8]
+    paged = [getattr(m, "is_paged", False) for m in moments]
+    assert paged == [False, False] if optimizer == "adamw_8bit" else paged[1]
 
 
 def test_eight_bit_moments_go_by_the_weight_not_by_the_group(tmp_path):

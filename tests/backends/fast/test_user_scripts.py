@@ -244,6 +244,18 @@ def test_eight_bits_tensorboard_memory_resume_and_save(saved, tmp_path):
     assert not torch.allclose(logits[3], logits[0], atol=1e-3)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_tied_embeddings_among_the_targets_stay_one_tensor(tied, tmp_path):
+    tiny.llama(num_hidden_layers=1, tie_word_embeddings=tied).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    model, _ = FastLanguageModel.from_pretrained(str(tmp_path), dtype=torch.float32)
+    mine = ["lm_head"]
+    model = FastLanguageModel.get_peft_model(model, r=2, target_modules=["q_proj"], modules_to_save=mine)
+    assert mine == ["lm_head"]
+    ends = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert (ends[0] is ends[1]) == tied and ends[1].requires_grad
+
+
 # ------------------------------------------------------------------------------------------- what it takes and refuses
 
 
