@@ -285,6 +285,14 @@ def test_a_setting_given_twice(tmp_path):
         build(tmp_path, config(tmp_path), max_seq_lenght=30)
 
 
+def test_the_scripts_own_arguments_stay_as_they_are(tmp_path):
+    for kind in (FastTrainingArguments, trl.SFTConfig):
+        args = kind(str(tmp_path), bf16=False, report_to="none")
+        trainer = build(tmp_path, args, max_seq_length=20, packing=True)
+        assert (trainer.args.max_length, trainer.args.packing, type(trainer.args)) == (20, True, kind)
+        assert (args.max_length, args.packing, args.dataset_text_field) == (1024, False, "text")
+
+
 def test_the_length_that_is_meant(tmp_path, caplog):
     model = tiny.llama(num_hidden_layers=1)
     model.max_seq_length = 2048
