@@ -119,6 +119,26 @@ def recipe(report: Report) -> str:
 
 
 RECIPES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "ppo", "rloo", "grpo", "gspo", "dapo", "dr_grpo")
+def sft(report: Report) -> str:
+    """Whole SFT steps: real tokens a second, the step, the peak, the first step, the losses."""
+    rows, versions = [], {}
+    for entry in report["rows"]:
+        if "failed" in entry or "skipped" in entry:
+            rows.append([entry["arm"], entry.get("failed") or entry["skipped"], *["-"] * 5])
+            continue
+        rows.append([
+            entry["arm"], f"{entry['tokens_per_s']:,.0f}", f"{entry['step_ms']:.0f}", f"{entry['peak_gib']:.2f}",
+            f"{entry['first_step_s']:.0f}", f"{entry['loss_first']:.3f}", f"{entry['loss_last']:.3f}",
+        ])  # fmt: skip
+        apart = {f"{entry['arm']}'s {name}": version for name, version in entry["versions"].items()
+                 if versions.get(name, version) != version}  # fmt: skip
+        versions = entry["versions"] | apart | versions
+    head = ["arm", "tokens/s", "step ms", "peak GiB", "first step s", "first logged loss", "last"]
+    return markdown(head, rows) + "\n" + source(report | {"versions": versions})
+
+
+SFT_ROWS = ("lora-1b", "lora-1b-ragged", "lora-1b-packed", "full-1b")
+
 TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "ops-elementwise": ("ops/elementwise.json", elementwise),
     "ops-head": ("ops/head.json", head_table),
@@ -126,6 +146,7 @@ TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "ops-lora": ("ops/lora.json", bounded(_lora_label)),
     "ops-nf4": ("ops/nf4.json", bounded(lambda entry: " x ".join(map(str, entry["shape"])))),
     "ops-adamw": ("ops/adamw.json", bounded(lambda entry: f"{entry['numel']:,} parameters")),
+    **{f"sft-{name}": (f"sft/{name}.json", sft) for name in SFT_ROWS},
     **{f"recipe-{name}": (f"recipes/{name}-builtin.json", recipe) for name in RECIPES},
 }
 
