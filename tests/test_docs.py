@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"]
 OPTIONS = DOCS / "options.md"
+FAMILIES_PAGE = DOCS / "families.md"
 
 
 def python_blocks(text: str) -> list[str]:
@@ -25,6 +26,34 @@ def python_blocks(text: str) -> list[str]:
 def options_page() -> str:
     return ("# Options\n\nGenerated from the config dataclasses; `aligntune options ALGORITHM` prints one algorithm's. "
             "`null` in YAML is `None` in Python.\n\n" + markdown())
+
+
+def families_page() -> str:
+    """The fast backend's table of model families, a row each."""
+    from aligntune.backends.fast.families import FAMILIES
+
+    head = ["family", "`model_type`", "RMSNorm", "norms lie", "q and k norm", "q, k, v", "MLP", "of its own"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for family in FAMILIES:
+        own = [
+            *(f"attention {name}" for name, _ in family.attention_options),
+            *(["layers without rotary embedding"] if family.optional_rope else []),
+            *(["scaled residual"] if family.residual_scale else []),
+            *(["dropout on branches"] if family.branch_dropouts else []),
+            *(["scaled logits"] if family.logits_divisor else []),
+            *(["capped logits"] if family.logits_softcap else []),
+        ]
+        cells = [family.title, f"`{family.model_type}`", family.norm, family.layer, family.qk_norm or "none",
+                 family.attention, family.mlp, ", ".join(own).replace("_", " ") or "-"]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return (
+        "# Families\n\nGenerated from `aligntune/backends/fast/families.py`: how the modules of each model family are "
+        "laid out, which decides the op that each takes.\n\n" + "\n".join(lines) + "\n\n"
+        "A family is recognised by the `forward` that its modules run. A model outside the table gets what its structure "
+        "shows: a module is probed on a few numbers and taken only if it computes what the op computes. What runs eager "
+        "is named in the attestation, with the reason; `strict=True` makes it an error. Experts of mixtures keep their "
+        "own modules; norms, rotary embedding, attention and head are ours.\n"
+    )
 
 
 WITH_CODE = [page for page in PAGES if page.exists() and python_blocks(page.read_text())]
@@ -49,6 +78,10 @@ def test_the_options_page_is_the_table() -> None:
     assert OPTIONS.read_text() == options_page(), "regenerate it: python -m tests.test_docs"
 
 
+def test_the_families_page_is_the_table() -> None:
+    assert FAMILIES_PAGE.read_text() == families_page(), "regenerate it: python -m tests.test_docs"
+
+
 def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
     for page in DOCS.rglob("*.md"):
@@ -61,3 +94,4 @@ def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere() -> Non
 
 if __name__ == "__main__":
     OPTIONS.write_text(options_page())
+    FAMILIES_PAGE.write_text(families_page())
