@@ -92,7 +92,7 @@ def test_memory_that_training_wrote_over_changes_nothing():
     torch.cuda.empty_cache()
     blocks = []
     while torch.cuda.mem_get_info()[0] > 1 << 30:
-        blocks.append(torch.full((min(1 << 30, torch.cuda.mem_get_info()[0] // 4),), float("nan"), device="cuda"))
+        blocks.append(torch.full((min(1 << 30, torch.cuda.mem_get_info()[0] // 8),), float("nan"), device="cuda"))
     small = [torch.full((1 << 18,), float("nan"), device="cuda") for _ in range(64)]
     again = engine.generate(prompts, num_generations=8, sampling=sampling)
     del blocks, small
