@@ -51,7 +51,8 @@ def families_page() -> str:
         "laid out, which decides the op that each takes.\n\n" + "\n".join(lines) + "\n\n"
         "A family is recognised by the `forward` that its modules run. A model outside the table gets what its "
         "structure shows: a module is probed on a few numbers and taken only if it computes what the op computes. "
-        "What runs eager is named in the attestation, with the reason; `strict=True` makes it an error. Experts of mixtures keep their "
+        "What runs eager is named in the attestation, with the reason; `strict=True` makes it an error. "
+        "Experts of mixtures keep their "
         "own modules; norms, rotary embedding, attention and head are ours.\n"
     )
 
