@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make quickstart   SFT, then GRPO, on the embedded model and data (about 5 minutes on two cores)"
 	@echo "make test         the tests (no GPU, no network but the package registry)"
-	@echo "make test-full    the long tests too; writes tests/reports/full.txt"
+	@echo "make test-full    the long tests too; writes tests/reports/full.txt (PART=compare: that part anew)"
 	@echo "make test-gpu     the tests that need an NVIDIA GPU"
 	@echo "make lint         ruff and mypy"
 	@echo "make docs         the documentation site, in site/"
@@ -28,7 +28,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-full: $(STAMP)
-	$(BIN)/python -m tests.full_report $(PYTEST_ARGS)
+	$(BIN)/python -m tests.full_report $(if $(PART),--part $(PART)) -- $(PYTEST_ARGS)
 
 test-gpu:
 	$(PYTHON) -m pytest -q -m gpu $(PYTEST_ARGS)

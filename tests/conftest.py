@@ -22,6 +22,15 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under `--dist loadgroup` a test without a group is in its file's: module fixtures are made once."""
+    if config.getoption("loadgroup", default=False):
+        for item in items:
+            if item.get_closest_marker("xdist_group") is None:
+                item.add_marker(pytest.mark.xdist_group(item.location[0]))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip `gpu` tests where there is no GPU that torch can use."""
     if item.get_closest_marker("gpu") is None:

@@ -1,9 +1,19 @@
-"""Runs every test that needs no GPU, the long ones too, and writes the report: `make test-full`."""
+"""Runs every test that needs no GPU, the long ones too, and writes the report: `make test-full`.
+
+    python -m tests.full_report                      # every part, one after the other
+    python -m tests.full_report --part compare       # one; the report keeps the other parts' sections
+    python -m tests.full_report --part fast -- -x    # what follows goes to pytest
+
+Tests of one file run in one process, those that name an `xdist_group` in that group's.
+"""
 
 from __future__ import annotations
 
+import argparse
 import datetime
+import os
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -11,20 +21,61 @@ from pathlib import Path
 
 REPORT = Path(__file__).with_name("reports") / "full.txt"
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "pytest")
+PARTS: dict[str, tuple[str, ...]] = {
+    "compare": ("tests/compare",),
+    "recipes": ("tests/backends/trl", "tests/cli"),
+    "fast": ("tests/backends/fast",),
+}
+REST = "rest"
+_SHOWN = 60
 
 
-def main(arguments: list[str]) -> int:
-    """pytest's exit status; the report holds date, versions and pytest's own summary."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "-m", "not gpu and not mutation",
-               "--durations=20", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(done.stdout)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+def paths(part: str) -> list[str]:
+    """What pytest is given for a part; `rest` is all that no other part holds."""
+    if part != REST:
+        return list(PARTS[part])
+    return ["tests", *(f"--ignore={path}" for each in PARTS.values() for path in each)]
+
+
+def run(part: str, arguments: list[str], workers: int) -> tuple[int, str]:
+    """pytest's exit status, and the part's section of the report."""
+    command = ["-m", "pytest", "-q", "-n", str(workers), "--dist", "loadgroup", "-m", "not gpu and not mutation",
+               "--durations=20", *paths(part), *arguments]
+    done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout, flush=True)
+    git = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    head = f"date: {datetime.date.today()}\ncommit: {commit}\npython {platform.python_version()}, {versions}\n"
-    REPORT.parent.mkdir(exist_ok=True)
-    REPORT.write_text(head + "\n" + "\n".join(done.stdout.splitlines()[-60:]) + "\n")
-    return done.returncode
+    return done.returncode, "\n".join([
+        f"date: {datetime.date.today()}", f"commit: {commit}",
+        f"machine: {platform.machine()}, {os.cpu_count()} cores, {workers} processes",
+        f"python {platform.python_version()}, {versions}", f"command: python {' '.join(command)}", "",
+        *done.stdout.splitlines()[-_SHOWN:],
+    ])
+
+
+def merged(report: str, part: str, section: str) -> str:
+    """The report with this part's section new and the others' as they were, in the order of the parts."""
+    found = re.split(r"^=== part (\w+) ===\n", report, flags=re.M)
+    sections = {**dict(zip(found[1::2], found[2::2], strict=True)), part: section}
+    return "\n".join(f"=== part {name} ===\n{sections[name].strip()}\n" for name in (*PARTS, REST) if name in sections)
+
+
+def main(argv: list[str]) -> int:
+    """1 if a test of any part failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", action="append", choices=[*PARTS, REST], help="this part only; may be repeated")
+    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 2, 16), help="processes of tests")
+    parser.add_argument("pytest", nargs="*", help="after --: arguments for pytest")
+    given = parser.parse_args(argv)
+    failed = 0
+    for part in given.part or (*PARTS, REST):
+        status, section = run(part, given.pytest, given.workers)
+        failed |= status != 0
+        REPORT.parent.mkdir(exist_ok=True)
+        before = REPORT.read_text(encoding="utf-8") if REPORT.is_file() else ""
+        REPORT.write_text(merged(before, part, section), encoding="utf-8")
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ The spec says what to train and what to write down; `arm.json` beside it is the 
 
 from __future__ import annotations
 
+import atexit
+import gc
 import hashlib
 import importlib
 import json
@@ -12,7 +14,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,13 +71,15 @@ def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
     Raises:
         AlignTuneError: whatever building or training raises on purpose.
     """
-    from transformers import set_seed
+    with uncollected():
+        from transformers import set_seed
 
-    from aligntune.compare import batches, fits, peers, probes
-    from aligntune.compare.flops import work
-    from aligntune.compare.recorder import Recorder, save_gradients
-    from aligntune.core.environment import snapshot
-    from aligntune.core.trainer import peak_memory
+        from aligntune.backends.trl import build as _  # noqa: F401  every arm's, and half a second
+        from aligntune.compare import batches, fits, peers, probes
+        from aligntune.compare.flops import work
+        from aligntune.compare.recorder import Recorder, save_gradients
+        from aligntune.core.environment import snapshot
+        from aligntune.core.trainer import peak_memory
 
     folder = Path(spec.folder)
     set_seed(spec.seed)
@@ -116,6 +121,18 @@ def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
         "config_digest": digest_of(config), "work": work(trainer.model), "interpreter": _interpreted(),
         "beta": float(getattr(inner, "beta", 0.0) or 0.0), "load": os.getloadavg(), **extra,
     }
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection: it walks all of what imports make, again and again, for a third of their time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _questions(spec: ArmSpec, trainer: Any, recorder: Any, extra: dict[str, Any]) -> Any:
@@ -188,7 +205,8 @@ def outcome(spec: ArmSpec) -> dict[str, Any]:
 
     try:
         # Before torch and transformers: some peers change them, and insist on being first.
-        package = peers.prepare(spec.peer)
+        with uncollected():
+            package = peers.prepare(spec.peer)
         return run_arm(spec, package)
     except AlignTuneError as error:
         return {"status": "error", "kind": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
@@ -217,7 +235,11 @@ def main() -> None:
     spec = ArmSpec(**json.loads(path.read_text(encoding="utf-8")))
     found = outcome(spec)
     (path.parent / RESULT).write_text(json.dumps(jsonable(found)), encoding="utf-8")
-    sys.exit(0 if found["status"] == "ok" else 1)
+    # All is written: taking the modules down one by one would be a second and a half of every arm.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if found["status"] == "ok" else 1)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from tests import small_jobs
 from tests.compare.cases import FAULTS, SFT, Once, kinds
 
 pytestmark = pytest.mark.slow
-SEEDS = range(5)
-SAME = 20
+# A group is what one process of tests runs: the arms that a seed's faults share are trained once.
+SEEDS = [pytest.param(seed, marks=pytest.mark.xdist_group(f"seed-{seed}")) for seed in range(5)]
+SAME = [pytest.param(number, marks=pytest.mark.xdist_group(f"same-{number}")) for number in range(20)]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_an_eager_arm_with_each_seed(seed: int, tmp_path: Path) -> None:
     assert "fell back" in kinds(report)["eager"] and report.exit_code == 10
 
 
-@pytest.mark.parametrize("number", range(SAME))
+@pytest.mark.parametrize("number", SAME)
 def test_an_arm_against_itself_raises_no_alarm(number: int, tmp_path: Path) -> None:
     report = aligntune.compare(
         SFT, a="trl", b="trl", steps=24, warmup=4, overrides={"seed": number}, output_dir=tmp_path / "out",

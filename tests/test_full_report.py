@@ -1,0 +1,37 @@
+"""A part that is run again takes the place of its own section, and of no other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import full_report
+
+
+def test_a_part_takes_the_place_of_its_own_section() -> None:
+    report = full_report.merged("", "rest", "date: 1\n\n3 passed in 2s")
+    report = full_report.merged(report, "compare", "date: 1\n\n=== failures ===\n1 failed")
+    assert report == ("=== part compare ===\ndate: 1\n\n=== failures ===\n1 failed\n\n"
+                      "=== part rest ===\ndate: 1\n\n3 passed in 2s\n")
+    again = full_report.merged(report, "compare", "date: 2\n\n4 passed")
+    assert again == "=== part compare ===\ndate: 2\n\n4 passed\n\n=== part rest ===\ndate: 1\n\n3 passed in 2s\n"
+
+
+def test_every_test_is_in_one_part() -> None:
+    root = Path(full_report.__file__).parents[1]
+    named = [path for each in full_report.PARTS.values() for path in each]
+    assert all((root / path).is_dir() for path in named) and len(set(named)) == len(named)
+    assert full_report.paths("rest") == ["tests", *(f"--ignore={path}" for path in named)]
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_what_a_run_leaves(status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(full_report, "REPORT", tmp_path / "reports" / "full.txt")
+    monkeypatch.setattr(full_report, "PARTS", {"compare": ("tests/test_full_report.py",)})
+    wanted = "test_every_test_is_in_one_part" if status == 0 else "no_such_test"
+    given = ["--part", "compare", "--workers", "1", "--", "-k", wanted, "-p", "no:cacheprovider"]
+    assert full_report.main(given) == status
+    text = (tmp_path / "reports" / "full.txt").read_text()
+    assert text.startswith("=== part compare ===\ndate: 20") and "cores, 1 processes" in text and "torch 2." in text
+    assert "commit: " in text and ("1 passed" in text.splitlines()[-1]) is (status == 0)
