@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,12 +71,15 @@ class Attestation:
         return "\n".join([f"kernels in one step, on {where}:", *rows, *map(str, self.lines), *verdict])
 
 
-def attest(attachment: Attachment, step: Callable[[], Any]) -> Attestation:
+def attest(
+    attachment: Attachment, step: Callable[[], Any], *, beside: Mapping[str, Attachment] = MappingProxyType({})
+) -> Attestation:
     """Run `step` once, traced, and say what ran.
 
     Args:
         attachment: what `attach` returned for the model that `step` trains.
         step: forward and backward of one step (an optimizer step may follow); it is run exactly once.
+        beside: attachments of other models that every step runs, by what they are called in the report.
     Raises:
         ConfigError: the attachment is strict, and a promise was broken or something ran eager.
     """
@@ -85,7 +89,7 @@ def attest(attachment: Attachment, step: Callable[[], Any]) -> Attestation:
         observed, backward = trace(step)
     replayed = not promises.entries
     if replayed and not promises.replays:
-        promises = _static(attachment)
+        promises = _static([attachment, *beside.values()])
     promised = promises.launches(backward=backward)
     problems = [
         f"{kernel}: the table promises {least} launches in this step, the trace shows {observed[kernel]}"
@@ -93,6 +97,7 @@ def attest(attachment: Attachment, step: Callable[[], Any]) -> Attestation:
         if observed[kernel] < least
     ]
     problems += _untouched(attachment, promises)
+    problems += [f"{name}: {text}" for name, other in beside.items() for text in _untouched(other, promises)]
     result = Attestation(
         interpreter=interpreting(),
         device=_device(attachment.model),
@@ -101,7 +106,7 @@ def attest(attachment: Attachment, step: Callable[[], Any]) -> Attestation:
         kernels=dict(sorted(observed.items())),
         promised=dict(sorted(promised.items())),
         problems=tuple(problems),
-        lines=tuple(attachment.report),
+        lines=report_of(attachment, beside),
     )
     if attachment.strict and (result.problems or result.eager):
         raise ConfigError.from_faults([*result.problems, *result.eager], where="the attested step (strict=True)")
@@ -129,10 +134,17 @@ def trace(step: Callable[[], Any]) -> tuple[Counter[str], bool]:
     return observed, backward or any("backward" in name for name in observed)
 
 
-def _static(attachment: Attachment) -> ledger.Ledger:
+def report_of(attachment: Attachment, beside: Mapping[str, Attachment]) -> tuple[Line, ...]:
+    """The lines of an attachment, and those of others under their names."""
+    others = [replace(line, modules=f"{name}: {line.modules}") for name, other in beside.items()
+              for line in other.report]
+    return (*attachment.report, *others)
+
+
+def _static(attachments: list[Attachment]) -> ledger.Ledger:
     """Where no forward ran and no capture left its promises (someone else's graph): one call of each module."""
     promises = ledger.Ledger()
-    for patch in attachment.patches:
+    for patch in (patch for attachment in attachments for patch in attachment.patches):
         for op in patch.static_ops:
             promises.entries[id(patch.module), op] = ledger.Entry(calls=1, with_grad=0)
     return promises

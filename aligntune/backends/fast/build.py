@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from aligntune.backends.base import Built, Prepared
-from aligntune.backends.fast.attachment import Attachment
+from aligntune.backends.fast.attachment import Attachment, attachment_of
+from aligntune.backends.fast.attestation import attest, report_of
 from aligntune.backends.fast.graphs import eager_because
 from aligntune.backends.fast.online import FlatLogProbs
+from aligntune.backends.fast.ppo import FastPPO, attach_critic
 from aligntune.backends.fast.rollout.trl import FastRollouts, engine_cannot_because
 from aligntune.backends.fast.scripts import attach_trainer
 from aligntune.backends.fast.support import SEQUENCE_RATIOS
@@ -44,9 +47,11 @@ def build(job: Job, prepared: Prepared) -> Built:
         built.notices.append(built.trainer.train_embeddings_at(job.options.embedding_learning_rate))
     attachment = attach_trainer(built.trainer, strict=job.options.strict)
     layout = lay_rows(built.trainer, attachment, vars(job.options).get("padding_free", "auto"))
+    beside, values = _beside(built.trainer, strict=job.options.strict)
+    layout += f"; {values}" if values else ""
     if isinstance(built.trainer, FastRollouts):
         layout += f"; rollouts: {_rollouts(job, built.trainer)}"
-    witness = Witness(built.trainer, attachment, layout)
+    witness = Witness(built.trainer, attachment, layout, beside)
     return Built(built.trainer, attestation=witness.report, notices=built.notices)
 
 
@@ -83,6 +88,18 @@ def lay_rows(trainer: Trainer, attachment: Attachment, wanted: bool | str = "aut
     return f"rows: padded, {why}"
 
 
+def _beside(trainer: Any, *, strict: bool) -> tuple[dict[str, Attachment], str]:
+    """Attachments of what an online trainer runs beside its policy, and how the critic's rows lie."""
+    found, how = {}, ""
+    reference = getattr(trainer, "ref_model", None)
+    if isinstance(trainer, FastRollouts) and reference is not None:
+        found["reference"] = attachment_of(reference)
+    if isinstance(trainer, FastPPO):
+        critic, how = attach_critic(trainer, strict=strict)
+        found["critic"] = critic
+    return {name: one for name, one in found.items() if one is not None}, how
+
+
 def _rollouts(job: Job, trainer: Any) -> str:
     """Set the engine that the job asks for on an online trainer, and say which it is."""
     wanted = job.options.rollout_engine
@@ -109,8 +126,10 @@ class Witness:
     It takes the place of `training_step` on the trainer instance until that step is done, and then is gone.
     """
 
-    def __init__(self, trainer: Trainer, attachment: Attachment, layout: str) -> None:
-        self.attachment = attachment
+    def __init__(
+        self, trainer: Trainer, attachment: Attachment, layout: str, beside: Mapping[str, Attachment] | None = None
+    ) -> None:
+        self.attachment, self.beside = attachment, dict(beside or {})
         self.layout = layout
         self.result: Attestation | None = None
         self._trainer = trainer
@@ -120,18 +139,24 @@ class Witness:
     def _watch(self, *args: Any, **kwargs: Any) -> Any:
         trainer = self._trainer
         last = trainer.state.max_steps <= trainer.state.global_step + 1
-        if trainer.state.global_step < WITNESSED_STEP and not last:
+        early = trainer.state.global_step < WITNESSED_STEP and not last
+        beside = dict(self.beside)
+        if early or (isinstance(trainer, FastRollouts) and not trainer.worth_tracing(last=last)):
             return self._step(*args, **kwargs)
+        if isinstance(trainer, FastRollouts) and not trainer.begins_rollout():
+            beside.pop("reference", None)
         del trainer.training_step
         returned: list[Any] = []
-        self.result = self.attachment.attest(lambda: returned.append(self._step(*args, **kwargs)))
+        self.result = attest(
+            self.attachment, lambda: returned.append(self._step(*args, **kwargs)), beside=beside)
         for problem in self.result.problems:
             logger.warning("attestation: %s", problem)
         return returned[0]
 
     def report(self) -> dict[str, Any]:
         """What attestation.json holds: the build-time table, and the traced step once there has been one."""
-        lines = [str(line) for line in self.attachment.report]
-        eager = [str(line) for line in self.attachment.report if line.eager]
+        found = report_of(self.attachment, self.beside)
+        lines = [str(line) for line in found]
+        eager = [str(line) for line in found if line.eager]
         step = self.result.to_dict() if self.result is not None else None
         return {"backend": "fast", "modules": lines, "eager": eager, "layout": self.layout, "step": step}

@@ -52,6 +52,11 @@ class Flat:
         }
         return cls(inputs, places, rows, columns)
 
+    @property
+    def trunk_inputs(self) -> dict[str, Any]:
+        """Keywords of a model without a head."""
+        return {name: value for name, value in self.inputs.items() if name not in ("labels", "shift_labels")}
+
     def padded(self, values: torch.Tensor) -> torch.Tensor:
         """(1, T) outputs as (rows, columns); their gradient finds its way back."""
         whole = values.new_zeros(self.rows * self.columns + 1).scatter(0, self.places, values[0])
@@ -59,15 +64,20 @@ class Flat:
 
 
 class FlatLogProbs:
-    """Mixin before a GRPOTrainer: with `rows_end_to_end`, log-prob and loss passes compute no padding."""
+    """Mixin before a GRPOTrainer or RLOOTrainer: with `rows_end_to_end`, log-prob and loss passes compute no padding.
+
+    `flats`: how the rows of the last such pass lay, a micro-batch each; empty after a padded one.
+    """
 
     rows_end_to_end = False
+    flats: tuple[Flat, ...] = ()
 
     def _get_per_token_logps_and_entropies(
         self: Any, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int,
         batch_size: int | None = None, compute_entropy: bool = False, **other: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         asked = {name for name, value in other.items() if value is not None and value is not False}
+        self.flats = ()
         if not self.rows_end_to_end or asked:  # images, or the router's loss
             return super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
                 model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size,
@@ -76,9 +86,10 @@ class FlatLogProbs:
         size = batch_size or len(input_ids)
         for start in range(0, len(input_ids), size):
             flat = Flat.of(input_ids[start : start + size], attention_mask[start : start + size], logits_to_keep)
+            self.flats += (flat,)
             with self.accelerator.autocast():
                 outputs = model(**flat.inputs, fused_lm_head=True)
             log_probs.append(flat.padded(outputs.log_probs))
             if compute_entropy:  # a reference model's head has none
-                entropies.append(flat.padded(outputs.entropy.detach()))
+                entropies.append(flat.padded(outputs.entropy))
         return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None

@@ -7,9 +7,12 @@ length is filled up to a bucket, so that few shapes occur; the filling is a row 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from aligntune.backends.fast.attachment import Attachment
 
 IGNORED = -100
 _ROWS_STEP = 8
@@ -86,3 +89,18 @@ class RowsEndToEnd:
         if size < total:
             batch["kept"] = torch.cat([kept, kept.new_full((size - len(kept),), -1)])
         return batch
+
+
+def attention_padded_because(attachment: Attachment) -> str | None:
+    """Why a model's attention cannot keep apart rows that lie end to end, or None where it can."""
+    config = attachment.model.config.get_text_config()
+    attended = sum(patch.spec.kind == "attention" for patch in attachment.patches)
+    if attended != config.num_hidden_layers:
+        return f"{config.num_hidden_layers - attended} attention modules are not ours"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "its attention caps scores, which no launch over ragged rows does"
+    if config._attn_implementation not in ("sdpa", "flash_attention_2", "flash_attention_3"):
+        return f"attn_implementation {config._attn_implementation!r} was asked for"
+    if getattr(config, "attention_dropout", 0.0):
+        return "its attention has dropout"
+    return None

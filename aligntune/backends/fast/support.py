@@ -28,6 +28,8 @@ class FastBackend:
         "grpo": Support("supported"),
         "dapo": Support("supported"),
         "dr_grpo": Support("supported"),
+        "rloo": Support("supported"),
+        "ppo": Support("supported"),
         "gspo": Support("unsupported", SEQUENCE_RATIOS),
     }
     gates = (

@@ -13,9 +13,10 @@ import torch
 from aligntune.backends.fast.graphs import GraphedModel
 from aligntune.backends.fast.online import FlatLogProbs
 from aligntune.backends.fast.optim import EmbeddingRate
-from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd
-from aligntune.backends.fast.rollout.trl import FastRollouts
-from aligntune.backends.trl.trainers import DAPO, DPO, GRPO, SFT, TRAINERS
+from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd, attention_padded_because
+from aligntune.backends.fast.ppo import FastPPO
+from aligntune.backends.fast.rollout.trl import FastRollouts, ScoredRollouts
+from aligntune.backends.trl.trainers import DAPO, DPO, GRPO, RLOO, SFT, TRAINERS
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -25,24 +26,13 @@ if TYPE_CHECKING:
 
 def padded_because(trainer: Trainer, attachment: Attachment) -> str | None:
     """Why rows of this trainer's batches cannot lie end to end, or None where they can."""
-    model = attachment.model
-    config = model.config.get_text_config()
-    attended = sum(patch.spec.kind == "attention" for patch in attachment.patches)
     if attachment.head is None or attachment.head.options is None or not attachment.head.options.trl:
         return "the head is not ours"
     if trainer.aux_loss_enabled:
         return "the router's loss wants a mask"
     if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
         return "its loss wants logits"
-    if attended != config.num_hidden_layers:
-        return f"{config.num_hidden_layers - attended} attention modules are not ours"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "its attention caps scores, which no launch over ragged rows does"
-    if config._attn_implementation not in ("sdpa", "flash_attention_2", "flash_attention_3"):
-        return f"attn_implementation {config._attn_implementation!r} was asked for"
-    if getattr(config, "attention_dropout", 0.0):
-        return "its attention has dropout"
-    return None
+    return attention_padded_because(attachment)
 
 
 class FastSFT(EmbeddingRate, SFT):
@@ -132,4 +122,9 @@ class FastDAPO(EmbeddingRate, FastRollouts, FlatLogProbs, DAPO):
     """The same with dynamic sampling."""
 
 
-FAST_TRAINERS = TRAINERS | {"sft": FastSFT, "dpo": FastDPO, "grpo": FastGRPO, "dr_grpo": FastGRPO, "dapo": FastDAPO}
+class FastRLOO(EmbeddingRate, ScoredRollouts, FlatLogProbs, RLOO):
+    """TRL's RLOOTrainer; completions come from our engine, and log-probs of rows end to end."""
+
+
+FAST_TRAINERS = TRAINERS | {"sft": FastSFT, "dpo": FastDPO, "grpo": FastGRPO, "dr_grpo": FastGRPO, "dapo": FastDAPO,
+                            "rloo": FastRLOO, "ppo": FastPPO}

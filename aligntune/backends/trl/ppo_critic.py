@@ -50,13 +50,17 @@ class Critic(nn.Module):
             policy: the model without what distributed training wraps around it.
             input_ids, attention_mask: (batch, seq).
         """
-        with _last_hidden_states(backbone_of(policy)) as seen:
+        with last_hidden_states(backbone_of(policy)) as seen:
             result = run()
         return result, torch.cat([self._values(hidden, length) for hidden in seen])
 
     def _values(self, hidden: Tensor, length: int) -> Tensor:
+        return self.values(hidden[:, -length - 1:-1])
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """Values (batch, seq) of hidden states (batch, seq, hidden), in fp32."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.head(hidden[:, -length - 1:-1].float()).squeeze(-1)
+            return self.head(hidden.float()).squeeze(-1)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name to parameter of all that learns: what a checkpoint holds."""
@@ -96,7 +100,7 @@ class OwnCritic(Critic):
 
 
 @contextlib.contextmanager
-def _last_hidden_states(backbone: nn.Module) -> Iterator[list[Tensor]]:
+def last_hidden_states(backbone: nn.Module) -> Iterator[list[Tensor]]:
     """Collects the last hidden state of every forward of `backbone` in the block."""
     seen: list[Tensor] = []
     handle = backbone.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with our engine behind the one method that generates.
+"""TRL's online trainers with our engine behind the one method that generates.
 
 Everything after it is TRL's: rewards, advantages, the loss. The log-probabilities that the engine returns are handed on
 as TRL hands on vLLM's; the loss takes its old ones from its own forward, so they decide nothing. They are held against
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aligntune.backends.fast.rollout.engine import RolloutEngine, cannot_run_because
+from aligntune.backends.fast.rollout.engine import Rollout, RolloutEngine, cannot_run_because
 from aligntune.backends.fast.rollout.sampling import Sampling
 from aligntune.errors import ConfigError
 
@@ -63,13 +63,20 @@ class FastRollouts:
             raise ConfigError(f"rollout.rollout_engine = 'fast': {why}; 'hf' generates with transformers")
         self._engine_options = {"max_len": max_len, "memory_gib": memory_gib} | options
 
+    def begins_rollout(self: Any) -> bool:
+        """Whether the next micro-step generates."""
+        return self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+
+    def worth_tracing(self, *, last: bool) -> bool:
+        """Whether the next micro-step shows what runs: one that only learns shows neither engine nor reference."""
+        return last or self.begins_rollout()
+
     def _generate_single_turn(
-        self: Any, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, num_generations: int,
-        *args: Any, **kwargs: Any,
-    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        self: Any, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         if self._engine_options is None:
             return super()._generate_single_turn(  # type: ignore[misc]
-                prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs)
+                prompt_ids, images, multimodal_fields, *args, **kwargs)
         if images or multimodal_fields:
             raise ConfigError("rollout.rollout_engine = 'fast' generates from text alone; 'hf' takes images")
         if self.rollout_engine is None:
@@ -85,6 +92,10 @@ class FastRollouts:
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["rollout/seconds"].append(rollout.stats.seconds)
         metrics["rollout/tokens_per_second"].append(rollout.stats.to_dict()["tokens_per_second"])
+        return self._handed(rollout)
+
+    def _handed(self, rollout: Rollout) -> Any:
+        """A rollout in the form in which TRL's method returns it."""
         return rollout.completion_ids, rollout.log_probs
 
     def _sampling(self: Any) -> Sampling:
@@ -113,11 +124,42 @@ class FastRollouts:
         if self._sampled is not None:
             drawn, mask = self._sampled
             self._sampled = None
-            apart = (found[0].detach() - drawn).abs() * mask
-            mean = apart.sum() / mask.sum().clamp(min=1)
-            metrics = self._metrics["train" if self.model.training else "eval"]
-            metrics[f"{_DIFFERENCE}/mean"].append(self.accelerator.gather(mean).mean().item())
-            metrics[f"{_DIFFERENCE}/max"].append(self.accelerator.gather(apart.max()).max().item())
+            self._log_difference(found[0].detach(), drawn, mask)
+        return found
+
+    def _log_difference(self: Any, trained: torch.Tensor, drawn: torch.Tensor, mask: torch.Tensor) -> None:
+        apart = (trained - drawn).abs() * mask
+        mean = apart.sum() / mask.sum().clamp(min=1)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics[f"{_DIFFERENCE}/mean"].append(self.accelerator.gather(mean).mean().item())
+        metrics[f"{_DIFFERENCE}/max"].append(self.accelerator.gather(apart.max()).max().item())
+
+
+class ScoredRollouts(FastRollouts):
+    """`FastRollouts` for a trainer whose first pass over a rollout is that of the policy that drew it (RLOO, PPO).
+
+    There the log-probs of the engine are held against the trainer's, for every token.
+    """
+
+    _unscored: list[list[float]] | None = None
+
+    def _handed(self, rollout: Rollout) -> Any:
+        self._unscored = rollout.log_probs
+        return rollout.completion_ids
+
+    def _get_per_token_logps_and_entropies(
+        self: Any, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int,
+        *args: Any, **kwargs: Any,
+    ) -> Any:
+        found = super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        if self._unscored is not None:
+            rows, self._unscored = self._unscored, None
+            drawn = torch.zeros(len(rows), logits_to_keep)
+            for row, values in zip(drawn, rows, strict=True):
+                row[: len(values)] = torch.tensor(values)
+            mask = attention_mask[:, -logits_to_keep:]
+            self._log_difference(found[0].detach(), drawn.to(mask.device), mask)
         return found
 
 
