@@ -41,8 +41,16 @@ DISCOPOP_TAU = 0.05
 
 
 @dataclass(frozen=True)
-class _Pairs:
-    """What a form reads; (pairs,) each. h = chosen - rejected log-ratios is the implicit margin."""
+class Pairs:
+    """What a form reads; (pairs,) each. h = chosen - rejected log-ratios is the implicit margin.
+
+    Args:
+        chosen, rejected: log-ratios of policy and reference (or f'(ratio), for another divergence than reverse KL).
+        chosen_length, rejected_length: tokens of the answers, at least 1.
+        log_ratios, ref_log_ratios: chosen less rejected log-probs of the policy, of the reference.
+        chosen_nll: () mean over the tokens of all chosen answers.
+        smoothing: share of flipped labels.
+    """
 
     chosen: Tensor
     rejected: Tensor
@@ -53,6 +61,7 @@ class _Pairs:
     chosen_nll: Tensor
     beta: float
     smoothing: float
+    discopop_tau: float = DISCOPOP_TAU
 
     @property
     def h(self) -> Tensor:
@@ -69,27 +78,27 @@ def _log_sigmoid(value: Tensor) -> Tensor:
     return torch.nn.functional.logsigmoid(value)
 
 
-def _sigmoid(p: _Pairs) -> Tensor:
+def _sigmoid(p: Pairs) -> Tensor:
     """DPO equation 7."""
     return -_log_sigmoid(p.beta * p.h)
 
 
-def _sigmoid_norm(p: _Pairs) -> Tensor:
+def _sigmoid_norm(p: Pairs) -> Tensor:
     """DPO with log-ratios per token (Tulu 3, arXiv 2411.15124, equation 6)."""
     return -_log_sigmoid(p.beta * p.h_per_token)
 
 
-def _hinge(p: _Pairs) -> Tensor:
+def _hinge(p: Pairs) -> Tensor:
     """The hinge of SLiC (arXiv 2305.10425) on DPO's margin (RSO, arXiv 2309.06657)."""
     return (1 - p.beta * p.h).relu()
 
 
-def _ipo(p: _Pairs) -> Tensor:
+def _ipo(p: Pairs) -> Tensor:
     """IPO equation 17 (arXiv 2310.12036), beta its tau, on log-ratios per token."""
     return (p.h_per_token - 1 / (2 * p.beta)) ** 2
 
 
-def _exo_pair(p: _Pairs) -> Tensor:
+def _exo_pair(p: Pairs) -> Tensor:
     """KL(softmax(beta log-ratios) || (1 - eps, eps)) over the pair (EXO, arXiv 2402.00856, equation 16)."""
     import math
 
@@ -97,77 +106,77 @@ def _exo_pair(p: _Pairs) -> Tensor:
     return win.exp() * (win - math.log1p(-p.smoothing)) + lose.exp() * (lose - math.log(p.smoothing))
 
 
-def _nca_pair(p: _Pairs) -> Tensor:
+def _nca_pair(p: Pairs) -> Tensor:
     """NCA on a pair (arXiv 2402.05369)."""
     good, bad = p.beta * p.chosen, p.beta * p.rejected
     return -_log_sigmoid(good) - 0.5 * _log_sigmoid(-good) - 0.5 * _log_sigmoid(-bad)
 
 
-def _robust(p: _Pairs) -> Tensor:
+def _robust(p: Pairs) -> Tensor:
     """Unbiased where a share of labels is flipped (robust DPO, arXiv 2403.00409, equation 12)."""
     right, flipped = -_log_sigmoid(p.beta * p.h), -_log_sigmoid(-p.beta * p.h)
     return ((1 - p.smoothing) * right - p.smoothing * flipped) / (1 - 2 * p.smoothing)
 
 
-def _bco_pair(p: _Pairs) -> Tensor:
+def _bco_pair(p: Pairs) -> Tensor:
     """A binary classifier on rewards (BCO, arXiv 2404.04656), without the shift of the reward."""
     return -_log_sigmoid(p.beta * p.chosen) - _log_sigmoid(-p.beta * p.rejected)
 
 
-def _sppo_hard(p: _Pairs) -> Tensor:
+def _sppo_hard(p: Pairs) -> Tensor:
     """SPPO (arXiv 2405.00675, equation 4.7) with a preference of 1 for the winner and 0 for the loser."""
     return (p.chosen - 0.5 / p.beta) ** 2 + (p.rejected + 0.5 / p.beta) ** 2
 
 
-def _smoothed(p: _Pairs, delta: Tensor) -> Tensor:
+def _smoothed(p: Pairs, delta: Tensor) -> Tensor:
     return -(1 - p.smoothing) * _log_sigmoid(p.beta * delta) - p.smoothing * _log_sigmoid(-p.beta * delta)
 
 
-def _aot(p: _Pairs) -> Tensor:
+def _aot(p: Pairs) -> Tensor:
     """Optimal transport over the batch: the i-th smallest margin of the policy against the reference's i-th smallest
     (AOT, arXiv 2406.05882, paired)."""
     return _smoothed(p, p.log_ratios.sort().values - p.ref_log_ratios.sort().values)
 
 
-def _aot_unpaired(p: _Pairs) -> Tensor:
+def _aot_unpaired(p: Pairs) -> Tensor:
     """The same between the sorted log-ratios of chosen and of rejected answers (AOT, unpaired)."""
     return _smoothed(p, p.chosen.sort().values - p.rejected.sort().values)
 
 
-def _apo_zero(p: _Pairs) -> Tensor:
+def _apo_zero(p: Pairs) -> Tensor:
     """Chosen up, rejected down (APO-zero, arXiv 2408.06266, equation 7)."""
     return 1 - (p.beta * p.chosen).sigmoid() + (p.beta * p.rejected).sigmoid()
 
 
-def _apo_down(p: _Pairs) -> Tensor:
+def _apo_down(p: Pairs) -> Tensor:
     """Both down, rejected faster (APO-down, arXiv 2408.06266, equation 8)."""
     return (p.beta * p.chosen).sigmoid() + 1 - (p.beta * p.h).sigmoid()
 
 
-def _discopop(p: _Pairs) -> Tensor:
+def _discopop(p: Pairs) -> Tensor:
     """A logistic and an exponential loss mixed by the margin (DiscoPOP, arXiv 2406.08414, equation 5)."""
     margin = p.beta * p.h
-    share = (margin / DISCOPOP_TAU).sigmoid()
+    share = (margin / p.discopop_tau).sigmoid()
     return -_log_sigmoid(margin) * (1 - share) + (-margin).exp() * share
 
 
-def _sft(p: _Pairs) -> Tensor:
+def _sft(p: Pairs) -> Tensor:
     """The likelihood of the chosen answers, a mean over the batch's tokens."""
     return p.chosen_nll.expand(len(p.chosen))
 
 
-FORMS: Mapping[str, Callable[[_Pairs], Tensor]] = {
+FORMS: Mapping[str, Callable[[Pairs], Tensor]] = {
     "sigmoid": _sigmoid, "hinge": _hinge, "ipo": _ipo, "exo_pair": _exo_pair, "nca_pair": _nca_pair, "robust": _robust,
     "bco_pair": _bco_pair, "sppo_hard": _sppo_hard, "aot": _aot, "aot_unpaired": _aot_unpaired, "discopop": _discopop,
     "apo_zero": _apo_zero, "apo_down": _apo_down, "sft": _sft, "sigmoid_norm": _sigmoid_norm,
 }
 
 
-def _pairs(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, beta: float, smoothing: float) -> _Pairs:
+def _pairs(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, beta: float, smoothing: float) -> Pairs:
     sums, ref_sums = sequence_log_probs(log_probs, mask), sequence_log_probs(ref_log_probs, mask)
     (chosen, rejected), (ref_chosen, ref_rejected) = halves(sums), halves(ref_sums)
     chosen_length, rejected_length = halves(mask.sum(-1).clamp(min=1))
-    return _Pairs(
+    return Pairs(
         chosen - ref_chosen, rejected - ref_rejected, chosen_length, rejected_length, chosen - rejected,
         ref_chosen - ref_rejected, mean_over_tokens(-halves(log_probs)[0], halves(mask)[0]), beta, smoothing,
     )

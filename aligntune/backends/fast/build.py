@@ -14,6 +14,8 @@ from aligntune.backends.fast.attestation import attest, report_of
 from aligntune.backends.fast.graphs import eager_because
 from aligntune.backends.fast.online import FlatLogProbs
 from aligntune.backends.fast.ppo import FastPPO, attach_critic
+from aligntune.backends.fast.preference import FlatPreference
+from aligntune.backends.fast.rollout.serve import of_trainer
 from aligntune.backends.fast.rollout.trl import FastRollouts, engine_cannot_because
 from aligntune.backends.fast.scripts import attach_trainer
 from aligntune.backends.fast.support import SEQUENCE_RATIOS
@@ -51,8 +53,15 @@ def build(job: Job, prepared: Prepared) -> Built:
     layout += f"; {values}" if values else ""
     if isinstance(built.trainer, FastRollouts):
         layout += f"; rollouts: {_rollouts(job, built.trainer)}"
+    generator = None
+    if built.trainer.model.can_generate():
+        generator, what = of_trainer(built.trainer, prepared.tokenizer,
+                                     wanted=vars(job.options).get("rollout_engine", "auto"))
+        layout += f"; generate: {what}"
+        if generator is None:
+            built.notices.append(f"generate: {what}")
     witness = Witness(built.trainer, attachment, layout, beside)
-    return Built(built.trainer, attestation=witness.report, notices=built.notices)
+    return Built(built.trainer, attestation=witness.report, notices=built.notices, generator=generator)
 
 
 def lay_rows(trainer: Trainer, attachment: Attachment, wanted: bool | str = "auto") -> str:
@@ -62,6 +71,9 @@ def lay_rows(trainer: Trainer, attachment: Attachment, wanted: bool | str = "aut
         ConfigError: `wanted` is True and they cannot.
     """
     why: str | None
+    if isinstance(trainer, FlatPreference):
+        why = padded_because(trainer, attachment) if trainer.needs_head else None
+        return trainer.lay_rows(why or trainer.padded_because(attachment), wanted)
     if isinstance(trainer, FlatLogProbs):
         why = padded_because(trainer, attachment)
         trainer.rows_end_to_end = why is None

@@ -15,8 +15,9 @@ from aligntune.backends.fast.online import FlatLogProbs
 from aligntune.backends.fast.optim import EmbeddingRate
 from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd, attention_padded_because
 from aligntune.backends.fast.ppo import FastPPO
+from aligntune.backends.fast.preference import FastDPO
 from aligntune.backends.fast.rollout.trl import FastRollouts, ScoredRollouts
-from aligntune.backends.trl.trainers import DAPO, DPO, GRPO, RLOO, SFT, TRAINERS
+from aligntune.backends.trl.trainers import DAPO, GRPO, RLOO, SFT, TRAINERS
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -110,10 +111,6 @@ class FastSFT(EmbeddingRate, SFT):
         super().log(logs, start_time)
 
 
-class FastDPO(EmbeddingRate, DPO):
-    """TRL's DPOTrainer."""
-
-
 class FastGRPO(EmbeddingRate, FastRollouts, FlatLogProbs, GRPO):
     """TRL's GRPOTrainer; completions come from our engine, and log-probs of rows end to end."""
 
@@ -126,5 +123,5 @@ class FastRLOO(EmbeddingRate, ScoredRollouts, FlatLogProbs, RLOO):
     """TRL's RLOOTrainer; completions come from our engine, and log-probs of rows end to end."""
 
 
-FAST_TRAINERS = TRAINERS | {"sft": FastSFT, "dpo": FastDPO, "grpo": FastGRPO, "dr_grpo": FastGRPO, "dapo": FastDAPO,
-                            "rloo": FastRLOO, "ppo": FastPPO}
+FAST_TRAINERS = TRAINERS | {"sft": FastSFT, "dpo": FastDPO, "ipo": FastDPO, "grpo": FastGRPO, "dr_grpo": FastGRPO,
+                            "dapo": FastDAPO, "rloo": FastRLOO, "ppo": FastPPO}
