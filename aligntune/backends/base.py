@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -42,13 +42,26 @@ class Prepared:
     report: Any = None
 
 
+class Generator(Protocol):
+    """What generates for `AlignTrainer.generate` in the place of transformers."""
+
+    def declines(self, options: Mapping[str, Any]) -> str | None:
+        """Why it does not take these options of transformers, or None where it does."""
+        ...
+
+    def __call__(
+        self, prompt_ids: Sequence[Sequence[int]], options: Mapping[str, Any], *, batch_size: int, seed: int | None
+    ) -> list[list[int]]: ...
+
+
 @dataclass
 class Built:
-    """A trainer ready to train, and how to ask what really ran in it."""
+    """A trainer ready to train, how to ask what really ran in it, and what generates with its model."""
 
     trainer: Trainer
     attestation: Callable[[], dict[str, Any]] | None = None
     notices: list[str] = field(default_factory=list)
+    generator: Generator | None = None
 
 
 class Backend(Protocol):

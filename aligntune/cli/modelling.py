@@ -37,13 +37,16 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without chat template.")] = False,
     batch_size: Annotated[int, typer.Option(help="Prompts answered together.")] = 8,
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    engine: Annotated[str, typer.Option(help="What generates: fast (our engine), hf (transformers), or auto: fast on a "
+                                        "GPU, where it runs the model.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
 ) -> None:
     """Answers of a model, on stdout."""
+    from aligntune.core.callbacks import say
     from aligntune.core.generation import check_options
     from aligntune.core.generation import generate as answer
-    from aligntune.core.inference import load
+    from aligntune.core.inference import check_engine, generator_for, load
     from aligntune.errors import ConfigError
 
     asked = list(prompts or [])
@@ -54,9 +57,13 @@ def generate(
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     sampling = {name: value for name, value in options.items() if value is not None}
     check_options(sampling)  # before a model is loaded for nothing
+    check_engine(engine)
     loaded, tokenizer = load(model, device=device, trust_remote_code=trust_remote_code)
+    generator, told = generator_for(loaded, tokenizer, engine)
+    if engine == "auto":
+        say(f"generate: with {told}")
     texts = answer(loaded, tokenizer, asked, raw=raw, system_prompt=system_prompt, batch_size=batch_size, seed=seed,
-                   **sampling)
+                   generator=generator, **sampling)
     for prompt, text in zip(asked, texts, strict=True):
         typer.echo(json.dumps({"prompt": prompt, "answer": text}, ensure_ascii=False) if as_json else text)
 

@@ -264,7 +264,7 @@ def build_trainer(job: Job, callbacks: list[Any] | None = None) -> AlignTrainer:
         built.trainer, config=job.config, run_dir=run_dir, tokenizer=data.tokenizer, backend=backend.name,
         algorithm=job.spec.name, attestation=built.attestation, data_report=data.report.markdown(),
         config_yaml=OmegaConf.to_yaml(job.config), notices=[*job.notices, *built.notices], resume=job.options.resume,
-        progress=job.options.progress, system_prompt=job.options.system_prompt,
+        progress=job.options.progress, system_prompt=job.options.system_prompt, generator=built.generator,
     )
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aligntune.core.callbacks import say
 from aligntune.core.model_hygiene import autocast_if_mixed, kept_mode
 from aligntune.errors import ConfigError, DataError, nearest
+
+if TYPE_CHECKING:
+    from aligntune.backends.base import Generator
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -26,9 +30,9 @@ _SAMPLES = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 def generate(
     model: Any, tokenizer: Any, prompts: Any, *, raw: bool = False, system_prompt: str | None = None,
-    batch_size: int = 8, seed: int | None = None, **sampling: Any,
+    batch_size: int = 8, seed: int | None = None, generator: Generator | None = None, **sampling: Any,
 ) -> list[str]:
-    """See `AlignTrainer.generate`."""
+    """See `AlignTrainer.generate`; `generator` takes the place of transformers' `generate`, for options that it has."""
     options = check_options(sampling)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(f"batch_size = {batch_size!r}: a whole number >= 1 is wanted")
@@ -36,8 +40,17 @@ def generate(
     empty = next((index for index, row in enumerate(ids) if not row), None)
     if empty is not None:
         raise DataError(f"prompt {empty} has no tokens: the model has nothing to continue")
-    longest = max((len(row) for row in ids), default=0)
+    if not ids:
+        return []
+    longest = max(len(row) for row in ids)
     options["max_new_tokens"] = _new_tokens(model, longest, options.get("max_new_tokens"))
+    if generator is not None:
+        why = generator.declines(options)
+        if why is None:
+            options.setdefault("eos_token_id", _ends(model, tokenizer))
+            completions = generator(ids, options, batch_size=batch_size, seed=seed)
+            return tokenizer.batch_decode(completions, skip_special_tokens=True)
+        say(f"generate: with transformers; {why}")
     texts: list[str] = [""] * len(ids)
     order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))  # like lengths together: less padding
     with (kept_mode(model), _ready(model), torch.no_grad(), autocast_if_mixed(model), _seeded(seed, model.device)):

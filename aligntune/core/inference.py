@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from aligntune.errors import AlignTuneError, CheckpointError, ConfigError
+from aligntune.errors import AlignTuneError, CheckpointError, ConfigError, unknown
 
+if TYPE_CHECKING:
+    from aligntune.backends.base import Generator
+
+ENGINES = ("auto", "fast", "hf")
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
 
@@ -84,3 +88,36 @@ def load(name: str, *, device: str = "auto", trust_remote_code: bool = False) ->
     if on_gpu and not getattr(model, "is_quantized", False):
         model = model.to("cuda")
     return model.eval(), tokenizer
+
+
+def check_engine(name: str) -> None:
+    """Raise ConfigError unless there is such an engine."""
+    if name not in ENGINES:
+        raise ConfigError(unknown("engine", name, ENGINES))
+
+
+def generator_for(model: Any, tokenizer: Any, engine: str = "auto") -> tuple[Generator | None, str]:
+    """What generates with a loaded model, and that in words; None is transformers.
+
+    Args:
+        engine: "fast" is the engine of backend fast, "hf" transformers, "auto" the first on a GPU where it runs.
+
+    Raises:
+        ConfigError: no such engine, or "fast" cannot run this model; says why.
+    """
+    check_engine(engine)
+    if engine == "hf":
+        return None, "transformers"
+    from aligntune.backends.fast.rollout import cannot_run_because
+    from aligntune.backends.fast.rollout.serve import of_model
+
+    if engine == "auto":
+        why = "the model is not on a GPU" if model.device.type != "cuda" else cannot_run_because(model)
+        if why is None:
+            from aligntune.backends.fast.support import BACKEND
+
+            state = BACKEND.available()
+            why = None if state else state.reason
+        if why is not None:
+            return None, f"transformers; {why}"
+    return of_model(model, tokenizer), "our engine"

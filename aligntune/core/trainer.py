@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer
@@ -24,6 +24,9 @@ from aligntune.core.model_hygiene import keep_4bit_layout, kept_mode
 from aligntune.core.progress import Progress, describe, duration
 from aligntune.core.run_dir import RunDir, on_main_process
 from aligntune.errors import AlignTuneError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from aligntune.backends.base import Generator
 
 
 class AlignTrainer:
@@ -43,6 +46,7 @@ class AlignTrainer:
         progress: True for a bar where stderr is a terminal; False for plain lines.
         config_yaml: text for config.yaml; None leaves what is there.
         notices: choices made on the user's behalf, said when training starts and kept in summary.json.
+        generator: generates in the place of transformers, for the options that it has.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class AlignTrainer:
         attestation: Callable[[], Mapping[str, Any]] | None = None, data_report: Any = None,
         online: bool | None = None, resume: bool | str | os.PathLike[str] = False, system_prompt: str | None = None,
         progress: bool = True, config_yaml: str | None = None, notices: Sequence[str] = (),
+        generator: Generator | None = None,
     ) -> None:
         self.trainer: Any = trainer
         self.config = config
@@ -59,7 +64,7 @@ class AlignTrainer:
         self.online = hasattr(trainer.args, "num_generations") if online is None else online
         self._attestation, self._data_report = attestation, data_report
         self._resume, self._system_prompt = resume, system_prompt
-        self._config_yaml, self._notices = config_yaml, list(notices)
+        self._config_yaml, self._notices, self._generator = config_yaml, list(notices), generator
         trainer.args.output_dir = str(run_dir.path)
         # transformers would put the mean of earlier losses in place of a NaN, and leave NaN rows out of an evaluation.
         trainer.args.logging_nan_inf_filter = False
@@ -262,13 +267,16 @@ class AlignTrainer:
     ) -> list[str]:
         """Completions of `prompts`, in their order; greedy unless a sampling option is given.
 
+        On backend fast they come from its engine, where that runs the model and has the options; otherwise from
+        transformers, and it is said.
+
         Args:
             prompts: a string, a list of strings, one conversation (a list of {"role", "content"}) or a list of those.
                 A string is a user turn of the chat template, if the tokenizer has one. A conversation that ends with
                 an assistant turn is continued inside it.
             raw: continue strings as they are, without the template.
             system_prompt: put before each conversation that has none; default: the one of the training.
-            batch_size: prompts generated together, padded on the left.
+            batch_size: prompts generated together (transformers pads them on the left).
             seed: seed of the sampling; the global random state is then left as it was.
             sampling: `max_new_tokens` (default 256, or what the model's positions leave), `temperature` (0 is
                 greedy), `top_p`, `top_k`, `stop_strings`, ...: transformers' names. The sampling habits of the
@@ -286,7 +294,7 @@ class AlignTrainer:
             system_prompt = self._system_prompt
         return generation.generate(
             model, self.tokenizer, prompts, raw=raw, system_prompt=system_prompt, batch_size=batch_size, seed=seed,
-            **sampling,
+            generator=self._generator, **sampling,
         )
 
     def save_model(self, path: str | os.PathLike[str], merge_adapters: bool = False) -> Path:

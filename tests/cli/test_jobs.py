@@ -84,12 +84,30 @@ def test_a_run_folder_generates_like_its_model(lora_run: Path, shop: Path) -> No
     rows = asked.stdout.splitlines()
     assert [json.loads(row)["prompt"] for row in rows] == ["Say 3", "Say 4"]
     assert json.loads(rows[0])["answer"] == text
+    assert "generate: with transformers; the model is not on a GPU" in result.stderr
+
+
+def test_both_engines_give_the_same_answers(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from aligntune.backends.fast.rollout.engine import RolloutEngine
+
+    drawn: list[int] = []
+    plain = RolloutEngine.generate
+    monkeypatch.setattr(RolloutEngine, "generate",
+                        lambda self, ids, **kwargs: (drawn.append(len(ids)), plain(self, ids, **kwargs))[1])
+    asked = ["generate", str(shop / "model"), "Say 3", "and 4", "--max-new-tokens", "9", "--device", "cpu"]
+    ours, theirs = run(*asked, "--engine", "fast"), run(*asked, "--engine", "hf")
+    assert ours.exit_code == 0 and ours.stdout == theirs.stdout and drawn == [2], ours.output
+    assert "generate: with" not in ours.stderr + theirs.stderr
+    sampled = [run(*asked, "--engine", "fast", "--temperature", "1.5", "--top-k", "20", "--seed", seed).stdout
+               for seed in ("1", "1", "2")]
+    assert sampled[0] == sampled[1] != sampled[2]
 
 
 @pytest.mark.parametrize(("arguments", "code", "told"), [
     (["{shop}", "hi"], 2, "holds no model"), (["./nowhere", "hi"], 2, "no folder here"),
     (["{shop}/model"], 2, "no prompt"),
     (["{shop}/model", "hi", "--temperature", "-1"], 2, "temperature"), (["builtin:tniy", "hi"], 2, "builtin:tiny"),
+    (["{shop}/model", "hi", "--engine", "vllm"], 2, "unknown engine 'vllm'"),
     (["{shop}/unfinished", "hi"], 6, "a run without a checkpoint"),
 ])
 def test_generate_says_what_it_cannot_load(shop: Path, arguments: list[str], code: int, told: str) -> None:

@@ -13,7 +13,7 @@ _SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(("adapters", "options"), [
     (True, {"max_steps": 2}), pytest.param(True, {}, marks=_SLOW), pytest.param(False, {}, marks=_SLOW),
-    pytest.param(True, {"num_iterations": 2, "beta": 0.0}, marks=_SLOW),
+    pytest.param(True, {"num_iterations": 2, "beta": 0.0, "learning_rate": 2e-4}, marks=_SLOW),
 ])
 def test_steps_are_trls_on_the_same_completions(adapters: bool, options: dict[str, Any], tmp_path: Any) -> None:
     """Losses, rewards, KL and weights after three steps; the engine's log-probs are the trainer's."""
@@ -30,7 +30,7 @@ def test_steps_are_trls_on_the_same_completions(adapters: bool, options: dict[st
     for key in [*keys, *(["kl"] if "beta" not in options else [])]:
         ours, theirs = pair.logged(key)
         assert ours and ours == pytest.approx(theirs, rel=2e-4, abs=2e-6), key
-    assert min(pair.logged("grad_norm")[0]) > 1e-3
+    assert pair.logged("grad_norm")[0][0] > 1e-3
     for name, apart_by, moved in pair.weights():
         assert moved > 1e-4 and apart_by < 0.02 * moved, name
     step = pair.built.attestation()["step"]

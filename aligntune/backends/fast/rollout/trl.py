@@ -27,17 +27,20 @@ _DIFFERENCE = "sampling/sampling_logp_difference"
 
 def engine_cannot_because(trainer: Trainer) -> str | None:
     """Why this trainer's completions cannot come from our engine, or None where they can."""
-    why = cannot_run_because(trainer.model)
+    why = cannot_run_because(trainer.model) or sharded_because(trainer)
     if why is not None:
         return why
-    kind = str(getattr(trainer.accelerator.distributed_type, "value", ""))
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        return f"{kind} shards the weights"
     if trainer.use_vllm or trainer.use_transformers_continuous_batching:
         return "TRL was told to generate with another engine"
     if trainer.args.generation_kwargs:
         return f"generation_kwargs {sorted(trainer.args.generation_kwargs)} are transformers' options"
     return None
+
+
+def sharded_because(trainer: Trainer) -> str | None:
+    """Who spreads this trainer's weights over processes, or None where each has them all."""
+    kind = str(getattr(trainer.accelerator.distributed_type, "value", ""))
+    return f"{kind} shards the weights" if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM") else None
 
 
 class FastRollouts:
@@ -83,7 +86,7 @@ class FastRollouts:
             # An evaluation may come first, with fewer rows than training will have.
             round_of_training = self.args.generation_batch_size // self.accelerator.num_processes
             rows = min(MOST_ROWS, max(len(prompt_ids), round_of_training))
-            options = {"max_batch": rows, "autocast": _autocast(self)} | self._engine_options
+            options = {"max_batch": rows, "autocast": autocast_of(self)} | self._engine_options
             self.rollout_engine = RolloutEngine(self.model, self._tokenizer, **options)
         # TRL repeats a prompt for each of its completions; next to each other they share a prefill.
         groups = [(ids, len(list(same))) for ids, same in itertools.groupby(prompt_ids)]
@@ -163,7 +166,7 @@ class ScoredRollouts(FastRollouts):
         return found
 
 
-def _autocast(trainer: Any) -> torch.dtype | None:
+def autocast_of(trainer: Any) -> torch.dtype | None:
     """What training runs under, where the weights are of another type than it computes in."""
     weight = trainer.model.get_input_embeddings().weight
     wanted = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else None
