@@ -1,39 +1,55 @@
 """Breaks losses, op wrappers and masks on purpose, one place at a time, and counts how often the tests notice.
 
-    python -m tests.mutation --sample 40            # 40 mutants drawn over all targets
+    python -m tests.mutation --sample 160           # 160 mutants, as many of each target as of the others
     python -m tests.mutation --target mask          # every mutant of one target
     python -m tests.mutation --list                 # how many there are
+    python -m tests.mutation --report               # a section a target in tests/reports/mutation.json, made anew
 
 The package and its tests are copied to a temporary folder and broken there. A mutant is killed if a test fails, or does
 not end in time; those that no test notices are listed with their line. Some of these change nothing that matters (a
-message, a size that is rounded up anyway): they are read, not counted away.
+message, a size that is rounded up anyway): they are read, not counted away. The tests run on the CPU, kernels in
+Triton's interpreter: what only a GPU reaches survives here.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import datetime
 import json
 import os
+import platform
+import queue
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+REPORT = ROOT / "tests" / "reports" / "mutation.json"
 OPS = "aligntune/backends/fast/ops"
 TESTS = "tests/backends/fast"
+ALGORITHMS = "aligntune/algorithms"
+OFFLINE = ("tests/algorithms/test_offline_losses.py",)
 
 # target: (file, tests that should notice)
 TARGETS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "policy_gradient": ("aligntune/algorithms/policy_gradient.py", ("tests/algorithms",)),
-    "log_probs": ("aligntune/algorithms/log_probs.py", ("tests/algorithms",)),
-    "ppo": ("aligntune/algorithms/ppo.py", ("tests/algorithms",)),
+    "policy_gradient": (f"{ALGORITHMS}/policy_gradient.py", ("tests/algorithms/test_policy_gradient.py",)),
+    "log_probs": (f"{ALGORITHMS}/log_probs.py", ("tests/algorithms",)),
+    "ppo": (f"{ALGORITHMS}/ppo.py", ("tests/algorithms/test_ppo.py",)),
+    "dpo": (f"{ALGORITHMS}/dpo.py", OFFLINE),
+    "kto": (f"{ALGORITHMS}/kto.py", OFFLINE),
+    "cpo": (f"{ALGORITHMS}/cpo.py", OFFLINE),
+    "orpo": (f"{ALGORITHMS}/orpo.py", OFFLINE),
+    "reward": (f"{ALGORITHMS}/reward.py", OFFLINE),
     "mask": ("aligntune/data/mask.py", ("tests/data/test_mask.py", "tests/data/test_trl_parity.py")),
     "packing": ("aligntune/backends/fast/packing.py", (f"{TESTS}/test_rows_end_to_end.py",)),
     "rms_norm": (f"{OPS}/rms_norm.py", (f"{TESTS}/ops/test_rms_norm.py",)),
@@ -42,6 +58,13 @@ TARGETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cross_entropy": (f"{OPS}/cross_entropy.py", (f"{TESTS}/ops/test_cross_entropy.py",)),
     "head": (f"{OPS}/head.py", (f"{TESTS}/ops/test_head.py", f"{TESTS}/test_head_contract.py")),
     "adamw": (f"{OPS}/adamw.py", (f"{TESTS}/ops/test_adamw.py",)),
+    "nf4": (f"{OPS}/nf4.py", (f"{TESTS}/ops/test_nf4.py",)),
+    "decode_attention": (f"{OPS}/decode_attention.py", (f"{TESTS}/ops/test_decode_attention.py",)),
+    "lora_dropout": (f"{OPS}/_lora_dropout.py", (f"{TESTS}/ops/test_lora_dropout.py",)),
+    "rotary": (f"{OPS}/_rotary.py", (f"{TESTS}/ops/test_rope.py",)),
+    "logits_pass": (f"{OPS}/_logits_pass.py", (f"{TESTS}/ops/test_logits_pass.py",)),
+    "lora_core": (f"{OPS}/_lora_core.py", (f"{TESTS}/ops/test_lora.py", f"{TESTS}/ops/test_lora_mlp.py")),
+    "sample": (f"{OPS}/sample.py", (f"{TESTS}/ops/test_sample.py",)),
     "lora": (f"{OPS}/lora.py", (f"{TESTS}/ops/test_lora.py", f"{TESTS}/ops/test_lora_mlp.py")),
     "compare_stats": ("aligntune/compare/stats.py", ("tests/compare/test_stats.py",)),
     "compare_batches": ("aligntune/compare/batches.py", ("tests/compare/test_batches.py",)),
@@ -190,9 +213,67 @@ def check_mutant(folder: Path, mutant: Mutant, *, seconds: float) -> bool:
         (folder / path).write_text(whole, encoding="utf-8")
 
 
-def every_mutant(targets: list[str]) -> list[Mutant]:
-    """All mutants of these targets."""
-    return [mutant for target in targets for mutant in mutants((ROOT / TARGETS[target][0]).read_text(), target)]
+def drawn(targets: Sequence[str], count: int | None, seed: int) -> dict[str, list[Mutant]]:
+    """Mutants by target; with `count` so many in all, in turn from each target, at random within it."""
+    left = {target: list(mutants((ROOT / TARGETS[target][0]).read_text(), target)) for target in targets}
+    if count is None:
+        return left
+    for target, found in left.items():
+        random.Random(f"{seed} {target}").shuffle(found)  # by name: a target's draw does not depend on the others
+    chosen: dict[str, list[Mutant]] = {target: [] for target in targets}
+    while count and any(left.values()):
+        for target in targets:
+            if count and left[target]:
+                chosen[target].append(left[target].pop())
+                count -= 1
+    return chosen
+
+
+def try_target(target: str, found: Sequence[Mutant], copies: queue.Queue[Path], workers: int) -> list[Mutant]:
+    """The mutants that no test notices, after a run of the tests on the whole package."""
+    start = time.monotonic()
+    first = copies.get()
+    try:
+        if not run_tests(first, TARGETS[target][1], seconds=_SLOWEST):
+            sys.exit(f"{target}: its tests fail on the whole package; nothing can be said")
+    finally:
+        copies.put(first)
+    patience = 30 + 4 * workers * (time.monotonic() - start)
+
+    def survives(one: Mutant) -> bool:
+        folder = copies.get()
+        try:
+            killed = check_mutant(folder, one, seconds=patience)
+        finally:
+            copies.put(folder)
+        outcome = "killed  " if killed else "SURVIVED"
+        print(f"{outcome} {target}:{one.line} {one.kind}: {one.before} -> {one.after}", flush=True)
+        return not killed
+
+    with ThreadPoolExecutor(workers) as pool:
+        return [one for one, lives in zip(found, pool.map(survives, found), strict=True) if lives]
+
+
+def section(target: str, tried: Sequence[Mutant], survivors: Sequence[Mutant], *, seed: int | None) -> dict[str, Any]:
+    """What the report holds of a target."""
+    path, tests = TARGETS[target]
+    git = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return {
+        "file": path, "tests": list(tests), "date": str(datetime.date.today()), "commit": commit,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "triton")}},
+        "mutants": len(list(mutants((ROOT / path).read_text()))), "seed": seed, "tried": len(tried),
+        "killed": len(tried) - len(survivors),
+        "survivors": [f"{path}:{one.line}: {one.kind}: {one.before}  ->  {one.after}"
+                      for one in sorted(survivors, key=lambda one: one.line)],
+    }
+
+
+def totals(targets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The report: what all its targets come to, then each."""
+    tried, killed = (sum(one[name] for one in targets.values()) for name in ("tried", "killed"))
+    return {"tried": tried, "killed": killed, "share": round(killed / max(tried, 1), 4),
+            "targets": dict(sorted(targets.items()))}
 
 
 def main() -> None:
@@ -202,44 +283,32 @@ def main() -> None:
     parser.add_argument("--sample", type=int, help="draw this many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--at-least", type=float, default=0.8, help="share that must be killed")
-    parser.add_argument("--out", type=Path, help="write the outcome as JSON")
+    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 16))
+    parser.add_argument("--report", action="store_true", help=f"write these targets' sections of {REPORT.name}")
     parser.add_argument("--list", action="store_true")
     given = parser.parse_args()
-    targets = [name for name in given.target or TARGETS if (ROOT / TARGETS[name][0]).is_file()]
-    found = every_mutant(targets)
+    found = drawn(given.target or list(TARGETS), given.sample, given.seed)
     if given.list:
-        for target in targets:
-            print(f"{target}: {sum(one.target == target for one in found)}")
+        for target, ones in found.items():
+            print(f"{target}: {len(ones)}")
         return
-    if given.sample is not None and given.sample < len(found):
-        found = random.Random(given.seed).sample(found, given.sample)
-    survivors = _try_all(found)
-    share = 1 - len(survivors) / max(len(found), 1)
-    print(f"{len(found) - len(survivors)} of {len(found)} killed: {share:.0%}")
-    for one in survivors:
-        print(f"survived: {TARGETS[one.target][0]}:{one.line}: {one.kind}: {one.before}  ->  {one.after}")
-    if given.out is not None:
-        rows = [{name: value for name, value in asdict(one).items() if name != "source"} for one in survivors]
-        given.out.write_text(json.dumps({"mutants": len(found), "killed": share, "survivors": rows}, indent=1) + "\n")
-    sys.exit(share < given.at_least)
-
-
-def _try_all(found: list[Mutant]) -> list[Mutant]:
-    survivors = []
+    done: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="mutation-") as name:
-        folder = copy_of_the_package(Path(name))
-        for target in sorted({one.target for one in found}):
-            start = time.monotonic()
-            if not run_tests(folder, TARGETS[target][1], seconds=_SLOWEST):
-                sys.exit(f"{target}: its tests fail on the whole package; nothing can be said")
-            patience = 30 + 4 * (time.monotonic() - start)
-            for one in (one for one in found if one.target == target):
-                killed = check_mutant(folder, one, seconds=patience)
-                outcome = "killed  " if killed else "SURVIVED"
-                print(f"{outcome} {target}:{one.line} {one.kind}: {one.before} -> {one.after}", flush=True)
-                if not killed:
-                    survivors.append(one)
-    return survivors
+        copies: queue.Queue[Path] = queue.Queue()
+        for number in range(given.workers):
+            copies.put(copy_of_the_package(Path(name, str(number))))
+        for target, ones in found.items():
+            survivors = try_target(target, ones, copies, given.workers)
+            done[target] = section(target, ones, survivors, seed=None if given.sample is None else given.seed)
+            if given.report:  # after each target: what is done stays done
+                before = json.loads(REPORT.read_text())["targets"] if REPORT.is_file() else {}
+                REPORT.parent.mkdir(exist_ok=True)
+                REPORT.write_text(json.dumps(totals({**before, target: done[target]}), indent=1) + "\n")
+    outcome = totals(done)
+    print(f"{outcome['killed']} of {outcome['tried']} killed: {outcome['share']:.0%}")
+    for one in done.values():
+        print("\n".join(f"survived: {line}" for line in one["survivors"]))
+    sys.exit(outcome["share"] < given.at_least)
 
 
 if __name__ == "__main__":

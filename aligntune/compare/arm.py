@@ -22,7 +22,7 @@ from typing import Any
 
 from aligntune.errors import AlignTuneError, ConfigError
 
-_TRACED = 4  # within the warm-up, after compilation; fast traces a step of its own
+_TRACED = 4  # within the warm-up, after compilation; fast attests this one, and the next is traced
 RESULT, GRADIENTS, PROBE = "arm.json", "gradients.safetensors", "probe.safetensors"
 
 
@@ -92,7 +92,7 @@ def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
         attribute(spec.setup)(trainer)
     recorder = Recorder(inner, started=spec.started, gradient_steps=tuple(spec.gradient_steps),
                         stop_after=spec.stop_after,
-                        trace_step=_TRACED if trainer.backend != "fast" and spec.role in ("a", "b") else None)
+                        trace_step=_trace_step(spec, trainer))
     extra: dict[str, Any] = {"leak": None, "hypotheses": None}
     recorder.before_forward = _questions(spec, trainer, recorder, extra)
     recorder.install()
@@ -133,6 +133,16 @@ def uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _trace_step(spec: ArmSpec, trainer: Any) -> int | None:
+    if spec.role not in ("a", "b"):
+        return None
+    if trainer.backend != "fast":
+        return _TRACED
+    # Two profilers cannot run at once, and online the attested step is the first with a whole round of rollouts. On a
+    # CPU the attestation has said what ran, and an interpreted kernel is thousands of operators.
+    return None if trainer.online or trainer.trainer.args.device.type != "cuda" else _TRACED + 1
 
 
 def _questions(spec: ArmSpec, trainer: Any, recorder: Any, extra: dict[str, Any]) -> Any:

@@ -1,7 +1,8 @@
 """Records every optimizer step of a trainer from the outside: data, loss, gradients, time by phase, memory.
 
 A callback, and wrappers on the one trainer instance (taken off by `remove`). Nothing here reads a tensor of the device
-while a step runs: references are kept, and read after the step's end, where the device is waited for anyway.
+while steps run: references are kept, and read every `READ_EVERY` steps, where the device is waited for. In between a
+trainer may run ahead of the device, as it does in use; a step lasts from the mark that ends the one before to its own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ from aligntune.compare import batches
 
 SAMPLE = 1 << 18
 """Gradients of more elements are compared on a fixed sample of this many; their norms are of all elements."""
+
+READ_EVERY = 8
+"""Steps on a card between two waits for it; on a CPU there is nothing to wait for, and each step is read as it ends."""
 
 METRICS = ("reward", "reward_std", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio",
            "rewards/accuracies", "rewards/margins", "mean_token_accuracy")
@@ -57,12 +62,13 @@ class Recorder(TrainerCallback):
         started: `time.time()` when its process was started; cold start counts from there.
         gradient_steps: optimizer steps whose gradients are kept (before clipping).
         stop_after: end the training after this step; None runs to the end.
-        trace_step: the step that is traced by a profiler, for arms that do not trace one themselves; None is none.
+        trace_step: the step that is traced by a profiler; None is none.
+        read_every: steps between two waits; None is `READ_EVERY` on a card, else 1.
     """
 
     def __init__(
         self, trainer: Any, *, started: float, gradient_steps: tuple[int, ...] = (1,), stop_after: int | None = None,
-        trace_step: int | None = None,
+        trace_step: int | None = None, read_every: int | None = None,
     ) -> None:
         self.trainer, self.started = trainer, started
         self.gradient_steps, self.stop_after, self.trace_step = gradient_steps, stop_after, trace_step
@@ -76,6 +82,9 @@ class Recorder(TrainerCallback):
         self._profiler: Any = None
         self.before_forward: Callable[[Any, dict[str, Any]], None] | None = None
         self._line = Timeline(cuda=trainer.args.device.type == "cuda")
+        self._read_every = read_every or (READ_EVERY if self._line.cuda else 1)
+        self._unread: list[_Step] = []
+        self._ended: Any = None
         self._undo: list[tuple[Any, str, Any]] = []
         self._seen: dict[str, int] = {}
         self._fresh()
@@ -85,7 +94,7 @@ class Recorder(TrainerCallback):
         self._inputs: list[dict[str, Any]] = []
         self._losses: list[torch.Tensor] = []
         self._norm: Any = None
-        self._begin: float | None = None
+        self._begin: Any = None
         self._traced = False
         self._optimizer_mark: Any = None
 
@@ -132,7 +141,7 @@ class Recorder(TrainerCallback):
         @functools.wraps(original)
         def timed(*args: Any, **kwargs: Any) -> Any:
             if phase == "data":
-                self._begin = time.perf_counter()
+                self._started_step()
             elif phase == "forward":
                 if not self.trainer.model.training:
                     return original(*args, **kwargs)
@@ -182,6 +191,8 @@ class Recorder(TrainerCallback):
 
     def finish(self) -> None:
         """Read what only the end knows."""
+        self._line.wait()
+        self._read()
         if self._line.cuda:
             self._note_peaks()
 
@@ -216,7 +227,7 @@ class Recorder(TrainerCallback):
                 continue
             key = f"{step}/{plain_name(name)}"
             grad = parameter.grad
-            self.norms[key] = 0.0 if grad is None else float(grad.detach().double().norm()) * factor
+            self.norms[key] = 0.0 if grad is None else _norm(grad) * factor
             if grad is None:
                 grad = torch.zeros_like(parameter)
             self.gradients[key] = sampled(plain_name(name), grad.detach()).float().mul(factor).cpu()
@@ -229,6 +240,7 @@ class Recorder(TrainerCallback):
         from torch.profiler import ProfilerActivity, profile
 
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._line.cuda else [])]
+        self._line.wait()  # else steps before it, that the device is still at, would be in the trace
         self._profiler = profile(activities=activities)
         self._profiler.__enter__()
 
@@ -238,18 +250,19 @@ class Recorder(TrainerCallback):
             return
         self._profiler.__exit__(None, None, None)
         wanted = DeviceType.CUDA if self._line.cuda else DeviceType.CPU
-        names = Counter(event.name for event in self._profiler.events() if event.device_type == wanted)
-        if not self._line.cuda:
-            names = Counter({name: count for name, count in names.items() if name.startswith("aten::")})
+        events = [event for event in self._profiler.events() if event.device_type == wanted
+                  and (self._line.cuda or event.name.startswith("aten::"))]
         self._profiler = None
-        self.trace = {"step": step, "device": "cuda" if self._line.cuda else "cpu", "names": dict(names.most_common())}
+        names = Counter(event.name for event in events)
+        self.trace = {"step": step, "device": "cuda" if self._line.cuda else "cpu", "names": dict(names.most_common()),
+                      **(busy([(event.name, event.time_range.start, event.time_range.end) for event in events])
+                         if self._line.cuda else {})}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._fresh()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._begin is None:
-            self._begin = time.perf_counter()
+        self._started_step()
         self._seen = {name: len(values) for name, values in self._lists().items()}
         if state.global_step + 1 == self.trace_step:
             self._start_trace()
@@ -264,49 +277,96 @@ class Recorder(TrainerCallback):
         if self._optimizer_mark is not None:
             self._spans.append(("optimizer", self._optimizer_mark, self._line.mark()))
 
+    def _started_step(self) -> None:
+        if self._begin is None:
+            self._begin = self._ended if self._ended is not None else self._line.mark()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        self._line.wait()
-        now = time.perf_counter()
-        self._end_trace(state.global_step)
-        if self.cold_start is None:
-            self.cold_start = time.time() - self.started
-            self.memory["optimizer"] = optimizer_bytes(self.trainer.optimizer)
-        found: list[batches.Document] = []
-        slots = rows = 0
-        for batch in self._inputs:
-            found += batches.documents(batch, rows)
-            rows += batches.rows_of(batch)
-            slots += _slots(batch)
-        if not self.first_documents:
-            self.first_documents = found
-        self.steps.append({
-            "step": state.global_step, "loss": float(sum(float(loss) for loss in self._losses)),
-            "grad_norm": None if self._norm is None else float(self._norm),
-            "seconds": now - self._begin if self._begin is not None else None, "traced": self._traced,
-            "learning_rate": _rate(self.trainer), "rows": rows, "slots": slots, "phases": self._phases(),
-            **batches.sizes(found), "data": batches.fingerprint(found), "metrics": self._metrics(),
-        })
+        step = state.global_step
+        self._ended = self._line.mark()
+        self._unread.append(_Step(
+            step, self._begin, self._ended, self._inputs, self._losses, self._norm, self._spans, self._traced,
+            _rate(self.trainer), self._new_metrics()))
         self._fresh()
-        if self.stop_after is not None and state.global_step >= self.stop_after:
+        if self.stop_after is not None and step >= self.stop_after:
             control.should_training_stop = True
+        if (self._profiler is not None or step in (1, *self.gradient_steps) or control.should_training_stop
+                or step >= state.max_steps or len(self._unread) >= self._read_every):
+            self._line.wait()
+            self._end_trace(step)
+            self._read()
         return control
 
-    def _phases(self) -> dict[str, float]:
+    def _read(self) -> None:
+        """Write down the steps whose tensors were kept; the device has been waited for."""
+        if self.cold_start is None and self._unread:
+            self.cold_start = time.time() - self.started
+            self.memory["optimizer"] = optimizer_bytes(self.trainer.optimizer)
+        for one in self._unread:
+            found: list[batches.Document] = []
+            slots = rows = 0
+            for batch in one.inputs:
+                found += batches.documents(batch, rows)
+                rows += batches.rows_of(batch)
+                slots += _slots(batch)
+            if not self.first_documents:
+                self.first_documents = found
+            self.steps.append({
+                "step": one.step, "loss": float(sum(float(loss) for loss in one.losses)),
+                "grad_norm": None if one.norm is None else float(one.norm),
+                "seconds": self._line.seconds(one.begin, one.end) if one.begin is not None else None,
+                "traced": one.traced, "learning_rate": one.rate, "rows": rows, "slots": slots,
+                "phases": self._phases(one.spans), **batches.sizes(found), "data": batches.fingerprint(found),
+                "metrics": {name: sum(float(value) for value in new) / len(new)
+                            for name, new in one.metrics.items()},
+            })
+        self._unread.clear()
+        self._ended = None  # what was done here is nobody's step
+
+    def _phases(self, spans: list[tuple[str, Any, Any]]) -> dict[str, float]:
         totals: dict[str, float] = {}
-        for phase, start, end in self._spans:
+        for phase, start, end in spans:
             totals[phase] = totals.get(phase, 0.0) + self._line.seconds(start, end)
         inner = totals.get("rollout", 0.0) + totals.get("reward", 0.0)
         if "prepare" in totals:
             totals["prepare"] = max(0.0, totals["prepare"] - inner)
         return totals
 
-    def _metrics(self) -> dict[str, float]:
-        found = {}
-        for name, values in self._lists().items():
-            new = values[self._seen.get(name, 0):]
-            if name in METRICS and new:
-                found[name] = sum(float(value) for value in new) / len(new)
-        return found
+    def _new_metrics(self) -> dict[str, list[Any]]:
+        """What the step put into the trainer's lists, as it is: numbers, or tensors of the device."""
+        found = {name: values[self._seen.get(name, 0):] for name, values in self._lists().items() if name in METRICS}
+        return {name: new for name, new in found.items() if new}
+
+
+@dataclass
+class _Step:
+    """A step that has ended and was not read yet."""
+
+    step: int
+    begin: Any
+    end: Any
+    inputs: list[dict[str, Any]]
+    losses: list[torch.Tensor]
+    norm: Any
+    spans: list[tuple[str, Any, Any]]
+    traced: bool
+    rate: float | None
+    metrics: dict[str, list[Any]]
+
+
+def busy(spans: list[tuple[str, float, float]]) -> dict[str, Any]:
+    """Seconds between the first and last of `spans` (name, start, end in microseconds) with and without one, and the
+    longest-running names; what overlaps counts once in `busy` and whole in `kernels`."""
+    kernels: Counter[str] = Counter()
+    working = idle = 0.0
+    until: float | None = None
+    for name, start, end in sorted(spans, key=lambda span: span[1:]):
+        kernels[name[:120]] += end - start  # type: ignore[assignment]
+        idle += max(0.0, start - until) if until is not None else 0.0
+        working += max(0.0, end - max(start, until if until is not None else start))
+        until = end if until is None else max(until, end)
+    return {"busy": working / 1e6, "idle": idle / 1e6,
+            "kernels": {name: total / 1e6 for name, total in kernels.most_common(40)}}
 
 
 def plain_name(name: str) -> str:
@@ -321,6 +381,11 @@ def sampled(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return flat
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return flat[torch.randint(flat.numel(), (SAMPLE,), generator=generator).to(flat.device)]
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    # The type is of the sum: a copy of the tensor in it would be the run's peak of memory for a large embedding.
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
 
 
 def fingerprint(model: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from aligntune.compare import probes, recorder
 from aligntune.compare.recorder import Recorder
@@ -17,9 +18,10 @@ from tests.core import tiny
 def trained(path: Path, **options: Any) -> tuple[Any, Recorder]:
     steps = options.pop("gradient_steps", (1, 3))
     stop, trace = options.pop("stop_after", None), options.pop("trace_step", None)
+    every = options.pop("read_every", None)
     trainer = tiny.sft(path, **options)
     watch = Recorder(trainer, started=time.time() - 5, gradient_steps=steps, stop_after=stop,
-                     trace_step=trace)
+                     trace_step=trace, read_every=every)
     watch.install()
     try:
         trainer.train()
@@ -41,6 +43,44 @@ def test_losses_norms_and_tokens_are_the_trainers_own(tmp_path: Path) -> None:
     assert watch.steps[-1]["metrics"]["mean_token_accuracy"] >= 0
     assert sum(step["tokens"] for step in watch.steps) == logged[-1]["num_tokens"]
     assert watch.cold_start is not None and 5 < watch.cold_start < 60
+
+
+def test_steps_that_are_read_later_are_written_down_the_same(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"gradient_accumulation_steps": 2, "max_steps": 9, "logging_steps": 2}
+    _, now = trained(tmp_path / "now", **options)
+    trainer, later = trained(tmp_path / "later", read_every=4, **options)
+    assert len(now.steps) == len(later.steps) == trainer.state.global_step == 9
+    times = ("seconds", "phases")
+    for one, two in zip(now.steps, later.steps, strict=True):
+        assert {k: v for k, v in one.items() if k not in times} == {k: v for k, v in two.items() if k not in times}
+        assert two["metrics"] and 0 < sum(two["phases"].values()) <= two["seconds"] * 1.05
+
+
+def test_what_lies_between_two_steps_is_the_next_ones_unless_the_recorder_read_then(tmp_path: Path) -> None:
+    class Pause(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            time.sleep(0.3)
+
+    trainer = tiny.sft(tmp_path, max_steps=9)
+    trainer.add_callback(Pause())
+    watch = Recorder(trainer, started=time.time(), read_every=4, gradient_steps=(1, 3))
+    waits: list[int] = []
+    watch._line.wait = lambda: waits.append(trainer.state.global_step)  # type: ignore[method-assign]
+    watch.install()
+    trainer.train()
+    watch.remove()
+    # 1 and 3 are read for their gradients, 7 is the fourth after them, 9 the last.
+    assert waits == [1, 3, 7, 9]
+    assert [step["step"] for step in watch.steps if step["seconds"] > 0.3] == [3, 5, 6, 7, 9]
+
+
+def test_busy_and_idle_time_of_a_trace() -> None:
+    spans = [("b", 30.0, 50.0), ("a", 0.0, 10.0), ("a", 5.0, 20.0), ("c", 35.0, 40.0), ("b", 60.0, 61.0)]
+    found = recorder.busy(spans)
+    assert found["busy"] == pytest.approx(41e-6) and found["idle"] == pytest.approx(20e-6)
+    assert found["kernels"] == pytest.approx({"a": 25e-6, "b": 21e-6, "c": 5e-6})
+    assert list(found["kernels"]) == ["a", "b", "c"]
+    assert recorder.busy([]) == {"busy": 0.0, "idle": 0.0, "kernels": {}}
 
 
 def test_gradients_are_those_before_clipping(tmp_path: Path) -> None:
