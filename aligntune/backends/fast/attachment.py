@@ -90,6 +90,7 @@ class Attachment:
     patches: list[Patch] = field(default_factory=list)
     decisions: list[tuple[str, str, str | None]] = field(default_factory=list)
     head: head.Head | None = None
+    undo: list[Callable[[], None]] = field(default_factory=list)
 
     @property
     def attached(self) -> bool:
@@ -121,7 +122,9 @@ class Attachment:
             patch.undo()
         if self.head is not None:
             self.head.remove(self.model)
-        self.patches, self.decisions, self.head = [], [], None
+        for undo in self.undo:
+            undo()
+        self.patches, self.decisions, self.head, self.undo = [], [], None, []
         self.model.__dict__.pop(RECORD, None)
 
     def __str__(self) -> str:

@@ -174,12 +174,11 @@ class UnpairedEndToEnd:
     """Collates `prompt_ids`, `completion_ids`, `label` (and `KL_completion_ids`, `ref_logps`, `ref_KL_logps`).
 
     Beside the rows: `KL`, the flat batch of the mismatched completions; `both`, of the rows and those after them, which
-    a reference scores in one pass; and `num_good`, how many labels are true.
+    a reference scores in one pass; `tallies`, good rows, bad rows, and how many tokens of each are scored.
     """
 
     pad_token_id: int
     max_length: int | None = None
-    reference: bool = True
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         rows, mismatched = (
@@ -189,14 +188,15 @@ class UnpairedEndToEnd:
         batch = lay_end_to_end(rows, self.pad_token_id)
         if mismatched:
             batch["KL"] = lay_end_to_end(mismatched, self.pad_token_id)
-            if self.reference:
+            if "ref_logps" not in examples[0]:
                 batch["both"] = lay_end_to_end(rows + mismatched, self.pad_token_id)
         for name in ("ref_logps", "ref_KL_logps"):
             if name in examples[0]:
                 batch[name] = torch.tensor([one[name] for one in examples])
-        batch["label"] = torch.tensor([bool(one["label"]) for one in examples])
-        batch["num_good"] = sum(bool(one["label"]) for one in examples)
-        return batch
+        labels = [bool(one["label"]) for one in examples]
+        scored = [sum(len(row.scored) for row, label in zip(rows, labels, strict=True) if label is side)
+                  for side in (True, False)]
+        return batch | {"label": torch.tensor(labels), "tallies": [sum(labels), len(labels) - sum(labels), *scored]}
 
 
 @dataclass

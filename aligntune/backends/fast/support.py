@@ -24,7 +24,7 @@ class FastBackend:
     name = "fast"
     support = {
         "sft": Support("supported"),
-        "dpo": Support("supported"),
+        **dict.fromkeys(("reward", "dpo", "ipo", "kto", "orpo", "simpo", "cpo"), Support("supported")),
         "grpo": Support("supported"),
         "dapo": Support("supported"),
         "dr_grpo": Support("supported"),

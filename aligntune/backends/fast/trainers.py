@@ -16,6 +16,9 @@ from aligntune.backends.fast.optim import EmbeddingRate
 from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd, attention_padded_because
 from aligntune.backends.fast.ppo import FastPPO
 from aligntune.backends.fast.preference import FastDPO
+from aligntune.backends.fast.preference_free import FastCPO, FastORPO
+from aligntune.backends.fast.preference_unpaired import FastKTO
+from aligntune.backends.fast.reward import FastReward
 from aligntune.backends.fast.rollout.trl import FastRollouts, ScoredRollouts
 from aligntune.backends.trl.trainers import DAPO, GRPO, RLOO, SFT, TRAINERS
 
@@ -124,4 +127,5 @@ class FastRLOO(EmbeddingRate, ScoredRollouts, FlatLogProbs, RLOO):
 
 
 FAST_TRAINERS = TRAINERS | {"sft": FastSFT, "dpo": FastDPO, "ipo": FastDPO, "grpo": FastGRPO, "dr_grpo": FastGRPO,
+                            "kto": FastKTO, "orpo": FastORPO, "simpo": FastCPO, "cpo": FastCPO, "reward": FastReward,
                             "dapo": FastDAPO, "rloo": FastRLOO, "ppo": FastPPO}

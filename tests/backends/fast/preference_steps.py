@@ -45,11 +45,11 @@ def small(**overrides: Any) -> Any:
 
 def built_of(backend: str, algorithm: str, path: Any, rows: Any = None, held_out: Any = None, **options: Any) -> Any:
     """Under LoRA the adapters are moved; whole, the policy is another model than the reference."""
-    adapters = options.get("use_peft", False)
+    adapters, size = options.get("use_peft", False), options.pop("size", 0.05)
     model = options.pop("model_name", None) or small()
     if algorithm in ("dpo", "ipo", "kto") and not adapters and not options.get("precompute_ref_log_probs"):
         options.setdefault("ref_model_name", small())
-        model = moved(model)
+        model = moved(model, size)
     job = resolve({
         "model_name": model, "dataset_name": "in memory", "algorithm": algorithm, "backend": backend,
         "output_dir": str(path / backend), "max_steps": 2, "batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1,
@@ -58,7 +58,7 @@ def built_of(backend: str, algorithm: str, path: Any, rows: Any = None, held_out
     build = {"trl": build_trl, "fast": build_fast}[backend]
     built = build(job, Prepared(tiny.tokenizer(), pairs() if rows is None else rows, held_out))
     if adapters:
-        moved(built.trainer.model)
+        moved(built.trainer.model, size)
     return built
 
 
@@ -74,8 +74,8 @@ def step(trainer: Any, batch: Any = None) -> tuple[float, dict[str, torch.Tensor
     return loss.item(), gradients, {name: float(values[-1]) for name, values in lists.items()}
 
 
-def assert_same_step(ours: Any, theirs: Any, *, without: tuple[str, ...] = ()) -> None:
-    assert ours[0] == pytest.approx(theirs[0], rel=1e-6, abs=1e-6, nan_ok=True)
+def assert_same_step(ours: Any, theirs: Any, *, loss: float = 1e-6, without: tuple[str, ...] = ()) -> None:
+    assert ours[0] == pytest.approx(theirs[0], rel=loss, abs=loss)
     assert ours[1].keys() == theirs[1].keys()
     largest = max(value.norm() for value in theirs[1].values())
     assert largest > 1e-4
@@ -84,7 +84,8 @@ def assert_same_step(ours: Any, theirs: Any, *, without: tuple[str, ...] = ()) -
     assert ours[2].keys() == theirs[2].keys()
     for name, value in theirs[2].items():
         if name not in without:
-            assert ours[2][name] == pytest.approx(value, rel=1e-5, abs=2e-6), name
+            # An answer of 50 nats is known to 4e-6 in fp32.
+            assert ours[2][name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
             assert not math.isnan(value)
 
 

@@ -1,0 +1,90 @@
+"""DPO and IPO on rows end to end give TRL's loss, gradients and metrics, option by option."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from aligntune.algorithms.dpo import LOSS_TYPES
+from aligntune.errors import ConfigError
+from tests.backends.fast.preference_steps import LENGTHS, assert_same_step, both_steps, built_of, ids, pairs, step
+
+SQUARED = ("sppo_hard", "ipo")
+
+
+def passes_done_once(trainer: Any) -> tuple[Any, dict[str, Any], torch.Tensor]:
+    """(a model that answers from memory, a batch with the reference's log-probs, the policy's log-probs as a leaf)."""
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    batch["ref_chosen_logps"], batch["ref_rejected_logps"] = trainer.compute_ref_log_probs(trainer.model, batch)
+    trainer.precompute_ref_logps = True
+    kept: list[Any] = []
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        kept.append(trainer.model(*args, **kwargs))
+        return kept[0]
+
+    trainer._compute_loss(record, batch, False)
+    kept[0].log_probs = kept[0].log_probs.detach().requires_grad_()
+    return lambda *args, **kwargs: kept[0], batch, kept[0].log_probs
+
+
+def test_every_form(tmp_path: Any) -> None:
+    """The losses and their gradients by log-prob, of one pass."""
+    options = {"beta": 0.3, "use_peft": True, "label_smoothing": 0.1, "loss_type": "robust"}
+    ours, theirs = (built_of(backend, "dpo", tmp_path, **options).trainer for backend in ("fast", "trl"))
+    (our_model, our_batch, our_leaf), (model, batch, leaf) = passes_done_once(ours), passes_done_once(theirs)
+    assert "places" in our_batch and "places" not in batch
+    scored, our_scored = batch["completion_mask"][:, 1:] == 1, our_batch["shift_labels"] >= 0
+    torch.testing.assert_close(our_leaf[our_scored], leaf[scored], rtol=1e-6, atol=5e-6)
+    losses = set()
+    for form in LOSS_TYPES:
+        ours.loss_types = theirs.loss_types = [form]
+        our_leaf.grad = leaf.grad = None
+        found, expected = ours._compute_loss(our_model, our_batch, False), theirs._compute_loss(model, batch, False)
+        # Answers of 50 nats are known to 4e-6 in fp32, and a square's slope multiplies that.
+        assert found.item() == pytest.approx(expected.item(), rel=5e-6 if form in SQUARED else 1e-6), form
+        found.backward()
+        expected.backward()
+        assert leaf.grad.norm() > 1e-4
+        torch.testing.assert_close(our_leaf.grad[our_scored], leaf.grad[scored], rtol=1e-4, atol=1e-7)
+        assert not our_leaf.grad[~our_scored].any()
+        losses.add(round(expected.item(), 5))
+    assert len(losses) == len(LOSS_TYPES)
+
+
+@pytest.mark.parametrize("adapters", [True, False], ids=["lora", "full"])
+def test_a_step(adapters: bool, tmp_path: Any) -> None:
+    ours, theirs, layout = both_steps("dpo", tmp_path, beta=0.3, use_peft=adapters)
+    assert layout.startswith("rows: end to end, one launch a pass")
+    assert_same_step(ours, theirs)
+    assert abs(theirs[2]["rewards/margins"]) > 1e-3
+
+
+def test_ipo(tmp_path: Any) -> None:
+    ours, theirs, layout = both_steps("ipo", tmp_path, beta=0.3, use_peft=True)
+    assert layout.startswith("rows: end to end, one launch a pass")
+    assert_same_step(ours, theirs, loss=5e-6)
+
+
+VARIANTS = [
+    {"loss_type": ["sigmoid", "sft", "bco_pair"], "loss_weights": [0.7, 1.3, 0.4]},
+    {"use_weighting": True, "loss_type": ["sigmoid", "nca_pair"]},
+    {"trainer_options": {"ld_alpha": 0.4}},
+    {"trainer_options": {"f_divergence_type": "forward_kl"}},
+    {"trainer_options": {"f_divergence_type": "js_divergence"}, "loss_type": "sigmoid_norm"},
+    {"trainer_options": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5}},
+    {"trainer_options": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0}},
+    {"trainer_options": {"discopop_tau": 0.3}, "loss_type": "discopop"},
+    {"trainer_options": {"max_length": 7, "truncation_mode": "keep_end"}},
+    {"trainer_options": {"max_length": 7}},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_every_option(options: dict[str, Any], tmp_path: Any) -> None:
+    ours, theirs, layout = both_steps("dpo", tmp_path, beta=0.3, use_peft=True, **options)
+    assert layout.startswith("rows: end to end, one launch a pass")
+    assert_same_step(ours, theirs)

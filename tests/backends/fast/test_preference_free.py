@@ -1,0 +1,34 @@
+"""ORPO, CPO and SimPO on rows end to end give TRL's loss, gradients and metrics, and build no logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.backends.fast.preference_steps import assert_same_step, both_steps
+
+OTHER_MEANS = ("logits/chosen", "logits/rejected")
+VARIANTS = [
+    ("orpo", {"beta": 0.3}),
+    ("cpo", {"beta": 0.3, "cpo_alpha": 0.6, "label_smoothing": 0.1}),
+    ("cpo", {"beta": 0.3, "loss_type": "hinge"}),
+    ("cpo", {"beta": 0.3, "loss_type": "ipo", "cpo_alpha": 0.0}),
+    ("simpo", {"beta": 2.3, "simpo_gamma": 0.7, "label_smoothing": 0.1}),
+    ("simpo", {"cpo_alpha": 0.2}),
+    ("simpo", {"trainer_options": {"alpha": 0.25}}),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "options"), VARIANTS, ids=str)
+def test_every_option(algorithm: str, options: dict[str, Any], tmp_path: Any) -> None:
+    ours, theirs, layout = both_steps(algorithm, tmp_path, use_peft=True, **options)
+    assert layout.startswith("rows: end to end, one launch a pass")
+    assert_same_step(ours, theirs, without=OTHER_MEANS)
+    assert abs(theirs[2]["rewards/margins"]) > 1e-3
+
+
+@pytest.mark.parametrize("algorithm", ["orpo", "simpo"])
+def test_every_weight(algorithm: str, tmp_path: Any) -> None:
+    ours, theirs, _ = both_steps(algorithm, tmp_path)
+    assert_same_step(ours, theirs, without=OTHER_MEANS)
