@@ -61,7 +61,8 @@ def compare(
         price: of the machine an hour, in any currency.
         asserts: "speedup>=1.3", "parity", ...; `Report.failed` says which do not hold.
         baseline: an earlier report.json.
-        python_a, python_b: the interpreter of an arm; it needs torch, transformers and trl of its own.
+        python_a, python_b: the interpreter of an arm, with torch, transformers and trl of its own; or a folder of
+            packages (`pip install --target`) that this one is run with.
         setup_a, setup_b: "module:function", called with the built AlignTrainer before training.
         output_dir: for the outputs; None makes comparisons/<recipe>-<time>.
         keep: leave the arms' gradients and probe distributions on disk.

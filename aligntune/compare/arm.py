@@ -46,6 +46,7 @@ class ArmSpec:
         probe: keep the final model's distribution on the probe rows.
         hypotheses: the first step's loss under likely mistakes (the oracle's task).
         fill: train on rows of exactly max_seq_length random tokens.
+        draw_adapters: start LoRA from `peers.draw_adapters`: an arm of the comparison makes its own.
     """
 
     label: str
@@ -63,6 +64,7 @@ class ArmSpec:
     probe: bool = True
     hypotheses: bool = False
     fill: bool = False
+    draw_adapters: bool = False
 
 
 def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
@@ -88,6 +90,8 @@ def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
     inner.args.save_strategy, inner.args.eval_strategy = "no", "no"
     if spec.fill:
         fits.fill(trainer)
+    if spec.draw_adapters:
+        peers.draw_adapters(trainer.model, spec.seed)
     if spec.setup is not None:
         attribute(spec.setup)(trainer)
     recorder = Recorder(inner, started=spec.started, gradient_steps=tuple(spec.gradient_steps),

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 FIELDS = ("timestamp", "name", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "utilization.gpu",
-          "memory.used", "clocks_throttle_reasons.active")
+          "memory.used", "clocks_event_reasons.active")
+_OLD = {"clocks_event_reasons.active": "clocks_throttle_reasons.active"}  # before driver 535
 EVERY_MS = 500
 SHARED_MIB = 300
 """Memory in use on the card before an arm starts, above which somebody else is on it; an idle driver holds less."""
@@ -36,6 +37,7 @@ class Watch:
         self._path = folder / "nvidia-smi.csv"
         self._process: subprocess.Popen[bytes] | None = None
         self._others: list[str] = []
+        self._own = 0.0
         self._load: tuple[float, ...] = ()
 
     def start(self) -> None:
@@ -44,11 +46,15 @@ class Watch:
         tool = shutil.which("nvidia-smi")
         if tool is None:
             return
-        device = ["-i", (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0]]
-        self._others = _compute_apps(tool, device)
+        device = ["-i", card()]
+        self._others, self._own = _compute_apps(tool, device)
+        fields = ",".join(FIELDS)
+        if _asked(tool, device, f"--query-gpu={fields}") is None:
+            for new, old in _OLD.items():
+                fields = fields.replace(new, old)
         with self._path.open("wb") as file:
             self._process = subprocess.Popen(
-                [tool, *device, f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits", "-lms",
+                [tool, *device, f"--query-gpu={fields}", "--format=csv,noheader,nounits", "-lms",
                  str(EVERY_MS)], stdout=file, stderr=subprocess.DEVNULL)
         time.sleep(2 * EVERY_MS / 1e3)  # a reading of the card before the arm is on it
 
@@ -67,20 +73,21 @@ class Watch:
         samples = [sample for line in lines if (sample := parse(line)) is not None]
         load = {"load_before": list(self._load), "load_after": list(os.getloadavg()), "cpus": os.cpu_count()}
         if not samples:
-            return {"card": None, "note": "no card: nvidia-smi is not here", **load}
+            why = "is not here" if self._process is None else "reads nothing"
+            return {"card": None, "note": f"no card: nvidia-smi {why}", **load}
         inside = samples if window is None else [s for s in samples if window[0] <= s["time"] <= window[1]] or samples
         bits = 0
         for sample in inside:
             bits |= sample["throttle"]
-        before = samples[0]
+        before = (samples[0]["used"] or 0.0) - self._own
         return {
             "card": samples[0]["name"], "note": None, "samples": len(inside), **load,
             "sm_clock_mhz": _range(inside, "sm"), "memory_clock_mhz": _range(inside, "mem"),
             "temperature_c": _range(inside, "temperature"), "power_w": _range(inside, "power"),
             "utilization": _range(inside, "utilization"), "energy_j": energy(inside),
             "throttled": [text for bit, text in THROTTLE.items() if bits & bit & _SERIOUS],
-            "power_capped": bool(bits & 0x4), "memory_before_mib": before["used"],
-            "shared": (before["used"] or 0) > SHARED_MIB or bool(self._others), "others": self._others,
+            "power_capped": bool(bits & 0x4), "memory_before_mib": before,
+            "shared": before > SHARED_MIB or bool(self._others), "others": self._others,
         }
 
 
@@ -125,7 +132,21 @@ def _number(text: str) -> float | None:
         return None  # "[N/A]"
 
 
-def _compute_apps(tool: str, device: list[str]) -> list[str]:
-    done = subprocess.run([tool, *device, "--query-compute-apps=pid,process_name,used_memory",
-                           "--format=csv,noheader"], capture_output=True, text=True, timeout=30, check=False)
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+def card() -> str:
+    """The one card that arms run on: the first that this process may use, as nvidia-smi numbers them."""
+    return (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0]
+
+
+def _asked(tool: str, device: list[str], query: str) -> list[str] | None:
+    """nvidia-smi's lines, None where it refuses."""
+    done = subprocess.run([tool, *device, query, "--format=csv,noheader,nounits"], capture_output=True, text=True,
+                          timeout=30, check=False)
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else None
+
+
+def _compute_apps(tool: str, device: list[str]) -> tuple[list[str], float]:
+    """Who else computes on the card, and the MiB that this process itself holds there: asking torch for a card's name
+    can leave a context on it."""
+    lines = _asked(tool, device, "--query-compute-apps=pid,process_name,used_memory") or []
+    own = [line for line in lines if line.partition(",")[0].strip() == str(os.getpid())]
+    return [line for line in lines if line not in own], sum(_number(line.rpartition(",")[2]) or 0.0 for line in own)

@@ -1,12 +1,13 @@
 """Arms that are not a backend of ours: other packages, driven through TRL's trainers on the same prepared rows.
 
-A peer runs in the interpreter given by `--python-b` where its package wants versions of its own; aligntune is put on
-that interpreter's path.
+Where a peer wants versions of its own, `--python-b` names an interpreter, or the folder of a `pip install --target`
+that this interpreter is then run with; aligntune is put on its path.
 """
 
 from __future__ import annotations
 
 import importlib
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ class Peer:
         options: options of the job.
         kernels: what the names of its kernels match; a traced step on a card without one is a fallback.
         model: makes the model from the job's options, or None where ours does.
+        environment: variables of its process; {folder} is the arm's.
     """
 
     package: str
@@ -34,12 +36,15 @@ class Peer:
     kernels: str
     options: dict[str, Any] = field(default_factory=dict)
     model: Callable[[Any, dict[str, Any]], Any] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def _unsloth_model(package: Any, options: dict[str, Any]) -> Any:
     """A model with unsloth's kernels, and its adapters where the job trains any."""
+    checkpointing = options["gradient_checkpointing"]
+    recompute = "unsloth" if checkpointing in ("auto", "offload") else checkpointing
     model, _ = package.FastLanguageModel.from_pretrained(
-        options["model_name"], max_seq_length=options["max_seq_length"],
+        options["model_name"], max_seq_length=options["max_seq_length"], use_gradient_checkpointing=recompute,
         load_in_4bit=options.get("quantization") == "nf4", full_finetuning=not options["use_peft"],
     )
     if not options["use_peft"]:
@@ -47,11 +52,10 @@ def _unsloth_model(package: Any, options: dict[str, Any]) -> Any:
     targets = options["lora_target_modules"]
     if targets == "all-linear":
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    checkpointing = options["gradient_checkpointing"]
     return package.FastLanguageModel.get_peft_model(
         model, r=options["lora_r"], lora_alpha=options["lora_alpha"], lora_dropout=options["lora_dropout"],
         target_modules=targets, random_state=options["seed"],
-        use_gradient_checkpointing="unsloth" if checkpointing in ("auto", "offload") else checkpointing,
+        use_gradient_checkpointing=recompute,
     )
 
 
@@ -59,7 +63,8 @@ PEERS: dict[str, Peer] = {
     "liger": Peer("liger_kernel", "pip install liger-kernel",
                   r"liger|rms_norm|swiglu|geglu|triton_rope", {"trainer_options": {"use_liger_kernel": True}}),
     "unsloth": Peer("unsloth", "pip install unsloth (in an environment of its own; --python-b names it)",
-                    r"rms_layernorm|fg_kernel|rope_embedding|cross_entropy", model=_unsloth_model),
+                    r"rms_layernorm|fg_kernel|rope_embedding|cross_entropy", model=_unsloth_model,
+                    environment={"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_COMPILE_LOCATION": "{folder}/compiled"}),
 }
 
 
@@ -76,6 +81,37 @@ def prepare(name: str | None) -> Any:
         return importlib.import_module(peer.package)
     except ImportError as error:
         raise BackendUnavailableError(f"the peer {name!r} is not here ({error}); {peer.install}") from error
+
+
+def draw_adapters(model: Any, seed: int) -> int:
+    """Set every LoRA A to peft's initial distribution, drawn from the seed and the parameter's name, and B to 0.
+
+    A peer that makes its own adapters draws other numbers from the same seed, and training from other weights is no
+    comparison.
+
+    Returns:
+        How many adapters were set.
+    """
+    import math
+
+    import torch
+
+    count = 0
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {plain(name)}".encode()))
+            values = torch.empty(parameter.shape)
+            torch.nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+            parameter.data.copy_(values)
+            count += 1
+        elif ".lora_B." in name:
+            parameter.data.zero_()
+    return count
+
+
+def plain(name: str) -> str:
+    """A parameter's name without what wrappers put before it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
 def build(spec: ArmSpec, package: Any) -> Any:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from aligntune.compare.arm import RESULT, ArmSpec, outcome, write_spec
-from aligntune.compare.machine import Watch
+from aligntune.compare.machine import Watch, card
+from aligntune.compare.peers import PEERS
 from aligntune.compare.settings import Arm, Settings
 from aligntune.errors import ComparisonError, ConfigError
 
@@ -80,8 +81,6 @@ def spec_of(settings: Settings, run: Run, folder: Path, *, seed: int, online: bo
     for name, value in run.arm.options.items():
         _put(options, name, value)
     if run.arm.peer is not None:
-        from aligntune.compare.peers import PEERS
-
         for name, value in PEERS[run.arm.peer].options.items():
             _put(options, name, value)
     for name, value in (("report_to", "none"), ("progress", False), ("stop_metric", None), ("stop_value", None)):
@@ -99,6 +98,8 @@ def spec_of(settings: Settings, run: Run, folder: Path, *, seed: int, online: bo
         gradient_steps=steps if run.repeat == 0 or run.role == "yardstick" else [],
         stop_after=steps[-1] if run.role == "oracle" else None, probe=run.role != "oracle",
         hypotheses=run.role == "oracle",
+        draw_adapters=any(arm.peer is not None and PEERS[arm.peer].model is not None
+                          for arm in (settings.a, settings.b)),
     )
 
 
@@ -130,8 +131,8 @@ def in_a_fresh_process(spec: ArmSpec, arm: Arm) -> dict[str, Any]:
             spec.started = time.time()
             write_spec(spec)
             done = subprocess.run(
-                [arm.python or sys.executable, "-m", "aligntune.compare.arm", str(path)], stdout=file,
-                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=_environment(arm), check=False)
+                [interpreter(arm), "-m", "aligntune.compare.arm", str(path)], stdout=file,
+                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment(arm, folder), check=False)
     except OSError as error:
         raise ConfigError(f"arm {spec.label!r}: {arm.python!r} cannot be started: {error}") from error
     finally:
@@ -153,13 +154,30 @@ def in_this_process(spec: ArmSpec, arm: Arm) -> dict[str, Any]:
     return {**json.loads(json.dumps(jsonable(outcome(spec)))), "machine": None}
 
 
-def _environment(arm: Arm) -> dict[str, str]:
-    environment = {**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
+def interpreter(arm: Arm) -> str:
+    """What runs the arm: its own interpreter; this one where it has none, or a folder of packages for this one."""
+    return sys.executable if arm.python is None or Path(arm.python).is_dir() else arm.python
+
+
+def environment(arm: Arm, folder: Path) -> dict[str, str]:
+    """The arm's environment: one card, its peer's settings, and where aligntune and the peer's packages lie."""
+    found = {**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
+    # Several visible cards would be used by transformers at once (DataParallel), and nvidia-smi counts by the bus.
+    if found.get("CUDA_VISIBLE_DEVICES") != "":
+        found |= {"CUDA_VISIBLE_DEVICES": card(), "CUDA_DEVICE_ORDER": found.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")}
+    if arm.peer is not None:
+        found |= {name: value.format(folder=folder) for name, value in PEERS[arm.peer].environment.items()}
     if arm.python is not None:
-        # Another interpreter has its own packages: ours is put on its path, from where it lies.
         home = str(Path(__file__).resolve().parents[2])
-        environment["PYTHONPATH"] = os.pathsep.join([home, *filter(None, [environment.get("PYTHONPATH")])])
-    return environment
+        paths = [home, found.get("PYTHONPATH")]
+        if Path(arm.python).is_dir():
+            paths.insert(0, str(Path(arm.python).absolute()))
+            # Such a folder brings CUDA libraries as wheels, which nothing tells the loader of.
+            library = next(Path(arm.python).absolute().rglob("libcudart.so.*"), None)
+            libraries = [str(library.parent) if library else None, found.get("LD_LIBRARY_PATH")]
+            found["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))
+        found["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    return found | dict(arm.environment)
 
 
 def execute(settings: Settings, folder: Path, *, runner: Runner = in_a_fresh_process, say: Callable[[str], None],

@@ -22,6 +22,7 @@ from torch.autograd import DeviceType
 from transformers import TrainerCallback
 
 from aligntune.compare import batches
+from aligntune.compare.peers import plain
 
 SAMPLE = 1 << 18
 """Gradients of more elements are compared on a fixed sample of this many; their norms are of all elements."""
@@ -225,12 +226,12 @@ class Recorder(TrainerCallback):
         for name, parameter in self.trainer.model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            key = f"{step}/{plain_name(name)}"
+            key = f"{step}/{plain(name)}"
             grad = parameter.grad
             self.norms[key] = 0.0 if grad is None else _norm(grad) * factor
             if grad is None:
                 grad = torch.zeros_like(parameter)
-            self.gradients[key] = sampled(plain_name(name), grad.detach()).float().mul(factor).cpu()
+            self.gradients[key] = sampled(plain(name), grad.detach()).float().mul(factor).cpu()
 
     # The steps
 
@@ -369,11 +370,6 @@ def busy(spans: list[tuple[str, float, float]]) -> dict[str, Any]:
             "kernels": {name: total / 1e6 for name, total in kernels.most_common(40)}}
 
 
-def plain_name(name: str) -> str:
-    """A parameter's name without what wrappers put before it."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
-
-
 def sampled(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's elements, or a fixed sample of `SAMPLE` of them that depends on its name and size alone."""
     flat = tensor.reshape(-1)
@@ -395,11 +391,11 @@ def fingerprint(model: Any) -> dict[str, Any]:
     """
     total: dict[bool, int] = {True: 0, False: 0}
     dtypes = set()
-    for name, parameter in sorted(model.named_parameters(), key=lambda item: plain_name(item[0])):
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: plain(item[0])):
         dtypes.add(str(parameter.dtype).removeprefix("torch."))
-        values = sampled(plain_name(name), parameter.detach())
+        values = sampled(plain(name), parameter.detach())
         data = values.cpu().float().numpy().tobytes() if values.is_floating_point() else values.cpu().numpy().tobytes()
-        total[parameter.requires_grad] = zlib.crc32(data, zlib.crc32(plain_name(name).encode(),
+        total[parameter.requires_grad] = zlib.crc32(data, zlib.crc32(plain(name).encode(),
                                                                      total[parameter.requires_grad]))
     return {"trained": f"{total[True]:08x}", "frozen": f"{total[False]:08x}", "dtypes": sorted(dtypes)}
 

@@ -24,8 +24,9 @@ class Arm:
         backend: "trl" or "fast"; peers are driven through "trl".
         options: options of this arm alone.
         peer: "liger", "unsloth" or None.
-        python: the interpreter that runs it; None is this one.
+        python: the interpreter that runs it, or a folder of packages that this one is run with; None is this one.
         setup: "module:function", called with the built trainer.
+        environment: variables of its process.
     """
 
     label: str
@@ -34,6 +35,7 @@ class Arm:
     peer: str | None = None
     python: str | None = None
     setup: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_arm(given: Any, *, python: str | None = None, setup: str | None = None) -> Arm:

@@ -14,7 +14,8 @@ from aligntune.compare.flops import peak_of, step_flops
 
 LINE = "2026/11/20 10:00:0{s}.000, NVIDIA H100 80GB HBM3, {sm}, 2619, {t}, {p}, 97, {used}, {bits}"
 FAKE = """#!/bin/sh
-case "$*" in *compute-apps*) {apps}; exit 0;; esac
+case "$*" in *compute-apps*) {apps}; exit 0;; *{unknown}*) echo "Field is not valid"; exit 2;; esac
+case "$*" in *-lms*) ;; *) echo once; exit 0;; esac
 while true; do
   echo "$(date '+%Y/%m/%d %H:%M:%S.500'), NVIDIA H100 80GB HBM3, 1755, 2619, 61, 640.5, 98, {used}, {bits}"
   sleep 0.1
@@ -27,10 +28,11 @@ def sample(second: int, *, sm: int = 1980, t: int = 50, p: str = "700.0", used: 
     return LINE.format(s=second, sm=sm, t=t, p=p, used=used, bits=bits)
 
 
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, used: int = 4, bits: str = "0x0", apps: str = ":") -> None:
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, used: int = 4, bits: str = "0x0", apps: str = ":",
+         unknown: str = "throttle_reasons") -> None:
     tool = tmp_path / "bin" / "nvidia-smi"
     tool.parent.mkdir()
-    tool.write_text(FAKE.format(used=used, bits=bits, apps=apps))
+    tool.write_text(FAKE.format(used=used, bits=bits, apps=apps, unknown=unknown))
     tool.chmod(tool.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
 
@@ -78,6 +80,35 @@ def test_a_shared_and_throttling_card_is_said(tmp_path: Path, monkeypatch: pytes
     found = watch.summary(watch.stop(), None)
     assert found["shared"] is True and found["others"] == ["123, python, 20000 MiB"]
     assert found["throttled"] == ["hardware slowdown", "software thermal slowdown"]
+
+
+def test_what_this_process_itself_holds_is_nobody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(tmp_path, monkeypatch, used=530, apps=f"echo '{os.getpid()}, python, 520'")
+    watch = machine.Watch(tmp_path)
+    watch.start()
+    found = watch.summary(watch.stop(), None)
+    assert found["shared"] is False and found["others"] == [] and found["memory_before_mib"] == 10
+
+
+def test_older_drivers_have_another_name_for_throttling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(tmp_path, monkeypatch, unknown="event_reasons", bits="0x80")
+    watch = machine.Watch(tmp_path)
+    watch.start()
+    assert watch.summary(watch.stop(), None)["throttled"] == ["power brake"]
+
+
+def test_a_tool_that_reads_nothing_is_not_a_missing_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(tmp_path, monkeypatch, unknown="-")
+    watch = machine.Watch(tmp_path)
+    watch.start()
+    assert watch.summary(watch.stop(), None)["note"] == "no card: nvidia-smi reads nothing"
+
+
+def test_arms_run_on_the_card_that_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert machine.card() == "0"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert machine.card() == "3"
 
 
 def test_peaks_and_arithmetic() -> None:

@@ -10,13 +10,23 @@ from typing import Any
 import pytest
 
 import aligntune
+from aligntune.compare import peers
 from aligntune.compare.arm import ArmSpec, attribute
-from aligntune.compare.protocol import in_a_fresh_process, order, plan, spec_of, write_spec
+from aligntune.compare.protocol import (
+    environment,
+    in_a_fresh_process,
+    interpreter,
+    order,
+    plan,
+    spec_of,
+    write_spec,
+)
 from aligntune.compare.run import one_stage, read_baseline
 from aligntune.compare.settings import Arm, Settings, read_arm
 from aligntune.core.recipes import read_recipe
 from aligntune.errors import ComparisonError, ConfigError
 from tests import small_jobs
+from tests.core import tiny
 
 
 def settings(**options: Any) -> Settings:
@@ -121,14 +131,27 @@ FIRST = "torch" not in sys.modules
 
 class FastLanguageModel:
     @staticmethod
-    def from_pretrained(model_name, max_seq_length, load_in_4bit, full_finetuning):
+    def from_pretrained(model_name, max_seq_length, load_in_4bit, full_finetuning, use_gradient_checkpointing):
         from transformers import AutoModelForCausalLM
+        import os
         import torch
 
-        assert FIRST and max_seq_length == 64 and not load_in_4bit and full_finetuning
+        assert os.environ["UNSLOTH_COMPILE_LOCATION"].endswith("b-1/compiled")
+        assert use_gradient_checkpointing == "unsloth"
+        torch.rand(7)  # adapters that are drawn after it are others
+        assert FIRST and max_seq_length == 64 and not load_in_4bit
         model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
         model.config.fake_peer = True
         return model, None
+
+    @staticmethod
+    def get_peft_model(model, r, lora_alpha, lora_dropout, target_modules, random_state, use_gradient_checkpointing):
+        from peft import LoraConfig, get_peft_model
+
+        assert len(target_modules) == 7
+        return get_peft_model(model, LoraConfig(
+            r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=target_modules,
+            task_type="CAUSAL_LM"))
 '''
 
 
@@ -151,6 +174,74 @@ def test_a_peer_in_another_interpreter(tmp_path: Path, monkeypatch: pytest.Monke
     arm = report.data["arms"]["b"]
     assert arm["peer"] == "unsloth" and arm["python"] == str(other)
     assert "fake_peer" not in str(report.data["arms"]["a"]["config"])
+
+
+@pytest.mark.slow
+def test_a_peer_in_a_folder_of_packages_with_adapters_of_its_own(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    (site / "unsloth").mkdir(parents=True)
+    (site / "unsloth" / "__init__.py").write_text(FAKE_UNSLOTH)
+    recipe = {"algorithm": "sft", "model": {"model_name": small_jobs.model_folder(tmp_path / "model")},
+              "data": {"dataset_name": small_jobs.alpaca(tmp_path / "rows.jsonl"), "max_seq_length": 64},
+              "train": {"max_steps": 4, "batch_size": 2}, "lora": {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}}
+    report = aligntune.compare(recipe, a="trl", b="unsloth", python_b=str(site), repeats=1, warmup=1, oracle=False,
+                               output_dir=tmp_path / "out", asserts=["parity", "data"])
+    assert report.exit_code == 0, report.verdict
+    assert report.data["parity"]["losses"]["steps"] == 4
+
+
+def test_the_environment_of_an_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "LD_LIBRARY_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTHONPATH", "/before")
+    plain = environment(Arm("trl", "trl"), tmp_path)
+    assert (plain["CUDA_VISIBLE_DEVICES"], plain["CUDA_DEVICE_ORDER"]) == ("0", "PCI_BUS_ID")
+    assert plain["PYTHONPATH"] == "/before" and interpreter(Arm("trl", "trl")) == sys.executable
+    (tmp_path / "nvidia" / "lib").mkdir(parents=True)
+    (tmp_path / "nvidia" / "lib" / "libcudart.so.12").touch()
+    peer = Arm("unsloth", "trl", peer="unsloth", python=str(tmp_path), environment={"UNSLOTH_PADDING_CHOICE": "padded"})
+    found = environment(peer, tmp_path / "arm")
+    assert interpreter(peer) == sys.executable
+    assert found["PYTHONPATH"] == f"{tmp_path}:{Path(aligntune.__file__).parents[1]}:/before"
+    assert found["LD_LIBRARY_PATH"] == f"{tmp_path}/nvidia/lib" and found["UNSLOTH_PADDING_CHOICE"] == "padded"
+    assert found["UNSLOTH_COMPILE_LOCATION"] == f"{tmp_path}/arm/compiled"
+    assert interpreter(Arm("b", "trl", python="/other/python")) == "/other/python"
+    for given, wanted in (("", ""), ("2,3", "2")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        assert environment(Arm("trl", "trl"), tmp_path)["CUDA_VISIBLE_DEVICES"] == wanted
+
+
+def test_adapters_are_drawn_from_seed_and_name() -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    def adapters(noise: int, seed: int) -> dict[str, Any]:
+        torch.manual_seed(noise)
+        model = get_peft_model(tiny.llama(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.fill_(1.0)
+        assert peers.draw_adapters(model, seed) == 4
+        return {name: parameter.detach() for name, parameter in model.named_parameters() if "lora" in name}
+
+    one, two, other = adapters(1, 5), adapters(2, 5), adapters(1, 6)
+    assert len(one) == 8 and all(torch.equal(one[name], two[name]) for name in one)
+    for name, values in one.items():
+        if "lora_A" in name:
+            assert not torch.equal(values, other[name])
+            # kaiming_uniform with a = sqrt(5): uniform within 1 / sqrt(inputs)
+            bound = values.shape[1] ** -0.5
+            assert 0.7 * bound < float(values.abs().max()) <= bound and abs(float(values.mean())) < 0.3 * bound
+        else:
+            assert not values.any()
+    assert len({tuple(values.flatten().tolist()) for name, values in one.items() if "lora_A" in name}) == 4
+
+
+def test_adapters_are_drawn_anew_only_beside_a_peer_that_makes_its_own(tmp_path: Path) -> None:
+    for b, wanted in (("unsloth", True), ("liger", False), ("fast", False)):
+        given = settings(b=read_arm(b))
+        specs = [spec_of(given, run, tmp_path, seed=0, online=False, peft=True) for run in plan(given, attention=None)]
+        assert {spec.draw_adapters for spec in specs} == {wanted}
 
 
 @pytest.mark.slow
