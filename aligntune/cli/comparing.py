@@ -36,8 +36,9 @@ def compare(
     asserts: Annotated[list[str] | None, typer.Option(
         "--assert", help="'speedup>=1.3', 'parity', ...; may be given several times.", show_default=False)] = None,
     baseline: Annotated[Path | None, typer.Option(help="An earlier report.json.", show_default=False)] = None,
-    python_a: Annotated[str | None, typer.Option(help="Interpreter of arm a, or a folder of packages for it.", show_default=False)] = None,
-    python_b: Annotated[str | None, typer.Option(help="Interpreter of arm b, or a folder of packages for it.", show_default=False)] = None,
+    python_a: Annotated[str | None, typer.Option(help="Arm a's interpreter, or a folder of packages for it.",
+                                                   show_default=False)] = None,
+    python_b: Annotated[str | None, typer.Option(help="The same for arm b.", show_default=False)] = None,
     setup_a: Annotated[str | None, typer.Option(help="module:function, called with arm a's trainer before it trains.",
                                                 show_default=False)] = None,
     setup_b: Annotated[str | None, typer.Option(help="The same for arm b.", show_default=False)] = None,
