@@ -14,6 +14,9 @@ import torch
 
 from aligntune.backends.fast.packing import IGNORED
 
+_BUCKET = 64
+_FOR_THE_HEAD = ("labels", "shift_labels", "kept")
+
 
 @dataclass
 class Flat:
@@ -30,7 +33,8 @@ class Flat:
         """Of (rows, L) ids and a mask whose ones are one run in each row; outputs of the last `columns` are wanted."""
         rows, width = input_ids.shape
         lengths = attention_mask.sum(dim=1)
-        longest, total = torch.stack((lengths.max(), lengths.sum())).tolist()
+        completions = attention_mask[:, width - columns :].sum()
+        longest, total, completed = torch.stack((lengths.max(), lengths.sum(), completions)).tolist()
         # The order of equal keys stays: first the tokens, row by row.
         index = torch.argsort(attention_mask.flatten(), descending=True, stable=True)[:total]
         row, column = index // width, index % width
@@ -50,12 +54,15 @@ class Flat:
             # A mask of width 0 is the sign that our attention reads.
             "attention_mask": ids.new_empty((1, 1, 1, 0), dtype=torch.bool),
         }
+        size = max(1, -(-completed // _BUCKET)) * _BUCKET
+        if size < total:  # the head leaves the prompts out
+            inputs["kept"] = torch.nonzero_static(scored, size=size, fill_value=-1).view(-1)
         return cls(inputs, places, rows, columns)
 
     @property
     def trunk_inputs(self) -> dict[str, Any]:
         """Keywords of a model without a head."""
-        return {name: value for name, value in self.inputs.items() if name not in ("labels", "shift_labels")}
+        return {name: value for name, value in self.inputs.items() if name not in _FOR_THE_HEAD}
 
     def padded(self, values: torch.Tensor) -> torch.Tensor:
         """(1, T) outputs as (rows, columns); their gradient finds its way back."""

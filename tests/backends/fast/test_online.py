@@ -30,12 +30,26 @@ def test_flat_by_hand() -> None:
     assert flat.inputs["position_ids"].tolist() == [[*range(9), *range(3), *range(3)]]
     assert flat.inputs["cu_seq_lens_q"].tolist() == [0, 9, 12, 15]
     assert flat.inputs["max_length_q"] == 9
+    assert "kept" not in flat.inputs, "a bucket would not be less than all 15 tokens"
+    assert not {"labels", "shift_labels", "kept"} & flat.trunk_inputs.keys() and "cu_seq_lens_q" in flat.trunk_inputs
     assert flat.inputs["shift_labels"].tolist() == [[-100] * 3 + kept[4:9] + [-100] + kept[10:12] + [-100] * 4]
     values = torch.arange(1.0, 16.0)[None].requires_grad_()
     padded = flat.padded(values)
     assert padded.tolist() == [[4, 5, 6, 7, 8], [10, 11, 0, 0, 0], [0] * 5]
     (padded * torch.arange(1.0, 16.0).view(3, 5)).sum().backward()
     assert values.grad.tolist() == [[0, 0, 0, 1, 2, 3, 4, 5, 0, 6, 7, 0, 0, 0, 0]]
+
+
+def test_the_head_is_told_where_completions_are() -> None:
+    """Long prompts: 7 scored tokens of 217; the first token of an empty prompt has nothing before it to score it."""
+    ids = torch.randint(3, 250, (3, 110), generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(3, 110, dtype=torch.long)
+    mask[0, :107], mask[1, :109], mask[2, 105:106] = 1, 1, 1
+    flat = Flat.of(ids, mask, 5)
+    labels = flat.inputs["shift_labels"][0]
+    assert flat.inputs["kept"].tolist() == [104, 105, *range(211, 215), *[-1] * 58]
+    assert (labels != -100).nonzero().flatten().tolist() == [104, 105, *range(211, 215)]
+    assert len(labels) == 217
 
 
 def test_log_probs_and_gradients_are_those_of_padded_rows(tmp_path: Any) -> None:
@@ -45,16 +59,19 @@ def test_log_probs_and_gradients_are_those_of_padded_rows(tmp_path: Any) -> None
     ids, mask = (x.to(trainer.accelerator.device) for x in batch())
     upstream = torch.randn(3, COLUMNS, generator=torch.Generator().manual_seed(1)).to(ids.device)
     found = []
+    scored = torch.tensor([[j < n for j in range(COLUMNS)] for n in COMPLETIONS], device=ids.device)
     for flat in (True, False):
         trainer.rows_end_to_end = flat
         trainer.model.zero_grad()
         log_probs, entropies, aux = trainer._get_per_token_logps_and_entropies(
             trainer.model, ids, mask, COLUMNS, compute_entropy=True)
         assert aux is None
-        (log_probs * upstream).sum().backward()
-        found.append((log_probs.detach().cpu(), entropies.cpu(), [p.grad.clone() for p in trainer.model.parameters()]))
+        # A bonus on entropy is trained through it.
+        (log_probs * upstream + 0.3 * entropies * scored * upstream).sum().backward()
+        grads = [p.grad.clone() for p in trainer.model.parameters()]
+        found.append((log_probs.detach().cpu(), entropies.detach().cpu(), grads))
     (ours, our_entropies, our_grads), (theirs, their_entropies, their_grads) = found
-    scored = torch.tensor([[j < n for j in range(COLUMNS)] for n in COMPLETIONS])
+    scored = scored.cpu()
     assert ours[scored].max() < 0 and not ours[~scored].any()
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(our_entropies[scored], their_entropies[scored], atol=2e-5, rtol=2e-5)
@@ -75,3 +92,23 @@ def test_slices_of_a_batch(size: int, tmp_path: Any) -> None:
     assert nothing is None
     torch.testing.assert_close(reference, whole, atol=1e-5, rtol=1e-5)  # before any step the two are one
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_without_the_prompts_the_head_gives_the_same(tmp_path: Any) -> None:
+    trainer = built_of("fast", "grpo", tmp_path).trainer
+    ids = torch.randint(3, 250, (2, 60), generator=torch.Generator().manual_seed(2)).to(trainer.accelerator.device)
+    mask = torch.ones_like(ids)
+    mask[0, 58:] = 0
+    assert Flat.of(ids, mask, 4).inputs["kept"].shape == (64,)
+    found = []
+    for flat in (True, False):
+        trainer.rows_end_to_end = flat
+        trainer.model.zero_grad()
+        log_probs, entropies, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, mask, 4, compute_entropy=True)
+        (log_probs * mask[:, -4:]).square().sum().backward()
+        found.append((log_probs.detach() * mask[:, -4:], entropies.detach() * mask[:, -4:],
+                      trainer.model.lm_head.weight.grad.clone(), trainer.model.model.embed_tokens.weight.grad.clone()))
+    assert (found[1][0][mask[:, -4:].bool()] < 0).all()
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=3e-5, rtol=1e-4)
