@@ -51,6 +51,4 @@ def test_an_arm_against_itself_raises_no_alarm(number: int, tmp_path: Path) -> N
         SFT, a="trl", b="trl", steps=24, warmup=4, overrides={"seed": number}, output_dir=tmp_path / "out",
         oracle=number % 4 == 0, asserts=["parity", "data", "attestation"])
     assert kinds(report) == {} and report.exit_code == 0, report.verdict
-    assert report.data["speed"]["significant"] is False, report.verdict
-    low, high = report.data["speed"]["ratio"][1:]
-    assert low <= 1 <= high or abs(report.data["speed"]["ratio"][0] - 1) <= report.data["speed"]["noise"]
+    assert report.data["speed"]["significant"] is False and "no significant difference in speed" in report.verdict
