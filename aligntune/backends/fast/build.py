@@ -19,6 +19,7 @@ from aligntune.backends.fast.rollout.serve import of_trainer
 from aligntune.backends.fast.rollout.trl import FastRollouts, engine_cannot_because
 from aligntune.backends.fast.scripts import attach_trainer
 from aligntune.backends.fast.support import SEQUENCE_RATIOS
+from aligntune.backends.fast.token_gradients import TokenGradients
 from aligntune.backends.fast.trainers import FAST_TRAINERS, FastSFT, padded_because
 from aligntune.backends.trl.build import build as build_trl
 from aligntune.errors import ConfigError, UnsupportedAlgorithmError
@@ -51,6 +52,8 @@ def build(job: Job, prepared: Prepared) -> Built:
     layout = lay_rows(built.trainer, attachment, vars(job.options).get("padding_free", "auto"))
     beside, values = _beside(built.trainer, strict=job.options.strict)
     layout += f"; {values}" if values else ""
+    if isinstance(built.trainer, TokenGradients) and built.trainer.makes_token_gradients():
+        layout += "; loss: gradients in the forward where its logits do not fit"
     if isinstance(built.trainer, FastRollouts):
         layout += f"; rollouts: {_rollouts(job, built.trainer)}"
     generator = None
@@ -101,10 +104,11 @@ def lay_rows(trainer: Trainer, attachment: Attachment, wanted: bool | str = "aut
 
 
 def _beside(trainer: Any, *, strict: bool) -> tuple[dict[str, Attachment], str]:
-    """Attachments of what an online trainer runs beside its policy, and how the critic's rows lie."""
+    """Attachments of what a trainer runs beside its policy, and how the critic's rows lie."""
     found, how = {}, ""
     reference = getattr(trainer, "ref_model", None)
-    if isinstance(trainer, FastRollouts) and reference is not None:
+    every_step = isinstance(trainer, FlatPreference) and not getattr(trainer, "precompute_ref_logps", False)
+    if (isinstance(trainer, FastRollouts) or every_step) and reference is not None:
         found["reference"] = attachment_of(reference)
     if isinstance(trainer, FastPPO):
         critic, how = attach_critic(trainer, strict=strict)

@@ -90,7 +90,7 @@ def trl_config(job: Job, precision: Precision, *, eval_rows: int) -> Any:
         if options.packing:
             kwargs["max_length"] = options.max_seq_length
     elif not job.spec.online:
-        if options.padding_free is True:
+        if options.padding_free is True and job.backend == "trl":
             raise ConfigError(f"data.padding_free = True: TRL's {name} pads all the same; leave it at 'auto'")
         kwargs["max_length"] = options.max_seq_length
         if name == "dpo":

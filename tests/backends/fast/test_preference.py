@@ -6,11 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 
 from aligntune.algorithms.dpo import LOSS_TYPES
-from aligntune.errors import ConfigError
-from tests.backends.fast.preference_steps import LENGTHS, assert_same_step, both_steps, built_of, ids, pairs, step
+from tests.backends.fast.preference_steps import assert_same_step, both_steps, built_of
 
 SQUARED = ("sppo_hard", "ipo")
 
