@@ -94,6 +94,7 @@ def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
         peers.draw_adapters(trainer.model, spec.seed)
     if spec.setup is not None:
         attribute(spec.setup)(trainer)
+    rows = batches.rows_digest(inner.train_dataset)
     recorder = Recorder(inner, started=spec.started, gradient_steps=tuple(spec.gradient_steps),
                         stop_after=spec.stop_after,
                         trace_step=_trace_step(spec, trainer))
@@ -109,13 +110,12 @@ def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
     peaks = peak_memory()
     save_gradients(recorder, folder / GRADIENTS)
     if spec.probe:
-        rows = probes.probe_rows(trainer)
-        probes.save_distributions(trainer.model, rows, folder / PROBE)
+        probes.save_distributions(trainer.model, probes.probe_rows(trainer), folder / PROBE)
     config = trainer.config if trainer.config is not None else {}
     return {
         "status": "ok", "label": spec.label, "role": spec.role, "repeat": spec.repeat, "seed": spec.seed,
         "algorithm": trainer.algorithm, "online": trainer.online, "steps": recorder.steps,
-        "norms": recorder.norms, "shifted": batches.shifted(recorder.first_documents),
+        "norms": recorder.norms, "dataset": rows, "shifted": batches.shifted(recorder.first_documents),
         "precision": _precision(inner.args), "round": _round(inner.args),
         "weights": recorder.weights, "memory": {**recorder.memory, **peaks},
         "cold_start": recorder.cold_start, "train_window": [start, time.time()],

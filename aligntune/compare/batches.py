@@ -135,3 +135,18 @@ def sizes(found: list[Document]) -> dict[str, int]:
         "tokens": int(lengths.sum()), "documents": len(found), "squared": int((lengths**2).sum()),
         "learnt": int(sum((one.labels != IGNORED).sum() for one in found)),
     }
+
+
+MOST_ROWS = 10_000
+_TRAINED = ("input_ids", "labels", "prompt", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids")
+
+
+def rows_digest(dataset: Any) -> str | None:
+    """A digest of a dataset's rows that does not depend on their order; None for streams and beyond `MOST_ROWS`."""
+    if dataset is None or not hasattr(dataset, "__len__") or len(dataset) > MOST_ROWS:
+        return None
+    total = 0
+    for row in dataset:
+        text = repr([(name, row[name]) for name in _TRAINED if name in row] or sorted(row.items())).encode()
+        total += int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+    return f"{len(dataset)}:{total % 2**64:016x}"

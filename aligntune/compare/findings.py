@@ -62,7 +62,8 @@ def compare_data(a: Arm, b: Arm, *, online: bool, repacked: bool) -> Data:
     for number in range(0, min(len(one), len(two)), span):
         x, y = ([name for step in steps[number : number + span] for name in step["data"][part]] for steps in (one, two))
         if (sorted(x) != sorted(y)) if online else (x != y):
-            return Data(False, number, (_other_rows(one, two, part, number),))
+            held = a.get("dataset") is not None and a.get("dataset") == b.get("dataset")
+            return Data(False, number, (_other_rows(one, two, part, number, held=held),))
         if not online and one[number]["data"]["labels"] != two[number]["data"]["labels"]:
             return Data(False, number, (_other_labels(a, two[number], number),))
     if len(one) != len(two):
@@ -78,7 +79,8 @@ def compare_data(a: Arm, b: Arm, *, online: bool, repacked: bool) -> Data:
     return Data(True, len(one), ())
 
 
-def _other_rows(one: Sequence[Arm], two: Sequence[Arm], part: str, number: int) -> Finding:
+def _other_rows(one: Sequence[Arm], two: Sequence[Arm], part: str, number: int, *, held: bool) -> Finding:
+    """`held`: the arms' datasets hold the same rows."""
     mine, theirs = (Counter(name for step in steps for name in step["data"][part]) for steps in (one, two))
     where = f"from step {number + 1} on"
     if mine == theirs:
@@ -88,6 +90,9 @@ def _other_rows(one: Sequence[Arm], two: Sequence[Arm], part: str, number: int) 
     if shared:
         return Finding("data-order", INVALID, f"the arms saw other rows, or the same in another order, {where} "
                        f"({shared:,} of {sum(mine.values()):,} rows are common to both runs)")
+    if held:
+        return Finding("data-order", INVALID, f"the arms saw other rows {where}: their datasets hold the same ones, in "
+                       "another order, and no row of one run came in the other")
     return Finding("data", INVALID, f"the arms saw different data {where}: no row is common to both")
 
 

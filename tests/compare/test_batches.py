@@ -84,3 +84,16 @@ def test_shifted_masks_are_what_a_shift_would_give() -> None:
     assert {name: mask.tolist() for name, mask in batches.masks(document).items()} == {
         "right": [False, True, True], "mask+1": [False, False, True], "mask-1": [True, True, False],
         "all": [True, True, True]}
+
+
+def test_a_datasets_digest_is_of_its_rows_and_not_of_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"input_ids": [1, 2], "labels": [-100, 2], "note": "a"}, {"input_ids": [3], "labels": [3], "note": "b"}]
+    digest = batches.rows_digest(rows)
+    assert digest is not None and digest == batches.rows_digest(rows[::-1])
+    assert digest == batches.rows_digest([{**row, "note": "other"} for row in rows])
+    assert digest != batches.rows_digest([rows[0], rows[0]]) != batches.rows_digest(rows[:1])
+    assert digest != batches.rows_digest([rows[0], {**rows[1], "labels": [-100]}])
+    assert batches.rows_digest([{"text": "a"}]) != batches.rows_digest([{"text": "b"}])
+    assert batches.rows_digest(iter(rows)) is None and batches.rows_digest(None) is None
+    monkeypatch.setattr(batches, "MOST_ROWS", 1)
+    assert batches.rows_digest(rows) is None

@@ -149,6 +149,20 @@ def test_a_peer_whose_kernels_did_not_run(tmp_path: Path) -> None:
     assert "no kernel of liger" in report["verdict"]
 
 
+def test_another_order_of_the_same_rows_is_told_from_other_rows(tmp_path: Path) -> None:
+    """A short run in another order may have no row in common with the first: then the datasets tell."""
+    for a, b, kind in (("200:aa", "200:aa", "data-order"), ("200:aa", "200:bb", "data"), (None, None, "data")):
+        results = made_up.results(tmp_path / f"{a}{b}")
+        for name, dataset in (("a", a), ("b", b)):
+            for one in results[name]:
+                one["dataset"] = dataset
+        for one in results["b"]:
+            for step in one["steps"]:
+                step["data"] = {part: [f"other {name}" for name in names] for part, names in step["data"].items()}
+        report = built(tmp_path, results)
+        assert [found["kind"] for found in report["findings"] if found["severity"] == "invalid"] == [kind]
+
+
 def test_a_shared_or_slow_card_is_said(tmp_path: Path) -> None:
     results = made_up.results(tmp_path)
     results["a"][0]["machine"] = {"shared": True, "memory_before_mib": 9000.0, "throttled": ["power brake"]}
