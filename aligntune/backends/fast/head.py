@@ -29,7 +29,13 @@ from torch import nn
 from aligntune.backends.fast import families
 from aligntune.backends.fast.ledger import promise
 from aligntune.backends.fast.lora import hooked
-from aligntune.backends.fast.ops.head import MEMORY_BUDGET, linear_cross_entropy, token_log_probs
+from aligntune.backends.fast.ops.head import (
+    MEMORY_BUDGET,
+    keeps_logits,
+    linear_cross_entropy,
+    token_log_probs,
+    token_loss,
+)
 from aligntune.errors import ConfigError
 
 KEY = "_aligntune_head"
@@ -275,11 +281,13 @@ def _root_forward(cls: type[nn.Module]) -> Callable[..., Any]:
         output_logits: bool = False,
         kept: torch.Tensor | None = None,
         loss_over: torch.Tensor | None = None,
+        token_rule: Any = None,
         **kwargs: Any,
     ) -> Any:
         options: HeadOptions | None = self.__dict__.get(KEY)
         if fused_lm_head and options is not None and options.trl:
-            return _fused(self, options, args, labels, shift_labels, num_items_in_batch, kept, kwargs, loss_over)
+            return _fused(self, options, args, labels, shift_labels, num_items_in_batch, kept, kwargs, loss_over,
+                          token_rule)
         asked = output_logits or bool(kwargs.get("logits_to_keep", False))
         if options is not None and labels is not None and not asked and _trains(self, options, kwargs):
             return _plain(self, options, args, labels, shift_labels, num_items_in_batch, kept, kwargs)
@@ -364,11 +372,13 @@ def _fused(
     kept: torch.Tensor | None,
     kwargs: dict[str, Any],
     loss_over: torch.Tensor | None,
+    token_rule: Any,
 ) -> Any:
     """TRL's contract: `trl.trainer.utils.FusedCausalLMOutput`.
 
     `loss_over` asks for - sum of log p / `loss_over` as `loss`, with the gradient; `log_probs` then carry none. With a
-    weight that trains that is three products a token where log-probs first are four.
+    weight that trains that is three products a token where log-probs first are four. `token_rule`, a `TokenRule` of
+    flat tensors, does so for any loss that is a sum over tokens; it is taken where the logits would be made twice.
     """
     from trl.trainer.utils import FusedCausalLMOutput
 
@@ -391,6 +401,10 @@ def _fused(
     if loss_over is not None and torch.is_grad_enabled():
         promise(model, "loss head", hidden, weight, bias)
         scored = linear_cross_entropy(*inputs, num_items_in_batch=loss_over, **common)
+    elif token_rule is not None and _trained(weight, bias) and not keeps_logits(*inputs, **common):
+        promise(model, "token loss head", hidden, weight, bias)
+        scored = token_loss(*inputs, token_rule.loss_of, per_token=token_rule.per_token, entropy=token_rule.entropy,
+                            denominator=1, **common)
     else:
         promise(model, "log-probs, trained head" if _trained(weight, bias) else "log-probs head", hidden, weight, bias)
         scored = token_log_probs(*inputs, **common)

@@ -39,6 +39,7 @@ PROMISES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "log-probs head": (("logits_loss",), ()),
     "log-probs, trained head": (("logits_loss",), ("logits_grad",)),
     "loss head": (("logits_loss",), ()),
+    "token loss head": (("logits_loss", "logits_grad"), ()),
     # A rollout's; a prefill attends by torch's kernels.
     "prefill": (("write_kv_kernel",), ()),
     "decode attention": (("write_kv_kernel", "decode_attention_kernel"), ()),

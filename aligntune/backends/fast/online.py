@@ -64,6 +64,10 @@ class Flat:
         """Keywords of a model without a head."""
         return {name: value for name, value in self.inputs.items() if name not in _FOR_THE_HEAD}
 
+    def laid(self, values: torch.Tensor) -> torch.Tensor:
+        """(rows, columns) values where the outputs that they belong to are, (1, T); 0 elsewhere."""
+        return torch.cat((values.flatten(), values.new_zeros(1)))[self.places][None]
+
     def padded(self, values: torch.Tensor) -> torch.Tensor:
         """(1, T) outputs as (rows, columns); their gradient finds its way back."""
         whole = values.new_zeros(self.rows * self.columns + 1).scatter(0, self.places, values[0])
@@ -78,6 +82,8 @@ class FlatLogProbs:
 
     rows_end_to_end = False
     flats: tuple[Flat, ...] = ()
+    _rule: Any = None  # a `TokenRule` of the loss that this pass is for
+    _made: Any = None  # its loss with the gradient, and the log-probs and entropies that hold none
 
     def _get_per_token_logps_and_entropies(
         self: Any, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int,
@@ -94,9 +100,15 @@ class FlatLogProbs:
         for start in range(0, len(input_ids), size):
             flat = Flat.of(input_ids[start : start + size], attention_mask[start : start + size], logits_to_keep)
             self.flats += (flat,)
+            rule = {} if self._rule is None or not compute_entropy else {"token_rule": self._rule.laid(flat)}
             with self.accelerator.autocast():
-                outputs = model(**flat.inputs, fused_lm_head=True)
+                outputs = model(**flat.inputs, fused_lm_head=True, **rule)
             log_probs.append(flat.padded(outputs.log_probs))
             if compute_entropy:  # a reference model's head has none
                 entropies.append(flat.padded(outputs.entropy))
+            if rule and not outputs.log_probs.requires_grad:
+                # The gradient is in the loss; who computes a loss out of the numbers may differentiate it to these.
+                log_probs[-1], entropies[-1] = log_probs[-1].requires_grad_(), entropies[-1].requires_grad_()
+                self._made = outputs.loss, [log_probs[-1], entropies[-1]]
+                return log_probs[-1], entropies[-1], None
         return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None

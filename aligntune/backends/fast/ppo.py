@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl import GRPOTrainer
 
+from aligntune.algorithms.policy_gradient import clipped_surrogate
 from aligntune.backends.fast.attachment import attach
 from aligntune.backends.fast.online import FlatLogProbs
 from aligntune.backends.fast.optim import EmbeddingRate
 from aligntune.backends.fast.packing import attention_padded_because
 from aligntune.backends.fast.rollout.trl import ScoredRollouts
+from aligntune.backends.fast.token_gradients import TokenGradients, TokenRule
 from aligntune.backends.trl.ppo import PPOTrainer
 from aligntune.backends.trl.ppo_critic import OwnCritic, backbone_of, last_hidden_states
 
@@ -58,7 +60,29 @@ class FlatValues:
         return found
 
 
-class FastPPO(EmbeddingRate, ScoredRollouts, FlatValues, PPOTrainer, FlatLogProbs, GRPOTrainer):
+class PPOTokenGradients(TokenGradients):
+    """For our PPOTrainer: the policy's loss and the entropy bonus; the critic's has a graph of its own."""
+
+    def _token_rule(self: Any, inputs: dict[str, Any]) -> TokenRule | None:
+        mask = inputs["loss_mask"]
+        given = {"advantages": inputs["advantages"], "old": inputs["old_log_probs"],
+                 "weight": mask.float() / self._items * self.accelerator.num_processes}
+        if "importance_sampling_ratio" in inputs:
+            given["sampled"] = inputs["importance_sampling_ratio"].expand_as(mask)
+        epsilon, bonus = self.args.cliprange, self.args.entropy_coef
+
+        def loss_of(
+            log_probs: torch.Tensor, entropy: torch.Tensor | None, *, advantages: torch.Tensor, old: torch.Tensor,
+            weight: torch.Tensor, sampled: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            loss = clipped_surrogate((log_probs - old).exp(), advantages, epsilon=epsilon)
+            loss = loss if sampled is None else loss * sampled
+            return (loss if entropy is None else loss - bonus * entropy) * weight
+
+        return None if self.aux_loss_enabled else TokenRule(loss_of, given, entropy=bool(bonus))
+
+
+class FastPPO(EmbeddingRate, ScoredRollouts, PPOTokenGradients, FlatValues, PPOTrainer, FlatLogProbs, GRPOTrainer):
     """Our PPOTrainer; completions come from our engine, log-probs and values from rows end to end."""
 
     def begins_rollout(self) -> bool:

@@ -20,6 +20,7 @@ from aligntune.backends.fast.preference_free import FastCPO, FastORPO
 from aligntune.backends.fast.preference_unpaired import FastKTO
 from aligntune.backends.fast.reward import FastReward
 from aligntune.backends.fast.rollout.trl import FastRollouts, ScoredRollouts
+from aligntune.backends.fast.token_gradients import GRPOTokenGradients
 from aligntune.backends.trl.trainers import DAPO, GRPO, RLOO, SFT, TRAINERS
 
 if TYPE_CHECKING:
@@ -114,11 +115,11 @@ class FastSFT(EmbeddingRate, SFT):
         super().log(logs, start_time)
 
 
-class FastGRPO(EmbeddingRate, FastRollouts, FlatLogProbs, GRPO):
+class FastGRPO(EmbeddingRate, FastRollouts, GRPOTokenGradients, FlatLogProbs, GRPO):
     """TRL's GRPOTrainer; completions come from our engine, and log-probs of rows end to end."""
 
 
-class FastDAPO(EmbeddingRate, FastRollouts, FlatLogProbs, DAPO):
+class FastDAPO(EmbeddingRate, FastRollouts, GRPOTokenGradients, FlatLogProbs, DAPO):
     """The same with dynamic sampling."""
 
 

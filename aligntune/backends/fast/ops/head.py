@@ -60,6 +60,7 @@ from aligntune.backends.fast.ops.cross_entropy import denominator as make_denomi
 
 __all__ = [
     "HeadOutput",
+    "keeps_logits",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "token_log_probs",
@@ -379,6 +380,16 @@ class _TokenRule:
 
 
 # ------------------------------------------------------------------------------------------------- log-probs first
+
+
+def keeps_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, kept: torch.Tensor | None = None,
+    memory_budget: int | None = None, fp32_logits: bool = False, **_: Any,
+) -> bool:
+    """Whether `token_log_probs` of these arguments keeps the logits for its backward, where the weight trains."""
+    rows = targets.numel() if kept is None else kept.numel()
+    row_bytes = logits_row_bytes(weight.shape[0], precision_of(hidden, weight, fp32_logits=fp32_logits))
+    return rows * row_bytes <= (MEMORY_BUDGET if memory_budget is None else memory_budget)
 
 
 class _TokenLogProbs(torch.autograd.Function):
