@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from aligntune.backends.fast.ppo import FastPPO
 from tests.backends.fast.forced import Pair
 from tests.backends.fast.rollout.test_trl import built_of
-from tests.backends.trl.ppo_cases import reward_model
+from tests.backends.trl.ppo_cases import job, moved, reward_model, weights
+from tests.core.test_trainer import At, give_up
 
 _SLOW = pytest.mark.slow
 SMALL: dict[str, Any] = {"num_generations": 1, "num_ppo_epochs": 2, "num_mini_batches": 1, "max_steps": 3,
@@ -46,8 +48,8 @@ def test_steps_are_those_of_the_trl_backend(critic: str | None, options: dict[st
     apart = pair.logged("sampling/sampling_logp_difference/max")[0]
     assert len(apart) == 2 and 0 < max(apart) < 1e-4
     names = set()
-    for name, apart_by, moved in pair.weights():
-        assert moved > 1e-4 and apart_by < 0.02 * moved, name
+    for name, apart_by, way in pair.weights():
+        assert way > 1e-4 and apart_by < 0.02 * way, name
         names.add(name)
     assert "critic.head.weight" in names and ("critic.backbone" in str(names)) == (critic is not None)
     step = pair.built.attestation()["step"]
@@ -109,3 +111,27 @@ def test_steps_that_are_left_out_are_not_traced(tmp_path: Any) -> None:
     assert not trainer.worth_tracing(last=False) and trainer.worth_tracing(last=True)
     trainer._stopped = True
     assert not trainer.worth_tracing(last=True)
+
+
+@pytest.mark.slow
+def test_from_the_factory_to_the_run_folder(tmp_path: Any) -> None:
+    """Trains, evaluates, generates; a run that stops between two passes over a rollout goes on bit for bit."""
+    options: dict[str, Any] = {
+        "backend": "fast", "batch_size": 2, "num_mini_batches": 1, "num_ppo_epochs": 2, "max_steps": 4, "save_steps": 3,
+        "max_completion_length": 4, "use_peft": True, "lora_r": 2,
+    }
+    rows = [{"prompt": f"count to {i}:"} for i in range(8)]
+    whole = job(tmp_path / "whole", rows=rows, eval_dataset_name=rows[:2], **options)
+    assert whole.train().global_step == 4
+    assert whole.evaluate()["eval_rollout/seconds"] > 0
+    assert len(whole.generate(["hi", "a longer one"], max_new_tokens=3)) == 2
+    told = json.loads((tmp_path / "whole/attestation.json").read_text())
+    assert told["step"]["ok"] and told["layout"].endswith("rollouts: our engine, in the model's own memory; "
+                                                          "generate: our engine")
+    broken = job(tmp_path / "run", rows=rows, eval_dataset_name=rows[:2], **options)
+    broken.trainer.add_callback(At(4, give_up))
+    with pytest.raises(RuntimeError, match="power cut"):
+        broken.train()
+    resumed = job(tmp_path / "run", rows=rows, eval_dataset_name=rows[:2], resume=True, **options)
+    assert resumed.train().global_step == 4
+    assert not moved(weights(whole.trainer), weights(resumed.trainer))
