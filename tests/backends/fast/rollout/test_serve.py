@@ -21,8 +21,8 @@ PROMPTS = ["a", "a much longer prompt than the others", "hello", "xy", "12 + 30 
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny.llama().eval()
+def model(device: str) -> Any:
+    return tiny.llama().eval().to(device)
 
 
 @pytest.fixture(scope="module")
