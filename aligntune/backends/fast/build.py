@@ -58,8 +58,9 @@ def build(job: Job, prepared: Prepared) -> Built:
         layout += f"; rollouts: {_rollouts(job, built.trainer)}"
     generator = None
     if built.trainer.model.can_generate():
-        generator, what = of_trainer(built.trainer, prepared.tokenizer,
-                                     wanted=vars(job.options).get("rollout_engine", "auto"))
+        options = vars(job.options)
+        generator, what = of_trainer(built.trainer, prepared.tokenizer, wanted=options.get("rollout_engine", "auto"),
+                                     memory_gib=options.get("rollout_memory_gib"))
         layout += f"; generate: {what}"
         if generator is None:
             built.notices.append(f"generate: {what}")
@@ -76,7 +77,8 @@ def lay_rows(trainer: Trainer, attachment: Attachment, wanted: bool | str = "aut
     why: str | None
     if isinstance(trainer, FlatPreference):
         why = padded_because(trainer, attachment) if trainer.needs_head else None
-        return trainer.lay_rows(why or trainer.padded_because(attachment), wanted)
+        eager = eager_because(trainer) if trainer.needs_head else "the score head is not captured"
+        return trainer.lay_rows(why or trainer.padded_because(attachment), wanted, eager=eager)
     if isinstance(trainer, FlatLogProbs):
         why = padded_because(trainer, attachment)
         trainer.rows_end_to_end = why is None

@@ -37,13 +37,16 @@ class EngineGenerator:
         tokenizer: its tokenizer, for stop strings.
         trainer: the one that trains `model`, if any: its engine is used where it is long enough, and ours gives its
             memory back for the length of a training.
+        memory_gib: as `RolloutEngine` takes it.
 
     Raises:
         ConfigError: the engine cannot run this model; says why.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, trainer: Trainer | None = None) -> None:
-        self.model, self.tokenizer, self.trainer = model, tokenizer, trainer
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, *, trainer: Trainer | None = None, memory_gib: float | None = None
+    ) -> None:
+        self.model, self.tokenizer, self.trainer, self.memory_gib = model, tokenizer, trainer, memory_gib
         self._engine: RolloutEngine | None = None
         RolloutEngine(model, tokenizer)  # allocates nothing yet; refuses what it cannot run
         if trainer is not None:
@@ -87,7 +90,8 @@ class EngineGenerator:
         autocast = None if self.trainer is None else autocast_of(self.trainer)
         # The next call, a little longer, finds its graphs captured.
         length = max(_LEAST_LEN, 1 << (needed - 1).bit_length())
-        self._engine = RolloutEngine(self.model, self.tokenizer, max_batch=rows, max_len=length, autocast=autocast)
+        self._engine = RolloutEngine(self.model, self.tokenizer, max_batch=rows, max_len=length,
+                                     memory_gib=self.memory_gib, autocast=autocast)
         return self._engine
 
 
@@ -114,18 +118,20 @@ def sampling_of(options: Mapping[str, Any], seed: int | None) -> Sampling:
         top_p=max(given.get("top_p", 1.0), 1e-6), min_p=given.get("min_p"), seed=drawn, **shared)
 
 
-def of_trainer(trainer: Any, tokenizer: Any, *, wanted: str = "auto") -> tuple[EngineGenerator | None, str]:
+def of_trainer(
+    trainer: Any, tokenizer: Any, *, wanted: str = "auto", memory_gib: float | None = None
+) -> tuple[EngineGenerator | None, str]:
     """What generates for a trainer, and that in words; None is transformers.
 
     Args:
-        wanted: the job's `rollout_engine`.
+        wanted, memory_gib: the job's `rollout_engine` and `rollout_memory_gib`.
     """
     if wanted in ("hf", "vllm"):
         return None, f"transformers, for rollout_engine is {wanted!r}"
     why = cannot_run_because(trainer.model) or sharded_because(trainer)
     if why is not None:
         return None, f"transformers, for {why}"
-    return EngineGenerator(trainer.model, tokenizer, trainer=trainer), "our engine"
+    return EngineGenerator(trainer.model, tokenizer, trainer=trainer, memory_gib=memory_gib), "our engine"
 
 
 def of_model(model: Any, tokenizer: Any) -> EngineGenerator:

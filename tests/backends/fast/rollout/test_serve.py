@@ -135,7 +135,7 @@ def run_of(trainer: Any, generator: Any, path: Any) -> AlignTrainer:
 
 
 def test_a_trainer_of_backend_fast_generates_with_it(tmp_path: Any) -> None:
-    built = built_of("fast", "grpo", tmp_path)
+    built = built_of("fast", "grpo", tmp_path, rollout_memory_gib=0.01)
     assert built.attestation()["layout"].endswith("; generate: our engine")
     trainer = built.trainer
     detach(trainer.model)  # the engine runs a model as it stands; interpreted kernels take their time
@@ -145,7 +145,7 @@ def test_a_trainer_of_backend_fast_generates_with_it(tmp_path: Any) -> None:
     assert ours == plain.generate(PROMPTS, max_new_tokens=6) and len(set(ours)) > 2
     # A rollout's engine is used where it is long enough (64 here), and outlives its training.
     own = built.generator._engine
-    assert own is not None
+    assert own is not None and own.memory_gib == 0.01
     trainer._generate_single_turn([[9, 30, 7]] * 4, None, {}, 4)
     assert built.generator._at(64, 1) is trainer.rollout_engine and built.generator._at(65, 1) is own
     trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
