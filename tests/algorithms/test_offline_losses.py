@@ -180,6 +180,24 @@ def test_cpo_by_hand(form: str, expected: float) -> None:
     assert metrics["logps/rejected"].item() == pytest.approx(-1.0 if form == "ipo" else -1.5)
 
 
+@pytest.mark.parametrize("loss", [
+    lambda beta: dpo_loss(LOG_PROBS, REF, MASK, beta=beta, loss_type="ipo"),
+    lambda beta: ipo_loss(LOG_PROBS, REF, MASK, beta=beta),
+    lambda beta: cpo_loss(LOG_PROBS, MASK, beta=beta, cpo_alpha=0.0, loss_type="ipo"),
+], ids=["dpo", "ipo", "cpo"])
+def test_the_target_of_ipo_is_half_of_one_over_beta(loss: Callable[[float], Any]) -> None:
+    """At beta 0.5 the target is 1, which 2 beta is too, and 0.75 and 0.25 are as far from it as from 0."""
+    assert loss(0.25)[0].item() == pytest.approx(((0.75 - 2) ** 2 + (0.25 - 2) ** 2) / 2, rel=1e-12)
+
+
+def test_cpos_rewards_are_beta_times_the_log_probs() -> None:
+    _, metrics = cpo_loss(LOG_PROBS, MASK, beta=0.25)
+    # sums: chosen -1.5 and -0.25, rejected -1.5 and -1.5
+    assert metrics["rewards/chosen"].item() == pytest.approx(0.25 * -0.875, rel=1e-12)
+    assert metrics["rewards/rejected"].item() == pytest.approx(0.25 * -1.5, rel=1e-12)
+    assert metrics["rewards/margins"].item() == pytest.approx(0.25 * 0.625, rel=1e-12)
+
+
 def test_kto_by_hand() -> None:
     labels = torch.tensor([True, True, False, False])
     kl = 0.2
