@@ -16,12 +16,15 @@ from __future__ import annotations
 import argparse
 import ast
 import datetime
+import gc
+import importlib
 import json
 import os
 import platform
 import queue
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "tests" / "reports" / "mutation.json"
@@ -191,15 +194,52 @@ def copy_of_the_package(folder: Path) -> Path:
 
 
 def run_tests(folder: Path, tests: tuple[str, ...], *, seconds: float) -> bool:
-    """Whether the tests pass in that copy; False too if they do not end in time."""
-    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
-                   "TRITON_CACHE_DIR": str(folder / "triton")}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    """Whether the tests pass in that copy; False too if they do not end in time.
+
+    In a fork of this process, which has imported torch and the rest before: that is most of what a short file costs.
+    """
+    child = os.fork()
+    if child == 0:
+        _become_the_tests(folder, tests)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status) == 0
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+def _become_the_tests(folder: Path, tests: tuple[str, ...]) -> NoReturn:
+    code = 1
     try:
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return False
-    return done.returncode == 0
+        os.setsid()
+        os.chdir(folder)
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        sys.dont_write_bytecode = True
+        sys.path[:] = [str(folder), *(path for path in sys.path if path not in ("", str(ROOT)))]
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("aligntune", "tests", "benchmarks")]:
+            del sys.modules[name]
+        os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1",
+                       "TRITON_CACHE_DIR": str(folder / "triton")}
+        import pytest
+
+        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]))
+    finally:
+        os._exit(code)
+
+
+def import_what_tests_import() -> None:
+    """Everything heavy but the package itself, as tests/conftest.py would have it."""
+    from tests import conftest  # noqa: F401  sets the interpreter and the threads
+
+    for name in ("torch", "triton", "transformers", "peft", "trl", "datasets", "pytest"):
+        importlib.import_module(name)
+    gc.freeze()
 
 
 def check_mutant(folder: Path, mutant: Mutant, *, seconds: float) -> bool:
@@ -292,6 +332,7 @@ def main() -> None:
         for target, ones in found.items():
             print(f"{target}: {len(ones)}")
         return
+    import_what_tests_import()
     done: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="mutation-") as name:
         copies: queue.Queue[Path] = queue.Queue()
