@@ -105,8 +105,8 @@ class GRPOTokenGradients(TokenGradients):
         args = self.args
         others = (
             self.importance_sampling_level != "token", self.top_entropy_quantile < 1, self.use_vllm,
-            self.off_policy_mask_threshold is not None, getattr(self, "_entropy_bonus_enabled", False),
-            "tool_mask" in inputs, self.aux_loss_enabled,
+            getattr(self, "off_policy_mask_threshold", None) is not None, "tool_mask" in inputs,
+            getattr(self, "_entropy_bonus_enabled", False), self.aux_loss_enabled,
         )
         weight = self._token_weights(inputs)
         if any(others) or weight is None:
