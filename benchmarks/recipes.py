@@ -1,56 +1,111 @@
-"""Scores of a staged recipe's run as a committed result: `python -m benchmarks.recipes RUN_DIR`, then the tables.
+"""Runs a packaged builtin recipe and commits what came of it: `python -m benchmarks.recipes NAME [--seed N]`.
 
-A run of the same recipe and seed takes the place of an earlier one. Scores only: how long a run takes depends on what
-else the machine does.
+The row of a seed takes the place of an earlier one: scores of the probe (of a recipe without one: what it logged of
+held-out rows), steps, the logged history of the recipe's own algorithm, and two times. `cpu_s` is what the run
+computed, summed over cores; `wall_s` depends on what else the machine did.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import resource
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.curves import CURVES
 from benchmarks.ops.__main__ import commit
 from benchmarks.tables import RESULTS
 
 PACKAGES = ("torch", "transformers", "trl")
 
 
-def result(run: Path) -> tuple[str, dict[str, Any]]:
-    """(recipe, {seed, probe, scores, steps}) of a finished run's folder."""
+def train(name: str, *, seed: int, folder: Path) -> dict[str, float]:
+    """Runs the recipe in a process of its own: {cpu_s, wall_s}, start and probes included.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    command = [sys.executable, "-m", "aligntune", "train", name, f"seed={seed}", f"output_dir={folder}"]
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    subprocess.run(command, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"cpu_s": round(cpu, 1), "wall_s": round(time.monotonic() - start, 1)}
+
+
+def result(run: Path, algorithm: str) -> dict[str, Any]:
+    """{seed, scores, steps, history} of a finished run's folder, and the probe where there was one."""
+    history = history_of(_last(run), algorithm)
+    if not (run / "recipe.json").exists():
+        config = _yaml(run / "config.yaml")
+        summary = json.loads((run / "summary.json").read_text())
+        held_out = {name: points for name, points in history.items() if name.startswith("eval_")}
+        scores = {f"{name} at step {step}": value for name, points in held_out.items()
+                  for step, value in (points[0], points[-1])}  # fmt: skip
+        return {"seed": config["seed"], "scores": scores, "steps": {algorithm: summary["steps"]}, "history": history}
     written = json.loads((run / "recipe.json").read_text())
-    stages = [(stage["result"], stage["config"]) for stage in written["stages"]]
-    first = stages[0][0]
-    scores = {"before": first["probe_before"], **{f"after {done['algorithm']}": done["probe_after"]
-                                                  for done, _ in stages}}
-    steps = {done["algorithm"]: done["global_step"] for done, _ in stages}
-    return written["recipe"], {"seed": stages[0][1]["seed"], "probe": written["probe"], "scores": scores,
-                               "steps": steps}
+    done = [stage["result"] for stage in written["stages"]]
+    scores = {"before": done[0]["probe_before"], **{f"after {each['algorithm']}": each["probe_after"] for each in done}}
+    return {"seed": written["stages"][0]["config"]["seed"], "probe": written["probe"], "scores": scores,
+            "steps": {each["algorithm"]: each["global_step"] for each in done}, "history": history}
 
 
-def environment(run: Path) -> dict[str, str]:
+def _yaml(path: Path) -> dict[str, Any]:
+    from aligntune.core.resolve import read_config
+
+    return read_config(path)
+
+
+def _last(run: Path) -> Path:
+    """The folder of the last stage; the run's own where it has none."""
+    if not (run / "recipe.json").exists():
+        return run
+    folder = json.loads((run / "recipe.json").read_text())["stages"][-1]["result"]["output_dir"]
+    return run if Path(folder).is_absolute() else run / folder
+
+
+def history_of(stage: Path, algorithm: str) -> dict[str, list[list[float]]]:
+    """{metric: [[step, value], ...]} of what the algorithm's page draws, to 4 significant digits."""
+    records = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    names = [name for panel in CURVES[algorithm] for name in panel.metrics]
+    return {name: [[each["step"], float(f"{each[name]:.4g}")] for each in records if name in each] for name in names}
+
+
+def environment(stage: Path) -> dict[str, str]:
     """Versions of what computed, as the run wrote them down."""
-    last = json.loads((run / "recipe.json").read_text())["stages"][-1]["result"]["output_dir"]
-    packages = json.loads((run / last / "environment.json").read_text())["packages"]
+    packages = json.loads((stage / "environment.json").read_text())["packages"]
     return {name: packages[name] for name in PACKAGES}
+
+
+def write(name: str, row: dict[str, Any], versions: dict[str, str]) -> Path:
+    """The row in the recipe's results file."""
+    path = RESULTS / "recipes" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = sorted([*(old for old in rows if old["seed"] != row["seed"]), row], key=lambda each: each["seed"])
+    head = {"command": f"aligntune train {name} seed=SEED", "device": "CPU", "commit": commit(), "versions": versions}
+    lines = ",\n".join("  " + json.dumps(each) for each in rows)
+    path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n')
+    return path
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="the folder of a finished run of a recipe with stages")
-    parser.add_argument("--device", default="CPU", help="what computed")
+    parser.add_argument("name", help="a packaged recipe, ALGORITHM-builtin")
+    parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    recipe, row = result(args.run)
-    path = RESULTS / "recipes" / f"{recipe}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = sorted([*(old for old in rows if old["seed"] != row["seed"]), row], key=lambda each: each["seed"])
-    report = {"command": f"aligntune train {recipe} seed=SEED", "device": args.device, "commit": commit(),
-              "versions": environment(args.run), "rows": rows}
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(path)
+    algorithm = args.name.removesuffix("-builtin")
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        times = train(args.name, seed=args.seed, folder=run)
+        row = result(run, algorithm) | times | {"cores": os.cpu_count()}
+        print(write(args.name, row, environment(_last(run))))
     return 0
 
 

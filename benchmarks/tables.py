@@ -1,4 +1,4 @@
-"""The tables of docs and README, from the committed results: `python -m benchmarks.tables` writes them anew.
+"""Tables and plot of docs and README, from the committed results: `python -m benchmarks.tables` makes them anew.
 
 A page holds `<!-- results: NAME -->` and `<!-- end -->`; what stands between is generated. A name without its results
 file says so in the page, and no figure stands there.
@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from benchmarks import plot
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -118,28 +120,65 @@ def recipe(report: Report) -> str:
     return markdown(["seed", *names, "steps"], rows) + "\n" + about + source(report)
 
 
-RECIPES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "ppo", "rloo", "grpo", "gspo", "dapo", "dr_grpo")
 def sft(report: Report) -> str:
-    """Whole SFT steps: real tokens a second, the step, the peak, the first step, the losses."""
+    """Whole SFT steps: real tokens a second, the step, the peak, the first step, the losses.
+
+    Where arms ran in repeats, how many times the first arm's speed is that of each, with its interval.
+    """
     rows, versions = [], {}
+    reference, compared = report["rows"][0]["arm"], any("over_this" in entry for entry in report["rows"])
     for entry in report["rows"]:
-        if "failed" in entry or "skipped" in entry:
-            rows.append([entry["arm"], entry.get("failed") or entry["skipped"], *["-"] * 5])
+        if "why" in entry:
+            rows.append([entry["arm"], entry["why"], *["-"] * (5 + compared)])
             continue
+        ratio = [_interval(entry["over_this"]) if "over_this" in entry else "-"] if compared else []
         rows.append([
-            entry["arm"], f"{entry['tokens_per_s']:,.0f}", f"{entry['step_ms']:.0f}", f"{entry['peak_gib']:.2f}",
-            f"{entry['first_step_s']:.0f}", f"{entry['loss_first']:.3f}", f"{entry['loss_last']:.3f}",
+            entry["arm"], f"{entry['tokens_per_s']:,.0f}", *ratio, f"{entry['step_ms']:.0f}",
+            f"{entry['peak_gib']:.2f}", f"{entry['first_step_s']:.0f}", f"{entry['loss_first']:.3f}",
+            f"{entry['loss_last']:.3f}",
         ])  # fmt: skip
         apart = {f"{entry['arm']}'s {name}": version for name, version in entry["versions"].items()
                  if versions.get(name, version) != version}  # fmt: skip
         versions = entry["versions"] | apart | versions
-    head = ["arm", "tokens/s", "step ms", "peak GiB", "first step s", "first logged loss", "last"]
+    head = ["arm", "tokens/s", *([f"{reference} over it"] if compared else []), "step ms", "peak GiB", "first step s",
+            "first loss" if compared else "first logged loss", "last"]  # fmt: skip
     return markdown(head, rows) + "\n" + source(report | {"versions": versions})
 
 
-SFT_ROWS = ("lora-1b", "lora-1b-ragged", "lora-1b-packed", "full-1b")
+def _interval(found: dict[str, Any]) -> str:
+    ratio, low, high = found["ratio"]
+    return f"{ratio:.2f}x [{low:.2f}, {high:.2f}]" + ("" if found["significant"] else ", not significant")
 
-TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
+
+def sft_summary(*reports: Report) -> str:
+    """A row a workload: the quickest arm of fast and the quickest of its peers."""
+    rows, cards = [], set()
+    for report in reports:
+        measured = [entry for entry in report["rows"] if "tokens_per_s" in entry]
+        arms = [max((one for one in measured if one["arm"].startswith("fast") == ours), default=None,
+                    key=lambda one: one["tokens_per_s"]) for ours in (True, False)]  # fmt: skip
+        if None in arms:
+            continue
+        cards.add(report["device"])
+        fast, peer = arms
+        ratio = _interval(peer["over_this"]) if "over_this" in peer and measured[0] is fast else (
+            f"{fast['tokens_per_s'] / peer['tokens_per_s']:.2f}x")
+        name = peer["arm"].partition("-")[0]
+        version = peer["versions"].get({"liger": "liger-kernel"}.get(name, name), "")
+        rows.append([
+            SFT_ROWS[fast["row"]], f"{fast['tokens_per_s']:,.0f}", f"{fast['peak_gib']:.1f}",
+            f"{peer['arm']} {version}", f"{peer['tokens_per_s']:,.0f}", f"{peer['peak_gib']:.1f}", ratio,
+        ])  # fmt: skip
+    head = ["SFT step", "fast, tokens/s", "peak GiB", "quickest peer measured", "tokens/s", "peak GiB", "fast is"]
+    return markdown(head, rows) + f"\n{', '.join(sorted(cards))}; random weights of the Llama 1B shape.\n"
+
+
+RECIPES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "ppo", "rloo", "grpo", "gspo", "dapo", "dr_grpo")
+SFT_ROWS = {"lora-1b": "LoRA, 4 x 2048", "lora-1b-ragged": "LoRA, 16 ragged rows",
+            "lora-1b-packed": "LoRA, ragged rows packed", "full-1b": "all weights, 4 x 2048"}
+
+# name -> (files, separated by spaces, what makes the table of their reports)
+TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "ops-elementwise": ("ops/elementwise.json", elementwise),
     "ops-head": ("ops/head.json", head_table),
     "ops-cross-entropy": ("ops/head.json", logits_table),
@@ -147,6 +186,7 @@ TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "ops-nf4": ("ops/nf4.json", bounded(lambda entry: " x ".join(map(str, entry["shape"])))),
     "ops-adamw": ("ops/adamw.json", bounded(lambda entry: f"{entry['numel']:,} parameters")),
     **{f"sft-{name}": (f"sft/{name}.json", sft) for name in SFT_ROWS},
+    "sft-summary": (" ".join(f"sft/{name}.json" for name in SFT_ROWS), sft_summary),
     **{f"recipe-{name}": (f"recipes/{name}-builtin.json", recipe) for name in RECIPES},
 }
 
@@ -157,9 +197,9 @@ def table(name: str) -> str:
     Raises:
         KeyError: no such table.
     """
-    file, make = TABLES[name]
-    path = RESULTS / file
-    return make(json.loads(path.read_text())) if path.exists() else "Not measured yet.\n"
+    files, make = TABLES[name]
+    found = [json.loads(path.read_text()) for file in files.split() if (path := RESULTS / file).exists()]
+    return make(*found) if found else "Not measured yet.\n"
 
 
 def rendered(page: str) -> str:
@@ -168,6 +208,9 @@ def rendered(page: str) -> str:
 
 
 def main() -> int:
+    if plot.drawn_from(plot.PLOT) != plot.digest():
+        plot.draw(plot.PLOT)
+        print(plot.PLOT.relative_to(ROOT))
     for page in PAGES:
         text = page.read_text()
         if (new := rendered(text)) != text:

@@ -34,18 +34,22 @@ def speed(a: Runs, b: Runs, *, warmup: int, target_loss: float | None) -> dict[s
     steps = timed_steps(a, b, warmup)
     if not steps:
         return None
-    logs = {label: [[math.log(one["steps"][i]["seconds"] / one["steps"][i]["tokens"]) for i in steps] for one in runs]
-            for label, runs in (("a", a), ("b", b))}
-    ratio = throughput_ratio(logs["a"], logs["b"])
+    ratio = throughput_ratio(*([log_costs(one, steps) for one in runs] for runs in (a, b)))
     target = target_loss if target_loss is not None else _end_of(a)
     return {
         "ratio": ratio.ratio.as_list(), "noise": ratio.noise, "significant": ratio.significant, "steps": len(steps),
         "first_step": steps[0] + 1, "target_loss": target,
-        "a": _one(a, steps, target), "b": _one(b, steps, target),
+        "a": arm_speed(a, steps, target), "b": arm_speed(b, steps, target),
     }
 
 
-def _one(runs: Runs, steps: Sequence[int], target: float | None) -> dict[str, Any]:
+def log_costs(run: Mapping[str, Any], steps: Sequence[int]) -> list[float]:
+    """Logarithms of the seconds that a token of each step took."""
+    return [math.log(run["steps"][i]["seconds"] / run["steps"][i]["tokens"]) for i in steps]
+
+
+def arm_speed(runs: Runs, steps: Sequence[int], target: float | None = None) -> dict[str, Any]:
+    """What one arm's runs cost over the timed steps (indices, of `timed_steps`)."""
     taken = [one["steps"][i] for one in runs for i in steps]
     seconds, tokens = sum(step["seconds"] for step in taken), sum(step["tokens"] for step in taken)
     found: dict[str, Any] = {
@@ -112,10 +116,11 @@ def _time_to(run: Mapping[str, Any], target: float | None) -> float | None:
 
 def memory(a: Runs, b: Runs) -> dict[str, Any]:
     """Bytes of each arm, the largest of its repeats: peaks, and what they hold."""
-    return {"a": _memory(a), "b": _memory(b), **_peak_ratio(_memory(a), _memory(b))}
+    return {"a": arm_memory(a), "b": arm_memory(b), **_peak_ratio(arm_memory(a), arm_memory(b))}
 
 
-def _memory(runs: Runs) -> dict[str, Any]:
+def arm_memory(runs: Runs) -> dict[str, Any]:
+    """Bytes of one arm, the largest of its repeats."""
     def most(name: str) -> int | None:
         values = [one["memory"].get(name) for one in runs if one["memory"].get(name) is not None]
         return max(values) if values else None

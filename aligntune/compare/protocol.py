@@ -78,11 +78,9 @@ def _data_option(name: str) -> bool:
 def spec_of(settings: Settings, run: Run, folder: Path, *, seed: int, online: bool, peft: bool) -> ArmSpec:
     """What the process of a run is told."""
     options: dict[str, Any] = dict(settings.overrides)
-    for name, value in run.arm.options.items():
+    of_peer = PEERS[run.arm.peer].options if run.arm.peer is not None else {}
+    for name, value in [*of_peer.items(), *run.arm.options.items()]:
         _put(options, name, value)
-    if run.arm.peer is not None:
-        for name, value in PEERS[run.arm.peer].options.items():
-            _put(options, name, value)
     for name, value in (("report_to", "none"), ("progress", False), ("stop_metric", None), ("stop_value", None)):
         _put(options, name, value)
     if settings.steps is not None:
@@ -113,11 +111,14 @@ def _put(options: dict[str, Any], name: str, value: Any) -> None:
     options[name] = value
 
 
-def in_a_fresh_process(spec: ArmSpec, arm: Arm) -> dict[str, Any]:
+def in_a_fresh_process(spec: ArmSpec, arm: Arm, *, limit: float | None = None) -> dict[str, Any]:
     """Start the arm's interpreter, watch the card, and read what the arm wrote.
 
+    Args:
+        limit: seconds after which it is ended.
+
     Raises:
-        ComparisonError: the process died without a result; names its log.
+        ComparisonError: the process died without a result, or was not done in time; names its log.
     """
     spec.started = time.time()
     path = write_spec(spec)
@@ -132,7 +133,10 @@ def in_a_fresh_process(spec: ArmSpec, arm: Arm) -> dict[str, Any]:
             write_spec(spec)
             done = subprocess.run(
                 [interpreter(arm), "-m", "aligntune.compare.arm", str(path)], stdout=file,
-                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment(arm, folder), check=False)
+                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment(arm, folder), check=False,
+                timeout=limit)
+    except subprocess.TimeoutExpired as error:
+        raise ComparisonError(f"arm {spec.label!r} was not done after {limit:g} s; {log}") from error
     except OSError as error:
         raise ConfigError(f"arm {spec.label!r}: {arm.python!r} cannot be started: {error}") from error
     finally:

@@ -5,94 +5,130 @@ python -m benchmarks.sft lora-1b qlora-8b --json FILE       some
 python -m benchmarks.sft lora-1b --arms fast,fast-gc        some arms
 python -m benchmarks.sft smoke --arms trl,fast              toy sizes, any machine; the times mean nothing
 
-A peer lives in a folder of its own, where `pip install --target` put it: --site-liger DIR, --site-unsloth DIR.
-One that is not given is skipped with a line. Every arm is a fresh process that starts from one seed checkpoint.
+Arms are those of `aligntune compare`, and so are the processes, the clocks and the statistics: every arm runs --repeats
+times, the second time in the other order, from one seed checkpoint and on the same rows. A peer that is not installed
+lives in a folder where `pip install --target` put it: --site-liger DIR, --site-unsloth DIR; without it the arm is
+skipped with a line.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.util
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from aligntune.compare import findings, measure
+from aligntune.compare.arm import ArmSpec
+from aligntune.compare.parity import losses
+from aligntune.compare.peers import PEERS
+from aligntune.compare.protocol import Run, in_a_fresh_process, spec_of
+from aligntune.compare.settings import Arm, Settings
+from aligntune.compare.stats import throughput_ratio
+from aligntune.errors import ComparisonError
 from benchmarks.ops.__main__ import commit
-from benchmarks.sft.workloads import MODELS, WORKLOADS, Workload, write_model, write_rows
+from benchmarks.sft.workloads import MODELS, WORKLOADS, Workload, recipe, write_model, write_rows
 
-# arm -> (backend, options, environment, site)
-ARMS: dict[str, tuple[str, dict[str, Any], dict[str, str], str | None]] = {
-    "trl": ("trl", {"gradient_checkpointing": False}, {}, None),
-    "trl-gc": ("trl", {"gradient_checkpointing": True}, {}, None),
-    "liger": ("trl", {"gradient_checkpointing": False, "trainer_options": {"use_liger_kernel": True}}, {}, "liger"),
-    "liger-gc": ("trl", {"gradient_checkpointing": True, "trainer_options": {"use_liger_kernel": True}}, {}, "liger"),
-    "unsloth": ("unsloth", {"gradient_checkpointing": False}, {}, "unsloth"),
-    "unsloth-compiled": ("unsloth", {"gradient_checkpointing": False}, {"UNSLOTH_PADDING_CHOICE": "padded"}, "unsloth"),
-    "unsloth-gc": ("unsloth", {"gradient_checkpointing": "unsloth"}, {}, "unsloth"),
-    "fast": ("fast", {"gradient_checkpointing": False}, {}, None),
-    "fast-gc": ("fast", {"gradient_checkpointing": True}, {}, None),
-}
-UNSLOTH = {"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_COMPILE_LOCATION": "/tmp/unsloth-compiled"}
-
-
-def run_arm(name: str, workload: Workload, seed: Path, rows: Path, sites: dict[str, Path | None], precision: str,
-            limit_s: int, profile: bool, logs: Path | None) -> dict[str, Any]:  # fmt: skip
-    """What the arm's process wrote, or {"failed": why}, or {"skipped": why}."""
-    backend, options, env, site = ARMS[name]
-    if site is not None and sites[site] is None:
-        return {"skipped": f"{site} is not installed (--site-{site})"}
-    with tempfile.TemporaryDirectory() as folder:
-        spec = {
-            "backend": backend, "options": options | workload.options, "model": str(seed), "rows": str(rows),
-            "output": f"{folder}/run", "log_each": workload.measured <= 8, "precision": precision,
-            "profile": profile,
-            **{k: v for k, v in asdict(workload).items() if k not in ("model", "options", "lengths")},
-        }  # fmt: skip
-        Path(folder, "spec.json").write_text(json.dumps(spec))
-        environment = os.environ | env | {"BENCHMARK_STARTED": str(time.time()), "HF_HUB_OFFLINE": "1"}
-        if site == "unsloth":
-            environment |= UNSLOTH
-            libraries = next(Path(str(sites[site])).rglob("libcudart.so.12"), None)
-            folders = [str(libraries.parent)] if libraries else []
-            environment["LD_LIBRARY_PATH"] = ":".join((*folders, os.environ.get("LD_LIBRARY_PATH", "")))
-            environment["PYTHONPATH"] = f"{sites[site]}:{Path.cwd()}"
-        elif site is not None:
-            environment["PYTHONPATH"] = f"{os.environ.get('PYTHONPATH', '')}:{sites[site]}"
-        command = [sys.executable, "-m", "benchmarks.sft.arm", f"{folder}/spec.json", f"{folder}/result.json"]
-        try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            return {"failed": f"not done after {limit_s} s"}
-        if logs is not None:
-            logs.mkdir(parents=True, exist_ok=True)
-            (logs / f"{seed.name}-{name}.txt").write_text(done.stdout + done.stderr)
-        if done.returncode or not Path(folder, "result.json").exists():
-            return {"failed": (done.stderr.strip() or "no result").splitlines()[-1][:300], "tail": done.stderr[-2000:]}
-        return json.loads(Path(folder, "result.json").read_text()) | {"options": options}
+PLAIN, RECOMPUTE = {"gradient_checkpointing": False}, {"gradient_checkpointing": True}
+ARMS: dict[str, Arm] = {arm.label: arm for arm in (
+    Arm("trl", "trl", PLAIN), Arm("trl-gc", "trl", RECOMPUTE),
+    Arm("liger", "trl", PLAIN, "liger"), Arm("liger-gc", "trl", RECOMPUTE, "liger"),
+    Arm("unsloth", "trl", PLAIN, "unsloth"),
+    Arm("unsloth-compiled", "trl", PLAIN | {"padding_free": False}, "unsloth",
+        environment={"UNSLOTH_PADDING_CHOICE": "padded"}),
+    Arm("unsloth-gc", "trl", {"gradient_checkpointing": "auto"}, "unsloth"),  # its offloading one
+    Arm("fast", "fast", PLAIN), Arm("fast-gc", "fast", RECOMPUTE),
+)}
+PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "liger-kernel", "unsloth")
+Runner = Callable[[ArmSpec, Arm], dict[str, Any]]
 
 
-def summary(workload: Workload, result: dict[str, Any]) -> dict[str, Any]:
-    """Tokens a second and milliseconds a step over the measured steps."""
-    seconds, steps, per_step = result["measured_s"], workload.measured, workload.batch_size
-    tokens = sum(result["rows_seen"][(workload.steps - steps) * per_step : workload.steps * per_step])
-    return {"tokens_per_s": tokens / seconds, "step_ms": seconds / steps * 1e3, "tokens_per_step": tokens / steps,
-            "loss_first": result["losses"][0],
-            "loss_last": result["losses"][-1]}  # fmt: skip
+def missing(arm: Arm) -> str | None:
+    """Why the arm cannot be run, or None."""
+    if arm.peer is None or arm.python is not None or importlib.util.find_spec(PEERS[arm.peer].package):
+        return None
+    return f"{arm.peer} is not installed (--site-{arm.peer})"
 
 
-def line(arm: str, entry: dict[str, Any]) -> str:
+def run_arms(
+    workload: Workload, arms: Sequence[Arm], model: Path, rows: Path, folder: Path, *, precision: str, repeats: int,
+    runner: Runner,
+) -> dict[str, list[dict[str, Any]] | str]:
+    """Results of each arm's runs by its label, or why there are none; A B C, C B A, ..."""
+    found: dict[str, Any] = {arm.label: missing(arm) or [] for arm in arms}
+    config = recipe(workload, str(model), str(rows), precision)
+    for repeat in range(repeats):
+        for arm in (arms if repeat % 2 == 0 else list(reversed(arms))):
+            if isinstance(found[arm.label], str):
+                continue
+            settings = Settings("benchmark", config, {}, a=arm, b=arm)
+            spec = spec_of(settings, Run("a", repeat, arm), folder / arm.label, seed=1, online=False, peft=False)
+            try:
+                # All that draw adapters draw the same, also beside arms that do not make their own.
+                result = runner(replace(spec, probe=False, draw_adapters=workload.mode != "full"), arm)
+            except ComparisonError as error:
+                found[arm.label] = f"failed: {str(error).splitlines()[-1].strip()[:300]}"
+                continue
+            if result["status"] == "ok":
+                found[arm.label].append(result)
+            else:
+                found[arm.label] = f"failed: {result['kind']}: {result['message']}"[:300]
+            print(f"  {arm.label} {repeat + 1}: {result['status']}", flush=True)
+    return found
+
+
+def entry(
+    name: str, arm: Arm, runs: list[dict[str, Any]], reference: list[dict[str, Any]] | None, *, warmup: int
+) -> dict[str, Any]:
+    """A row of the report. `over_this` is how many times this arm's tokens a second the reference makes."""
+    steps = measure.timed_steps(runs, runs, warmup)
+    speed, memory, first = measure.arm_speed(runs, steps), measure.arm_memory(runs), runs[0]
+    taken = [first["steps"][i] for i in steps]
+    found = {
+        "row": name, "arm": arm.label, "options": dict(arm.options), "tokens_per_s": speed["tokens_per_second"],
+        "step_ms": 1e3 * sum(speed["seconds"]) / len(speed["seconds"]),
+        "tokens_per_step": sum(step["tokens"] for step in taken) / len(taken),
+        "peak_gib": memory["peak"] / 2**30, "reserved_gib": (memory["peak_reserved"] or 0) / 2**30,
+        "first_step_s": min(speed["cold_start"]), "loss_first": first["steps"][0]["loss"],
+        "loss_last": first["steps"][-1]["loss"], "losses": [step["loss"] for step in first["steps"]],
+        "mfu": speed["mfu"], "phases_s": speed["phases"], "trace": first["trace"],
+        "capture_s": speed["capture_seconds"], "attestation": first["attestation"],
+        "machine": [one["machine"] for one in runs],
+        "versions": {"python": first["environment"]["python"], **{
+            package: version for package in PACKAGES
+            if (version := first["environment"]["packages"].get(package)) is not None}},
+    }
+    if reference is not None and reference is not runs:
+        data = findings.compare_data(reference[0], first, online=False, repacked=False)
+        found["data"] = "the same" if data.same else data.findings[0].text
+        if data.same:
+            found["max_dloss"] = float(abs(losses(first) - losses(reference[0])).max())
+        both = measure.timed_steps(runs, reference, warmup)
+        pairs = list(zip(runs, reference, strict=False))
+        logs = [[measure.log_costs(pair[side], both) for pair in pairs] for side in (0, 1)]
+        ratio = throughput_ratio(*logs)
+        found["over_this"] = {"ratio": ratio.ratio.as_list(), "noise": ratio.noise, "significant": ratio.significant}
+    return found
+
+
+def line(found: dict[str, Any]) -> str:
     """One line of the printed table."""
-    for word in ("skipped", "failed"):
-        if word in entry:
-            return f"  {arm:18} {word}: {entry[word]}"
-    return (f"  {arm:18} {entry['tokens_per_s']:9,.0f} tok/s {entry['step_ms']:8.1f} ms "
-            f"{entry.get('peak_gib', float('nan')):6.2f} GiB (reserved {entry.get('reserved_gib', float('nan')):6.2f}) "
-            f"first step {entry['first_step_s']:5.1f} s  loss {entry['loss_first']:.4f} -> {entry['loss_last']:.4f}")
+    if "why" in found:
+        return f"  {found['arm']:18} {found['why']}"
+    text = (f"  {found['arm']:18} {found['tokens_per_s']:9,.0f} tok/s {found['step_ms']:8.1f} ms "
+            f"{found['peak_gib']:6.2f} GiB (reserved {found['reserved_gib']:6.2f}) first step "
+            f"{found['first_step_s']:5.1f} s  loss {found['loss_first']:.4f} -> {found['loss_last']:.4f}")
+    if "over_this" in found:
+        ratio, low, high = found["over_this"]["ratio"]
+        text += f"  reference {ratio:.2f}x [{low:.2f}, {high:.2f}]; data {found['data']}"
+    return text
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -100,14 +136,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.sft", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("rows", nargs="*", metavar="row", help=f"of {', '.join(WORKLOADS)}; all but smoke by default")
-    parser.add_argument("--arms", default=",".join(ARMS), help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--arms", default=",".join(ARMS), help=f"of {', '.join(ARMS)}; the first is the reference")
     parser.add_argument("--json", type=Path, help="write versions, card, commit, command, ceilings and rows here")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each arm; with 1 no noise is measured")
     parser.add_argument("--site-liger", type=Path)
     parser.add_argument("--site-unsloth", type=Path)
     parser.add_argument("--commit", help="the commit, where this tree is not a checkout")
-    parser.add_argument("--limit", type=int, default=240, help="seconds an arm may take")
-    parser.add_argument("--logs", type=Path, help="keep what every arm printed, here")
-    parser.add_argument("--profile", action="store_true", help="three more steps under the profiler")
+    parser.add_argument("--limit", type=float, default=240, help="seconds a run may take")
+    parser.add_argument("--keep", type=Path, help="leave specs, logs and results of the runs here")
     args = parser.parse_args(argv)
     args.rows = args.rows or [name for name in WORKLOADS if name != "smoke"]
     args.arms = args.arms.split(",")
@@ -117,7 +153,36 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
+def of_row(name: str, arms: Sequence[Arm], folder: Path, args: argparse.Namespace, *, gpu: bool, runner: Runner
+           ) -> list[dict[str, Any]]:
+    """The entries of one row, in the order of the arms."""
+    from aligntune.builtin import load_tokenizer
+
+    workload = WORKLOADS[name]
+    model, rows = folder / workload.model, folder / f"{name}.jsonl"
+    if not model.exists():
+        assert workload.model in MODELS
+        write_model(workload.model, model, load_tokenizer("builtin:tiny"), device="cuda" if gpu else "cpu")
+        if gpu:
+            import torch
+
+            torch.cuda.empty_cache()  # while arms are measured, this process holds nothing but a context
+    write_rows(workload, rows)
+    print(f"{name}: {workload}", flush=True)
+    found = run_arms(workload, arms, model, rows, (args.keep or folder) / name, precision="bf16" if gpu else "fp32",
+                     repeats=args.repeats, runner=runner)
+    reference = found[arms[0].label]
+    entries = []
+    for arm in arms:
+        runs = found[arm.label]
+        entries.append({"row": name, "arm": arm.label, "why": runs} if isinstance(runs, str) else entry(
+            name, arm, runs, None if isinstance(reference, str) else reference,
+            warmup=workload.steps - workload.measured))
+        print(line(entries[-1]), flush=True)
+    return entries
+
+
+def main(argv: list[str] | None = None, runner: Runner | None = None) -> int:
     args = parse(argv)
     import torch
 
@@ -125,43 +190,25 @@ def main(argv: list[str] | None = None) -> int:
     if not gpu and args.rows != ["smoke"]:
         print("benchmarks need an NVIDIA GPU, and TRITON_INTERPRET unset; 'smoke' runs anywhere", file=sys.stderr)
         return 1
-    from aligntune.builtin import load_tokenizer
-
     report: dict[str, Any] = {
         "command": " ".join(("python -m benchmarks.sft", *(sys.argv[1:] if argv is None else argv))),
-        "commit": args.commit or commit(),
-        "device": torch.cuda.get_device_name() if gpu else "cpu",
-        "rows": [],
-    }
+        "commit": args.commit or commit(), "device": torch.cuda.get_device_name() if gpu else "cpu",
+        "repeats": args.repeats, "rows": [],
+    }  # fmt: skip
     if gpu:
         from benchmarks.ops.bench import Ceilings
 
         report["ceilings"] = asdict(Ceilings.measure())
         torch.cuda.empty_cache()
     sites = {"liger": args.site_liger, "unsloth": args.site_unsloth}
+    arms = [replace(ARMS[name], python=str(site) if (site := sites.get(ARMS[name].peer or "")) else None)
+            for name in args.arms]
+    runner = runner or functools.partial(in_a_fresh_process, limit=args.limit)
     with tempfile.TemporaryDirectory() as folder:
         for name in args.rows:
-            workload = WORKLOADS[name]
-            seed, rows = Path(folder, workload.model), Path(folder, f"{name}.jsonl")
-            if not seed.exists():
-                assert workload.model in MODELS
-                # in a process of its own: this one must hold nothing on the GPU while arms are measured
-                write_model(workload.model, seed, load_tokenizer("builtin:tiny"), device="cuda" if gpu else "cpu")
-                if gpu:
-                    torch.cuda.empty_cache()
-            write_rows(workload, rows)
-            print(f"{name}: {workload}", flush=True)
-            for arm in args.arms:
-                found = run_arm(arm, workload, seed, rows, sites, "bf16" if gpu else "fp32", args.limit,
-                                args.profile and gpu, args.logs)
-                entry = {"row": name, "arm": arm, **found}
-                if "measured_s" in found:
-                    entry |= summary(workload, found)
-                    del entry["rows_seen"]
-                report["rows"].append(entry)
-                print(line(arm, entry), flush=True)
-                if args.json:
-                    args.json.write_text(json.dumps(report, indent=1) + "\n")
+            report["rows"] += of_row(name, arms, Path(folder), args, gpu=gpu, runner=runner)
+            if args.json:
+                args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 

@@ -76,8 +76,25 @@ WORKLOADS = {
     "full-1b": Workload("llama-1b", mode="full", steps=20, measured=10),
     "lora-4b": Workload("qwen3-4b", steps=16, measured=8),
     "qlora-8b": Workload("llama-8b", mode="qlora", batch_size=2, steps=14, measured=7),
-    "smoke": Workload("smoke", batch_size=2, max_seq_length=64, lengths="ragged", steps=4, measured=2),
+    "smoke": Workload("smoke", batch_size=2, max_seq_length=64, lengths="ragged", steps=8, measured=2),
 }
+MODES: dict[str, dict[str, Any]] = {
+    "lora": {"use_peft": True, "lora_r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "optimizer": "adamw_fused"},
+    "qlora": {"use_peft": True, "lora_r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "quantization": "nf4",
+              "optimizer": "adamw_8bit"},
+    "full": {"model_dtype": "bf16", "optimizer": "adamw_fused"},
+}
+
+
+def recipe(workload: Workload, model: str, rows: str, precision: str) -> dict[str, Any]:
+    """The job of a workload, for every arm."""
+    return {
+        "algorithm": "sft", "model_name": model, "dataset_name": rows, "max_seq_length": workload.max_seq_length,
+        "batch_size": workload.batch_size, "gradient_accumulation_steps": 1, "max_steps": workload.steps,
+        "learning_rate": 1e-4, "lr_scheduler": "constant", "precision": precision, "packing": workload.packing,
+        # A log waits for the GPU: a short run logs each step, a longer one every fifth.
+        "logging_steps": 1 if workload.measured <= 8 else 5, **MODES[workload.mode], **workload.options,
+    }
 
 
 def texts(workload: Workload) -> list[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import plot, tables
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
@@ -41,11 +42,57 @@ def test_a_recipes_table_has_a_row_a_seed():
 
 @pytest.mark.parametrize("name", sorted(tables.TABLES))
 def test_results_name_card_commit_command_and_versions(name):
-    path = tables.RESULTS / tables.TABLES[name][0]
-    if not path.exists():
+    paths = [tables.RESULTS / file for file in tables.TABLES[name][0].split()]
+    if not any(path.exists() for path in paths):
         assert tables.table(name) == "Not measured yet.\n"
-        return
-    report = json.loads(path.read_text())
-    where = "CPU" if name.startswith("recipe-") else "H100"
-    assert where in report["device"] and len(report["commit"].rstrip("+")) == 40 and report["command"]
-    assert report["rows"]
+    for path in paths:
+        if path.exists():
+            report = json.loads(path.read_text())
+            where = "CPU" if name.startswith("recipe-") else "H100"
+            assert where in report["device"] and len(report["commit"].rstrip("+")) == 40 and report["command"]
+            assert report["rows"]
+
+
+def measured(arm: str, rate: float, **more: Any) -> dict[str, Any]:
+    return {"row": "lora-1b", "arm": arm, "tokens_per_s": rate, "step_ms": 100.0, "peak_gib": 10.0, "first_step_s": 9.0,
+            "loss_first": 3.0, "loss_last": 2.0, "versions": {"torch": "2", "unsloth": "7"}, **more}  # fmt: skip
+
+
+def sft_report(*rows: dict[str, Any]) -> dict[str, Any]:
+    return {"device": "card", "commit": "c" * 40, "command": "x", "rows": list(rows)}
+
+
+def test_an_sft_table_with_intervals_and_what_did_not_run():
+    over = {"ratio": [1.25, 1.2, 1.3], "noise": 0.01, "significant": True}
+    report = sft_report(measured("fast", 1000), measured("trl", 800, over_this=over),
+                        {"row": "lora-1b", "arm": "liger", "why": "liger is not installed"})
+    lines = tables.sft(report).splitlines()
+    assert "| fast over it |" in lines[0] and "first loss" in lines[0]
+    assert lines[2] == "| fast | 1,000 | - | 100 | 10.00 | 9 | 3.000 | 2.000 |"
+    assert lines[3] == "| trl | 800 | 1.25x [1.20, 1.30] | 100 | 10.00 | 9 | 3.000 | 2.000 |"
+    assert lines[4] == "| liger | liger is not installed | - | - | - | - | - | - |"
+    over["significant"] = False
+    assert "[1.20, 1.30], not significant |" in tables.sft(report)
+
+
+def test_the_summary_takes_the_quickest_of_each_side():
+    report = sft_report(measured("fast-gc", 700), measured("fast", 1000), measured("trl", 800),
+                        measured("unsloth-compiled", 900))  # fmt: skip
+    lines = tables.sft_summary(report).splitlines()
+    assert lines[2] == "| LoRA, 4 x 2048 | 1,000 | 10.0 | unsloth-compiled 7 | 900 | 10.0 | 1.11x |"
+    assert tables.sft_summary(sft_report(measured("trl", 800))).count("\n|") == 1  # nothing to compare
+
+
+def test_the_plot_shows_the_committed_figures(tmp_path, monkeypatch):
+    assert plot.drawn_from(plot.PLOT) == plot.digest(), "draw it anew: python -m benchmarks.tables"
+    shown = f"docs/images/{plot.PLOT.name}"
+    assert shown in (tables.ROOT / "README.md").read_text()
+    path = tmp_path / "plot.png"
+    assert plot.drawn_from(path) is None
+    plot.draw(path)
+    before = plot.drawn_from(path)
+    assert before == plot.digest()
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    (tmp_path / "lora-1b.json").write_text(json.dumps(sft_report(measured("fast", 1000), measured("trl", 1001))))
+    assert plot.figures() == [("LoRA, 4 x 2048 tokens", [("trl", 1001.0), ("fast", 1000.0)])]
+    assert plot.digest() != before

@@ -1,0 +1,115 @@
+"""The SFT benchmark drives compare's arms: order, repeats, what failed, and the ratio to the reference."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aligntune.compare.protocol import in_a_fresh_process
+from aligntune.errors import ComparisonError
+from benchmarks.sft import __main__ as benchmark
+from benchmarks.sft.workloads import WORKLOADS, recipe
+from tests.compare import made_up
+
+SPEED = {"trl": 1.0, "trl-gc": 0.8, "fast": 2.0}
+
+
+def runner(calls: list[tuple[str, int]], folder: Path) -> Any:
+    def run(spec: Any, arm: Any) -> dict[str, Any]:
+        calls.append((arm.label, spec.repeat))
+        if arm.label == "fast-gc":
+            raise ComparisonError("arm 'fast-gc' ended; log.txt:\n  the last words")
+        if arm.label == "liger":
+            return {"status": "out of memory", "kind": "OutOfMemoryError", "message": "no room"}
+        found = made_up.result(folder / arm.label, arm.label, label=arm.label, repeat=spec.repeat,
+                               speed=SPEED[arm.label])
+        return found | {"trace": None, "machine": {"card": "a card"}}
+
+    return run
+
+
+def test_orders_failures_and_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "missing", lambda arm: "not here" if arm.peer == "unsloth" else None)
+    calls: list[tuple[str, int]] = []
+    out = tmp_path / "out.json"
+    arms = "fast,trl,trl-gc,fast-gc,liger,unsloth"
+    assert benchmark.main(["smoke", "--arms", arms, "--json", str(out)], runner(calls, tmp_path)) == 0
+    assert calls == [("fast", 0), ("trl", 0), ("trl-gc", 0), ("fast-gc", 0), ("liger", 0),
+                     ("trl-gc", 1), ("trl", 1), ("fast", 1)]
+    rows = {row["arm"]: row for row in json.loads(out.read_text())["rows"]}
+    assert rows["fast-gc"]["why"] == "failed: the last words" and rows["unsloth"]["why"] == "not here"
+    assert rows["liger"]["why"] == "failed: OutOfMemoryError: no room"
+    assert "over_this" not in rows["fast"] and rows["trl"]["data"] == "the same" and rows["trl"]["max_dloss"] == 0
+    for arm, ratio in (("trl", 2.0), ("trl-gc", 2.5)):
+        found = rows[arm]["over_this"]
+        assert found["ratio"][0] == pytest.approx(ratio, rel=0.05) and found["significant"] is True
+        assert found["ratio"][1] < ratio * 1.05 and found["ratio"][2] > ratio * 0.95 and found["noise"] > 0
+    # 400 tokens in 0.1 s / 2
+    assert rows["fast"]["tokens_per_s"] == pytest.approx(8000, rel=0.03)
+    assert rows["fast"]["step_ms"] == pytest.approx(50, rel=0.03) and rows["fast"]["tokens_per_step"] == 400
+    assert rows["fast"]["first_step_s"] == 9.0 and len(rows["fast"]["losses"]) == made_up.STEPS
+    assert [one["card"] for one in rows["trl"]["machine"]] == ["a card", "a card"]
+
+
+def test_only_the_steps_after_the_warm_up_are_measured(tmp_path: Path) -> None:
+    runs = [made_up.result(tmp_path, repeat=repeat) for repeat in range(2)]
+    for one in runs:
+        one |= {"trace": None, "machine": None}
+        for number, step in enumerate(one["steps"]):
+            step["seconds"] = 9.0 if number < 15 else 0.2
+    found = benchmark.entry("smoke", benchmark.ARMS["trl"], runs, None, warmup=15)
+    assert found["step_ms"] == pytest.approx(200) and found["tokens_per_s"] == pytest.approx(2000)
+
+
+def test_other_data_has_no_difference_of_losses(tmp_path: Path) -> None:
+    runs, reference = ([made_up.result(tmp_path / name)] for name in ("one", "two"))
+    for one in (*runs, *reference):
+        one |= {"trace": None, "machine": None}
+    reference[0]["steps"][3]["data"] = {"ids": ["x"], "labels": ["x"], "prompts": ["x"]}
+    found = benchmark.entry("smoke", benchmark.ARMS["trl"], runs, reference, warmup=5)
+    assert "step 4" in found["data"] and "max_dloss" not in found and "over_this" in found
+
+
+def test_every_arm_resolves(tmp_path: Path) -> None:
+    """Options of arms and workloads are options of aligntune."""
+    from aligntune.compare.protocol import Run, spec_of
+    from aligntune.compare.settings import Settings
+    from aligntune.core.resolve import resolve
+
+    for workload in WORKLOADS.values():
+        config = recipe(workload, "builtin:tiny", "builtin:arithmetic", "fp32")
+        for arm in benchmark.ARMS.values():
+            spec = spec_of(Settings("x", config, {}, a=arm, b=arm), Run("a", 0, arm), tmp_path, seed=1, online=False,
+                           peft=False)
+            job = resolve(spec.overrides, spec.config)
+            assert job.options.max_steps == workload.steps and job.options.packing is workload.packing
+            checkpointing = {"unsloth-gc": "auto"}.get(arm.label, arm.label.endswith("-gc"))
+            assert job.options.gradient_checkpointing == checkpointing
+    assert job.options.padding_free == "auto"
+
+
+def test_a_peer_that_is_not_here_is_skipped() -> None:
+    assert benchmark.missing(benchmark.ARMS["trl"]) is None
+    assert benchmark.missing(benchmark.ARMS["unsloth"]) == "unsloth is not installed (--site-unsloth)"
+
+
+def test_a_run_that_is_not_done_in_time(tmp_path: Path) -> None:
+    from aligntune.compare.arm import ArmSpec
+
+    spec = ArmSpec("slow", "a", 0, {"algorithm": "sft"}, {}, str(tmp_path), 0)
+    with pytest.raises(ComparisonError, match=r"not done after 0.2 s"):
+        in_a_fresh_process(spec, benchmark.ARMS["trl"], limit=0.2)
+
+
+@pytest.mark.slow
+def test_the_smallest_row_in_real_processes(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    run = functools.partial(in_a_fresh_process, limit=300)
+    assert benchmark.main(["smoke", "--arms", "trl,trl-gc", "--repeats", "1", "--json", str(out)], run) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["data"] for row in rows[1:]] == ["the same"] and rows[1]["max_dloss"] < 1e-4
+    assert rows[0]["losses"][-1] < rows[0]["losses"][0] and len(rows[0]["losses"]) == 8
