@@ -5,7 +5,8 @@ Launching a LoRA step of a 1B model takes the CPU about 120 ms; the GPU works on
 A shape is captured when it comes the second time; until then, and beyond `MOST_GRAPHS` shapes, the step runs as it is.
 All pairs share one memory pool: a forward is always followed by its own backward before another forward runs, so what
 one pair keeps in between, another may write over later. Parameters are read where they are: the optimizer writes in
-place. Gradients are added to one set of buffers, which `param.grad` names while it holds a gradient.
+place. Gradients are added to one set of buffers, which `param.grad` names while it holds a gradient. A pass without
+gradients (a reference's) is a forward alone; it has to come before the forward whose backward is still to run.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 MOST_GRAPHS = 32
-_OUTPUTS = ("log_probs", "entropy", "is_top1", "label_mask")
+_OUTPUTS = ("log_probs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs", "label_mask")
 
 Batch = dict[str, Any]
 
@@ -51,14 +52,23 @@ def eager_because(trainer: Trainer) -> str | None:
 
 @dataclass
 class _Pair:
-    """A captured forward and backward; the tensors are where the graphs read and write."""
+    """A captured forward and backward, or a forward alone; the tensors are where the graphs read and write."""
 
     inputs: Batch
     outputs: dict[str, torch.Tensor]
-    upstream: torch.Tensor
     forward: torch.cuda.CUDAGraph
-    backward: torch.cuda.CUDAGraph
     promises: ledger.Ledger
+    upstream: torch.Tensor | None = None
+    backward: torch.cuda.CUDAGraph | None = None
+
+    def replay_forward(self, batch: Batch) -> torch.Tensor:
+        """Log-probs of `batch`; a copy, as the next replay writes over the graph's own."""
+        for name, value in self.inputs.items():
+            if isinstance(value, torch.Tensor):
+                value.copy_(batch[name], non_blocking=True)
+        self.forward.replay()
+        ledger.replayed(self.promises)
+        return self.outputs["log_probs"].clone()
 
 
 @dataclass
@@ -86,40 +96,59 @@ class GraphedModel:
 
     def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Per-token outputs of the head: `log_probs` (1, T - 1 or T) with a gradient, the others without."""
-        key = tuple(sorted((name, tuple(value.shape) if isinstance(value, torch.Tensor) else value)
-                           for name, value in batch.items()))
-        pair = self.pairs.get(key)
+        pair = self._pair("trained", batch)
         if pair is None:
-            self.seen[key] = self.seen.get(key, 0) + 1
-            if self.seen[key] < 2 or len(self.pairs) >= MOST_GRAPHS:
-                return _named(self.model(**batch, fused_lm_head=True))
-            started = time.perf_counter()
-            pair = self.pairs[key] = self._capture(batch)
-            self.capture_seconds += time.perf_counter() - started
+            return named_outputs(self.model(**batch, fused_lm_head=True))
         log_probs = _Replay.apply(self._anchor, self, pair, batch)
         # Copies: the next replay writes over the graph's own outputs.
-        return {"log_probs": log_probs} | {name: pair.outputs[name].clone() for name in _OUTPUTS[1:]}
+        return {"log_probs": log_probs} | {name: value.clone() for name, value in pair.outputs.items()
+                                           if name != "log_probs"}
+
+    def quiet(self, batch: Batch, kind: str) -> torch.Tensor:
+        """Log-probs (1, T) of a pass under `no_grad`.
+
+        Args:
+            kind: tells passes of one shape apart, such as those with adapters on and with adapters off.
+        """
+        assert not torch.is_grad_enabled()
+        pair = self._pair(kind, batch)
+        return self.model(**batch, fused_lm_head=True).log_probs if pair is None else pair.replay_forward(batch)
+
+    def _pair(self, kind: str, batch: Batch) -> _Pair | None:
+        """What was captured of this kind and shape, now or before; None where the step is to be launched."""
+        key = (kind, *sorted((name, tuple(value.shape) if isinstance(value, torch.Tensor) else value)
+                             for name, value in batch.items()))
+        if key not in self.pairs:
+            self.seen[key] = self.seen.get(key, 0) + 1
+            if self.seen[key] < 2 or sum(other[0] == kind for other in self.pairs) >= MOST_GRAPHS:
+                return None
+            started = time.perf_counter()
+            self.pairs[key] = self._capture(batch)
+            self.capture_seconds += time.perf_counter() - started
+        return self.pairs[key]
 
     def _capture(self, batch: Batch) -> _Pair:
         inputs = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
         side = self._side
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compiles kernels and fills workspaces outside the capture
-            warm = _named(self.model(**inputs, fused_lm_head=True))["log_probs"]
-            torch.autograd.grad(warm, self.parameters, torch.zeros_like(warm), allow_unused=True)
+            warm = named_outputs(self.model(**inputs, fused_lm_head=True))["log_probs"]
+            if torch.is_grad_enabled():
+                torch.autograd.grad(warm, self.parameters, torch.zeros_like(warm), allow_unused=True)
             del warm
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
-        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        forward = torch.cuda.CUDAGraph()
         with ledger.writing() as promises, torch.cuda.graph(forward, pool=self._pool, stream=side):
-            outputs = _named(self.model(**inputs, fused_lm_head=True))
-        upstream = torch.zeros_like(outputs["log_probs"])
-        with torch.cuda.graph(backward, pool=self._pool, stream=side):
-            gradients = torch.autograd.grad(outputs["log_probs"], self.parameters, upstream, allow_unused=True)
-            reached = [(buffer, g) for buffer, g in zip(self.buffers, gradients, strict=True) if g is not None]
-            torch._foreach_add_([buffer for buffer, _ in reached], [g for _, g in reached])
-        return _Pair(inputs, {name: value.detach() for name, value in outputs.items()}, upstream, forward, backward,
-                     promises)
+            outputs = named_outputs(self.model(**inputs, fused_lm_head=True))
+        pair = _Pair(inputs, {name: value.detach() for name, value in outputs.items()}, forward, promises)
+        if torch.is_grad_enabled():
+            pair.upstream, pair.backward = torch.zeros_like(outputs["log_probs"]), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(pair.backward, pool=self._pool, stream=side):
+                gradients = torch.autograd.grad(outputs["log_probs"], self.parameters, pair.upstream, allow_unused=True)
+                reached = [(buffer, g) for buffer, g in zip(self.buffers, gradients, strict=True) if g is not None]
+                torch._foreach_add_([buffer for buffer, _ in reached], [g for _, g in reached])
+        return pair
 
     def hold_gradients(self) -> None:
         """Make `param.grad` the buffers, with what it holds now."""
@@ -137,13 +166,8 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, graphed: GraphedModel, pair: _Pair, batch: Batch) -> torch.Tensor:
-        for name, value in pair.inputs.items():
-            if isinstance(value, torch.Tensor):
-                value.copy_(batch[name], non_blocking=True)
-        pair.forward.replay()
-        ledger.replayed(pair.promises)
         ctx.graphed, ctx.pair = graphed, pair
-        return pair.outputs["log_probs"].clone()
+        return pair.replay_forward(batch)
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[None, ...]:  # type: ignore[override]
@@ -153,5 +177,6 @@ class _Replay(torch.autograd.Function):
         return None, None, None, None
 
 
-def _named(outputs: Any) -> dict[str, torch.Tensor]:
-    return {name: getattr(outputs, name) for name in _OUTPUTS}
+def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:
+    """What the head answered, by name."""
+    return {name: value for name in _OUTPUTS if (value := getattr(outputs, name, None)) is not None}

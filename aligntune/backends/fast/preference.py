@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,13 +17,14 @@ from accelerate.utils import is_peft_model
 from torch.nn import functional
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import use_adapter
 
 from aligntune.algorithms.dpo import FORMS, Pairs
 from aligntune.backends.fast.attachment import attachment_of
+from aligntune.backends.fast.graphs import GraphedModel, named_outputs
 from aligntune.backends.fast.optim import EmbeddingRate
 from aligntune.backends.fast.packing import attention_padded_because
 from aligntune.backends.fast.preference_rows import PairsEndToEnd, Scores, model_inputs
+from aligntune.backends.fast.reference import ReferenceFlags
 from aligntune.backends.trl.trainers import DPO
 from aligntune.errors import ConfigError
 
@@ -40,6 +41,9 @@ class FlatPreference:
     needs_head = True
     padded_collator: type | None = None
     _theirs: Any = None
+    _flags: ReferenceFlags | None = None
+    capture = False
+    graphed: GraphedModel | None = None
 
     @property
     def theirs(self: Any) -> Any:
@@ -67,8 +71,11 @@ class FlatPreference:
         why = attention_padded_because(beside)
         return None if why is None else f"the reference: {why}"
 
-    def lay_rows(self: Any, why: str | None, wanted: bool | str = "auto") -> str:
+    def lay_rows(self: Any, why: str | None, wanted: bool | str = "auto", *, eager: str | None = None) -> str:
         """Lay rows end to end unless there is a reason `why` not to; returns how they lie.
+
+        Args:
+            eager: why passes are launched and not replayed as graphs; None where they are replayed.
 
         Raises:
             ConfigError: `wanted` is True and they cannot.
@@ -82,40 +89,61 @@ class FlatPreference:
         self._theirs = self.theirs
         self.data_collator = self.flat_collator() if why is None else self._theirs
         self.rows_end_to_end = why is None
-        return "rows: end to end, one launch a pass" if why is None else f"rows: padded, {why}"
+        self.capture = why is None and eager is None
+        if why is not None:
+            return f"rows: padded, {why}"
+        how = "passes replayed as CUDA graphs" if eager is None else f"launched one by one, {eager}"
+        return f"rows: end to end, one launch a pass; step: {how}"
 
     # Passes
 
+    def _graphs(self: Any, model: Any) -> GraphedModel | None:
+        if not (self.capture and self.model.training):
+            return None
+        if self.graphed is None or self.graphed.model is not model:
+            self.graphed = GraphedModel(model, [p for p in self.model.parameters() if p.requires_grad])
+        return self.graphed
+
     def _score(self: Any, model: Any, flat: dict[str, Any]) -> Scores:
         """One pass of the policy, with gradients where they are on."""
-        outputs = model(**model_inputs(flat), fused_lm_head=True)
-        names = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
-        others = {name: value for name in names if (value := getattr(outputs, name, None)) is not None}
-        return Scores.of(flat, outputs.log_probs, others)
+        inputs, graphs = model_inputs(flat), self._graphs(model)
+        found = named_outputs(model(**inputs, fused_lm_head=True)) if graphs is None else graphs(inputs)
+        others = {name: value for name, value in found.items() if name not in ("log_probs", "label_mask")}
+        return Scores.of(flat, found["log_probs"], others)
 
-    def _quiet_score(self: Any, model: Any, flat: dict[str, Any]) -> Scores:
-        """One pass without gradients, for log-probs alone."""
+    def _quiet_score(self: Any, model: Any, flat: dict[str, Any], kind: str | None = None) -> Scores:
+        """One pass without gradients, for log-probs alone. `kind`: replayed as a graph of that name where passes are.
+
+        It comes before the pass with gradients: a graph's forward is followed by its own backward.
+        """
+        inputs = model_inputs(flat)
+        graphs = None if kind is None else self._graphs(model)
         with torch.no_grad():
-            return Scores.of(flat, model(**model_inputs(flat), fused_lm_head=True).log_probs, {})
+            if graphs is not None:
+                return Scores.of(flat, graphs.quiet(inputs, kind), {})
+            return Scores.of(flat, model(**inputs, fused_lm_head=True).log_probs, {})
 
-    def _reference_score(self: Any, flat: dict[str, Any], model: Any = None) -> Scores:
+    def _reference_score(self: Any, flat: dict[str, Any], policy: Any) -> Scores:
         """One pass of the reference: of its model, or of the policy's with its adapters off (or a copy of them on)."""
-        if model is None:
-            model = self.model if self.ref_model is None else self.ref_model
-        with (
-            torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
-            self._as_reference(), self.accelerator.autocast(),
-        ):
+        if self.ref_model is not None:
+            return self._quiet_score(self.ref_model, flat)
+        with torch.no_grad(), self._as_reference():
+            return self._quiet_score(policy, flat, "reference")
+
+    def _precomputed_score(self: Any, flat: dict[str, Any], model: Any) -> Scores:
+        """The same before training, of a model that accelerate has not prepared."""
+        with torch.no_grad(), self._as_reference(), self.accelerator.autocast():
             return self._quiet_score(model, flat)
 
-    @contextlib.contextmanager
-    def _as_reference(self: Any) -> Iterator[None]:
-        if self.ref_model is not None or not is_peft_model(self.model):
-            yield
-            return
+    def _as_reference(self: Any) -> contextlib.AbstractContextManager[None]:
+        if self.ref_model is not None:
+            return contextlib.nullcontext()
         model = self.accelerator.unwrap_model(self.model)
-        with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
-            yield
+        if not is_peft_model(model):  # whose reference is precomputed
+            return disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs)
+        if self._flags is None or not self._flags.still_of(model):
+            self._flags = ReferenceFlags.of(model)
+        return self._flags.set()
 
     def _precompute_ref_logps(self: Any, dataset: Any, name: str, batch_size: int) -> Any:
         """TRL's, which runs when the trainer is built: the kernels are needed by then."""
@@ -212,7 +240,7 @@ class FastDPO(EmbeddingRate, FlatPreference, DPO):
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         if "places" not in inputs:
             return super().compute_ref_log_probs(model, inputs)
-        chosen, rejected = self._sums(inputs, self._reference_score(inputs, model)).chunk(2)
+        chosen, rejected = self._sums(inputs, self._precomputed_score(inputs, model)).chunk(2)
         return chosen, rejected
 
     def _sums(self, inputs: dict[str, Any], scores: Scores) -> torch.Tensor:
@@ -230,7 +258,7 @@ class FastDPO(EmbeddingRate, FlatPreference, DPO):
         if self.precompute_ref_logps:
             references = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         else:
-            references = self._sums(inputs, self._reference_score(inputs))
+            references = self._sums(inputs, self._reference_score(inputs, model))
         scores = self._score(model, inputs)
         log_probs = self._sums(inputs, scores)
         log_ratios = log_probs - references
@@ -251,11 +279,11 @@ class FastDPO(EmbeddingRate, FlatPreference, DPO):
 
         chosen, rejected = divergence_scores(
             log_probs - references, self.f_divergence_type, self.f_alpha_divergence_coef).chunk(2)
-        lengths = inputs["lengths"].clamp(min=1).chunk(2)
+        chosen_length, rejected_length = inputs["lengths"].clamp(min=1).chunk(2)
         count = len(chosen)
         nll = -scores.log_probs[:count].sum() / inputs["scored"][:count].sum()
-        return Pairs(chosen, rejected, *lengths, gap(log_probs), gap(references), nll, self.beta, self.label_smoothing,
-                     self.args.discopop_tau)
+        return Pairs(chosen, rejected, chosen_length, rejected_length, gap(log_probs), gap(references), nll, self.beta,
+                     self.label_smoothing, self.args.discopop_tau)
 
     def _wpo_weights(self, inputs: dict[str, Any], scores: Scores) -> torch.Tensor:
         """(pairs,) equation 2 of WPO (arXiv 2406.11827)."""

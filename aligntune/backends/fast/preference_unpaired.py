@@ -38,23 +38,25 @@ class FastKTO(EmbeddingRate, FlatPreference, KTO):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if "places" not in inputs:
             return super().compute_ref_log_probs(model, inputs)
-        if not self.calculate_KL:
-            return self._reference_score(inputs, model).log_probs.sum(1), None
-        log_probs, mismatched = self._reference_score(inputs["both"], model).log_probs.sum(1).chunk(2)
-        return log_probs, mismatched
+        return self._of_both(inputs, self._precomputed_score(inputs.get("both", inputs), model))
+
+    def _of_both(self, inputs: dict[str, Any], scores: Scores) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probs of the completions, and of the mismatched ones where the pass had those."""
+        log_probs = scores.log_probs.sum(1)
+        rows = len(inputs["label"])
+        return log_probs[:rows], log_probs[rows:] if self.calculate_KL else None
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if "places" not in inputs:
             return super()._compute_loss(model, inputs, return_outputs)
-        # Passes without gradients first: a captured forward is followed by its own backward.
         if self.precompute_ref_logps:
             references, mismatched = inputs["ref_logps"], inputs.get("ref_KL_logps")
         else:
-            references, mismatched = self.compute_ref_log_probs(None, inputs)
+            references, mismatched = self._of_both(inputs, self._reference_score(inputs.get("both", inputs), model))
         kl = torch.zeros((), device=references.device)
         if self.calculate_KL:
             assert mismatched is not None
-            kl = (self._quiet_score(model, inputs["KL"]).log_probs.sum(1) - mismatched).mean()
+            kl = (self._quiet_score(model, inputs["KL"], "policy").log_probs.sum(1) - mismatched).mean()
             kl = self.accelerator.gather_for_metrics(kl).mean().clamp(min=0)
         scores = self._score(model, inputs)
         log_probs = scores.log_probs.sum(1)

@@ -51,7 +51,7 @@ def score_last_tokens(attachment: Attachment) -> str | None:
     `last_tokens` the model answers as ever.
     """
     model = attachment.model
-    cls = type(model)
+    cls: Any = type(model)
     if not isinstance(model, GenericForSequenceClassification) or \
             cls.forward is not GenericForSequenceClassification.forward:
         return f"{cls.__name__} has a score head of its own kind"

@@ -96,9 +96,9 @@ def test_precomputed_references(algorithm: str, adapters: bool, tmp_path: Path, 
     from aligntune.backends.fast.preference import FlatPreference
 
     seen = []
-    plain = FlatPreference._reference_score
-    monkeypatch.setattr(FlatPreference, "_reference_score",
-                        lambda self, flat, model=None: seen.append(flat) or plain(self, flat, model))
+    plain = FlatPreference._quiet_score
+    monkeypatch.setattr(FlatPreference, "_quiet_score",
+                        lambda self, model, flat, kind=None: seen.append(flat) or plain(self, model, flat, kind))
     rows = pairs() if algorithm == "dpo" else unpaired()
     rows = rows.add_column("tag", [str(tmp_path)] * len(rows))  # TRL keeps what it computes, by the rows' fingerprint
     options = {"precompute_ref_log_probs": True, "use_peft": adapters, "beta": 0.3, "size": 0.1}
@@ -109,15 +109,16 @@ def test_precomputed_references(algorithm: str, adapters: bool, tmp_path: Path, 
     batch = next(iter(ours.get_train_dataloader()))
     assert {name for name in batch if "ref_" in name} and "both" not in batch
     found = step(ours)
-    assert len(seen) == 3
+    assert len(seen) == (4 if algorithm == "kto" else 3)  # the policy's mismatched completions
     theirs = built_of("trl", algorithm, tmp_path, rows.add_column("other", [1] * len(rows)), **options).trainer
     if not adapters:
         torch.nn.init.normal_(theirs.model.lm_head.weight, std=0.2, generator=torch.Generator().manual_seed(1))
     expected = step(theirs)
     assert_same_step(found, expected)
     assert abs(expected[2]["rewards/margins"]) > 1e-3
-    ours.evaluate(rows.select(range(3, 6)))
-    assert len(seen) == 4
+    if algorithm == "dpo":
+        ours.evaluate(rows.select(range(3, 6)))
+        assert len(seen) == 4
 
 
 LACKING = ((3, 0, 2), (0, 1, 3), (2, 4, 0), (1, 1, 1))

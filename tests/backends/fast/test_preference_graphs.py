@@ -1,0 +1,132 @@
+"""Preference steps replayed as graphs: the launched steps' bits, and a pool that one pass at a time may use.
+
+Without a GPU a stand-in takes the place of the captured graphs: its replay runs the model again, and the pass that
+another one ran over is gone, as memory in a shared pool would be.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from aligntune.backends.fast import graphs
+from aligntune.backends.fast.ledger import Ledger
+from tests.backends.fast.preference_steps import built_of, pairs
+from tests.backends.fast.test_graphs import model
+from tests.backends.fast.test_preference_unpaired import unpaired
+
+
+class StandIn:
+    """A graph: `replay` calls `work`."""
+
+    def __init__(self, work: Any) -> None:
+        self.replay = work
+
+
+class Pool:
+    """Which pair's forward lies in the pool that all share."""
+
+    holds: Any = None
+    replays: list[str] = []
+
+
+def capture(self: graphs.GraphedModel, batch: dict[str, Any]) -> Any:
+    inputs = {name: value.clone() if torch.is_tensor(value) else value for name, value in batch.items()}
+    trained = torch.is_grad_enabled()
+    live: dict[str, torch.Tensor] = {}
+
+    def forward() -> None:
+        with torch.set_grad_enabled(trained):
+            live.update(graphs.named_outputs(self.model(**inputs, fused_lm_head=True)))
+        pair.outputs.update({name: value.detach() for name, value in live.items()})
+        Pool.holds = pair
+        Pool.replays.append("trained" if trained else "quiet")
+
+    def backward() -> None:
+        assert Pool.holds is pair, "another forward ran between this one and its backward"
+        found = torch.autograd.grad(live["log_probs"], self.parameters, pair.upstream, allow_unused=True)
+        for buffer, gradient in zip(self.buffers, found, strict=True):
+            if gradient is not None:
+                buffer.add_(gradient)
+
+    pair = graphs._Pair(inputs, {}, StandIn(forward), Ledger())
+    forward()
+    Pool.replays.pop()
+    if trained:
+        pair.upstream, pair.backward = torch.zeros_like(live["log_probs"]), StandIn(backward)
+    return pair
+
+
+def run(algorithm: str, path: Any, **options: Any) -> Any:
+    rows = unpaired() if algorithm == "kto" else pairs()
+    built = built_of("fast", algorithm, path, rows, max_steps=2, gradient_accumulation_steps=2, batch_size=2,
+                     use_peft=True, **options)
+    built.trainer.train()
+    return built
+
+
+def slow(name: str) -> Any:
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", slow("kto"), slow("orpo"), slow("simpo")])
+def test_replayed_steps_are_launched_ones(algorithm: str, tmp_path: Any, monkeypatch: Any) -> None:
+    launched = run(algorithm, tmp_path / "launched")
+    assert "launched one by one, the model is not on a GPU" in launched.attestation()["layout"]
+    monkeypatch.setattr("aligntune.backends.fast.build.eager_because", lambda trainer: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(graphs.GraphedModel, "_capture", capture)
+    monkeypatch.setattr(Pool, "replays", [])
+    replayed = run(algorithm, tmp_path / "replayed")
+    assert "passes replayed as CUDA graphs" in replayed.attestation()["layout"]
+    # Four micro-steps of one shape; the first is launched.
+    quiet = {"dpo": 3, "kto": 6}.get(algorithm, 0)
+    assert Pool.replays.count("trained") == 3 and Pool.replays.count("quiet") == quiet
+    assert_same_run(replayed.trainer, launched.trainer)
+
+
+def assert_same_run(ours: Any, theirs: Any) -> None:
+    found, expected = ([entry for entry in one.state.log_history if "loss" in entry] for one in (ours, theirs))
+    for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen", "logits/chosen"):
+        assert [entry[name] for entry in found] == [entry[name] for entry in expected]
+    assert expected[0]["grad_norm"] > 1e-4 and len({entry["logps/chosen"] for entry in expected}) == len(expected) > 1
+    weights = [dict(one.model.named_parameters()) for one in (ours, theirs)]
+    assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("algorithm", ["dpo", "ipo", "kto", "orpo", "simpo"])
+def test_captured_steps_are_launched_ones_to_the_bit(algorithm: str, tmp_path: Any, monkeypatch: Any) -> None:
+    from aligntune import create_rl_trainer
+    from aligntune.builtin import load_tokenizer
+
+    data = [{"prompt": f"say {i % 7}", "chosen": " alpha beta" * (i % 5 + 1), "rejected": " gamma" * (i % 3 + 1)}
+            for i in range(64)]
+
+    def train(path: Any) -> Any:
+        trainer = create_rl_trainer(
+            model(), data, algorithm=algorithm, backend="fast", tokenizer_name=load_tokenizer("builtin:tiny"),
+            use_peft=True, lora_r=8, lora_dropout=0.0, batch_size=4, max_steps=16, learning_rate=3e-3,
+            output_dir=str(path), overwrite=True, logging_steps=1, progress=False, gradient_checkpointing=False,
+            lr_scheduler="constant", precision="bf16", gradient_accumulation_steps=2,
+        )  # fmt: skip
+        with torch.no_grad():
+            torch.manual_seed(5)
+            for name, parameter in trainer.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(0, 0.02)
+        trainer.train()
+        return trainer
+
+    captured = train(tmp_path / "captured")
+    monkeypatch.setattr("aligntune.backends.fast.build.eager_because", lambda _: "a test asked for it")
+    launched = train(tmp_path / "launched")
+    assert launched.trainer.graphed is None and captured.trainer.graphed.pairs
+    kinds = {key[0] for key in captured.trainer.graphed.pairs}
+    assert kinds == {"dpo": {"trained", "reference"}, "ipo": {"trained", "reference"},
+                     "kto": {"trained", "reference", "policy"}}.get(algorithm, {"trained"})
+    assert_same_run(captured.trainer, launched.trainer)
+    assert not captured.attestation()["step"]["problems"]
