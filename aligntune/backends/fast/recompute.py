@@ -1,0 +1,300 @@
+"""Recomputing decoder layers in the backward: which of them, and where their inputs wait.
+
+transformers asks each layer's `_gradient_checkpointing_func` to run it. Ours keeps the layer's input, on the GPU or in
+pinned host memory, and nothing else; torch's own hooks every tensor that the layer would save (2,000 a step of a 1B
+model) and restores the random state with a wait, which no CUDA graph can hold. Numbers are the same: the backward runs
+the layer again from the same input, under the same autocast and, outside of a graph, the same random state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+KEY = "_aligntune_recompute"
+
+
+@dataclass
+class HostBuffers:
+    """Pinned buffers for layer inputs, copied out and back on a stream of their own while layers are computed.
+
+    Two inputs at most are on their way out, and one on its way back: those are what the GPU holds besides the input of
+    the layer at hand. Buffers are lent by size and used again. On a CPU, where there is nothing to move, an input is
+    cloned into one.
+    """
+
+    free: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    leaving: list[tuple[torch.Tensor, torch.cuda.Event]] = field(default_factory=list)
+    stream: torch.cuda.Stream | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HostBuffers:
+        return HostBuffers()
+
+    def out(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Start the copy of a contiguous `tensor`; returns the bytes' place, for `back`."""
+        size = 1 << (tensor.nbytes - 1).bit_length()
+        held = self.free.get(size)
+        host = held.pop() if held else torch.empty(size, dtype=torch.uint8, pin_memory=tensor.is_cuda)
+        place = host[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        if not tensor.is_cuda:
+            place.copy_(tensor)
+            return host
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(tensor.device)
+        self.settle(keep=1)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            place.copy_(tensor, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        # Held until the copy is over: the allocator knows of the other stream's reading by nothing else.
+        self.leaving.append((tensor, event))
+        return host
+
+    def settle(self, *, keep: int = 0) -> None:
+        """Let the computing stream wait for all copies out but the last `keep`, and let go of what they read."""
+        while len(self.leaving) > keep:
+            _, event = self.leaving.pop(0)
+            torch.cuda.current_stream().wait_event(event)
+
+    def back(self, host: torch.Tensor, like: Waiting) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Start the copy back; the tensor is there once the event, if any, has been waited for."""
+        place = host[: like.nbytes].view(like.dtype).view(like.shape)
+        tensor = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        event = None
+        if self.stream is None:
+            tensor.copy_(place)
+        else:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                tensor.copy_(place, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
+        self.free.setdefault(host.nbytes, []).append(host)
+        return tensor, event
+
+
+@dataclass
+class Waiting:
+    """The input of a layer in host memory, and then on its way back. `before`: that of the layer before it."""
+
+    host: torch.Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    nbytes: int
+    before: Waiting | None
+    fetched: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
+
+    def fetch(self, buffers: HostBuffers) -> None:
+        """Start the copy back, unless it was started."""
+        if self.fetched is None:
+            self.fetched = buffers.back(self.host, self)
+
+    def take(self, buffers: HostBuffers) -> torch.Tensor:
+        """The input; the one before it starts on its way, to arrive while this layer is computed."""
+        self.fetch(buffers)
+        assert self.fetched is not None
+        tensor, event = self.fetched
+        if event is not None:
+            torch.cuda.current_stream().wait_event(event)
+        self.fetched = None
+        if self.before is not None:
+            self.before.fetch(buffers)
+        return tensor
+
+
+@dataclass
+class Recompute:
+    """How a model's decoder layers are recomputed. `first`: so many of the first layers; None is all.
+
+    The first ones, because the backward comes to them last, when what the others kept is free again.
+    """
+
+    layers: list[nn.Module]
+    offload: bool = False
+    first: int | None = None
+    buffers: HostBuffers = field(default_factory=HostBuffers)
+    last_out: Waiting | None = None
+    measured: int | None = None
+    measure: bool = False
+
+    def choose(self, first: int | None) -> None:
+        """Recompute the `first` layers from the next forward on; None is all."""
+        self.first = first
+        count = len(self.layers) if first is None else first
+        for number, layer in enumerate(self.layers):
+            wanted = number < count
+            if layer.gradient_checkpointing != wanted:
+                layer.gradient_checkpointing = wanted
+
+    def run(self, number: int, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)`, layer `number` of the model, recomputed in the backward."""
+        if not torch.is_grad_enabled():
+            return function(*args)
+        if self.measure and number == len(self.layers) // 2:
+            self.measure, self.measured = False, kept_bytes(function, args)
+        if number == 0:
+            self.last_out = None
+            self.buffers.leaving.clear()
+        parameters = [p for p in self.layers[number].parameters() if p.requires_grad]
+        return _Layer.apply(self, number, function, len(args), *args, *parameters)
+
+    def __call__(self, number: int) -> Callable[..., Any]:
+        """What a layer has as its `_gradient_checkpointing_func`."""
+        return functools.partial(self.run, number)
+
+
+def kept_bytes(function: Callable[..., Any], args: tuple[Any, ...]) -> int:
+    """Bytes on the GPU that a layer would keep for its backward; runs it once more, random state restored."""
+    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    if device.type != "cuda":
+        return 0
+    args = tuple(arg.detach().requires_grad_(arg.is_floating_point()) if isinstance(arg, torch.Tensor) else arg
+                 for arg in args)
+    with torch.random.fork_rng([device], device_type="cuda"):
+        before = torch.cuda.memory_allocated(device)
+        result = function(*args)
+        kept = torch.cuda.memory_allocated(device) - before
+        del result
+    return kept
+
+
+class _Layer(torch.autograd.Function):
+    """One layer: its input is kept, it runs without a graph, and once more with one when the gradient comes."""
+
+    @staticmethod
+    def forward(ctx: Any, owner: Recompute, number: int, function: Any, count: int, *inputs: Any) -> Any:
+        args = inputs[:count]
+        ctx.owner, ctx.function, ctx.number = owner, function, number
+        hidden = next(arg for arg in args if isinstance(arg, torch.Tensor))
+        ctx.autocast = _autocast(hidden.device.type)
+        ctx.random = _random_state(hidden)
+        ctx.waiting = None
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        # The last layer's input is wanted first: it stays, and what is on its way out has arrived before it is.
+        last = number == (len(owner.layers) if owner.first is None else owner.first) - 1
+        if owner.offload and not last and len(tensors) == 1 and hidden.is_contiguous():
+            ctx.waiting = owner.last_out = Waiting(
+                owner.buffers.out(hidden.detach()), hidden.shape, hidden.dtype, hidden.device, hidden.nbytes,
+                owner.last_out)
+            tensors = []
+        elif owner.offload:
+            if owner.buffers.stream is not None and last:
+                owner.buffers.settle()
+            ctx.before, owner.last_out = owner.last_out, None
+        ctx.save_for_backward(*tensors, *inputs[count:])
+        ctx.tensors = len(tensors)
+        ctx.args = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
+        ctx.are_tensors = [isinstance(arg, torch.Tensor) for arg in args]
+        return function(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        tensors, parameters = list(saved[: ctx.tensors]), saved[ctx.tensors :]
+        if ctx.waiting is not None:
+            tensors = [ctx.waiting.take(ctx.owner.buffers)]
+        elif getattr(ctx, "before", None) is not None:
+            ctx.before.fetch(ctx.owner.buffers)
+        needs = ctx.needs_input_grad[4:]
+        args, given = [], iter(tensors)
+        for number, other in enumerate(ctx.args):
+            args.append(next(given).detach().requires_grad_(needs[number]) if ctx.are_tensors[number] else other)
+        with torch.enable_grad(), _as_it_was(ctx.random), ctx.autocast():
+            result = ctx.function(*args)
+        outputs = [(out, gradient) for out, gradient in
+                   zip(result if isinstance(result, tuple) else (result,), gradients, strict=True)
+                   if isinstance(out, torch.Tensor) and out.requires_grad and gradient is not None]
+        wanted = [arg for arg, need in zip(args, needs, strict=False) if need]
+        found = iter(torch.autograd.grad([out for out, _ in outputs], [*wanted, *parameters],
+                                         [gradient for _, gradient in outputs], allow_unused=True))
+        to_args = [next(found) if need else None for need in needs[: len(args)]]
+        return (None, None, None, None, *to_args, *found)
+
+
+def _autocast(device_type: str) -> Callable[[], Any]:
+    """The autocast that is on now, to be entered again."""
+    return functools.partial(
+        torch.autocast, device_type, enabled=torch.is_autocast_enabled(device_type),
+        dtype=torch.get_autocast_dtype(device_type), cache_enabled=torch.is_autocast_cache_enabled())
+
+
+def _random_state(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.device] | None:
+    """The random state; None while a graph is captured (its steps draw nothing: `graphs.eager_because`)."""
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    on_gpu = torch.cuda.get_rng_state(tensor.device) if tensor.is_cuda else None
+    return torch.get_rng_state(), on_gpu, tensor.device
+
+
+@contextlib.contextmanager
+def _as_it_was(state: tuple[torch.Tensor, torch.Tensor | None, torch.device] | None) -> Iterator[None]:
+    """The random state of then; afterwards that of now."""
+    if state is None:
+        yield
+        return
+    on_cpu, on_gpu, device = state
+    with torch.random.fork_rng([device] if on_gpu is not None else [], device_type="cuda"):
+        torch.set_rng_state(on_cpu)
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu, device)
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------------- install
+
+
+def install(model: nn.Module, *, offload: bool = False) -> Recompute | None:
+    """Have ours recompute the layers of `model` whenever its checkpointing is enabled, until `remove`.
+
+    Returns None, with the model as it was, where no layer asks a function of its own.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers or not hasattr(model, "_set_gradient_checkpointing"):
+        return None
+    remove(model)
+    recompute = model.__dict__[KEY] = Recompute(layers, offload)
+    model.__dict__["_set_gradient_checkpointing"] = MethodType(_set_gradient_checkpointing, model)
+    if any(layer.gradient_checkpointing for layer in layers):
+        _hand_out(recompute)
+    return recompute
+
+
+def remove(model: nn.Module) -> None:
+    """Undo `install`; layers that are being recomputed are so by torch's function from now on."""
+    recompute: Recompute | None = model.__dict__.pop(KEY, None)
+    if recompute is None:
+        return
+    model.__dict__.pop("_set_gradient_checkpointing", None)
+    for layer in recompute.layers:
+        function = layer.__dict__.get("_gradient_checkpointing_func")
+        if getattr(function, "func", None) == recompute.run:
+            layer._gradient_checkpointing_func = functools.partial(
+                torch.utils.checkpoint.checkpoint, use_reentrant=False)
+
+
+def recompute_of(model: nn.Module) -> Recompute | None:
+    """What `install` made for this model, or None."""
+    return model.__dict__.get(KEY)
+
+
+def _set_gradient_checkpointing(self: Any, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+    type(self)._set_gradient_checkpointing(self, enable, *args, **kwargs)
+    recompute: Recompute = self.__dict__[KEY]
+    if enable:
+        _hand_out(recompute)
+        recompute.choose(recompute.first)
+
+
+def _hand_out(recompute: Recompute) -> None:
+    for number, layer in enumerate(recompute.layers):
+        layer._gradient_checkpointing_func = recompute(number)
