@@ -1,4 +1,4 @@
-"""Contrastive preference optimisation (Xu et al. 2024, arXiv 2401.08417, equations 3 to 5)."""
+"""Contrastive preference optimisation (Xu et al. 2024, arXiv 2401.08417): the terms L_prefer and L_NLL."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def cpo_loss(
     log_probs: Tensor, mask: Tensor, *, beta: float = 0.1, cpo_alpha: float = 1.0, loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean of -log sigmoid(beta (log pi(y_w|x) - log pi(y_l|x))) (equation 3 with a uniform reference), plus
-    alpha times the negative log-likelihood of y_w (equation 5).
+    """The mean of -log sigmoid(beta (log pi(y_w|x) - log pi(y_l|x))) (L_prefer, equation 3: DPO with a uniform
+    reference), plus alpha times the negative log-likelihood of y_w (L_NLL).
 
     Args:
         log_probs: (2 x pairs, T) of the policy, chosen rows first.
         mask: (2 x pairs, T), 1 on tokens of answers.
-        cpo_alpha: weight of the likelihood; the paper's is 1. It is a mean over tokens here and in TRL; equation 5 sums
-            over an answer.
+        cpo_alpha: weight of the likelihood; the paper's is 1. It is a mean over tokens here and in TRL; the paper's
+            L_NLL sums over an answer.
         loss_type: "sigmoid", "hinge" or "ipo" (log-probs per token).
 
     Returns:
@@ -73,12 +73,12 @@ def cpo_loss(
 SPEC = AlgorithmSpec(
     name="cpo",
     title="Contrastive preference optimisation",
-    paper="Xu et al. 2024, arXiv 2401.08417, equations 3 to 5",
+    paper="Xu et al. 2024, arXiv 2401.08417, L_prefer (equation 3) and L_NLL",
     options=CPOOptions,
     takes="preference",
     defaults={"learning_rate": 1e-6, "batch_size": 8, "max_seq_length": 1024},
     differs=(
-        "the likelihood term is a mean over the batch's tokens, as in TRL; equation 5 sums over an answer. On the "
-        "batch of the parity test that is a term of 6.280 where the paper prints 21.980",
+        "the likelihood term is a mean over the batch's tokens, as in TRL; the paper's L_NLL sums over an answer. "
+        "On the batch of the parity test that is a term of 6.280 where the paper prints 21.980",
     ),
 )

@@ -84,7 +84,7 @@ def _sigmoid(p: Pairs) -> Tensor:
 
 
 def _sigmoid_norm(p: Pairs) -> Tensor:
-    """DPO with log-ratios per token (Tulu 3, arXiv 2411.15124, equation 6)."""
+    """DPO with log-ratios per token (Tulu 3, arXiv 2411.15124, length-normalised DPO)."""
     return -_log_sigmoid(p.beta * p.h_per_token)
 
 
@@ -113,7 +113,7 @@ def _nca_pair(p: Pairs) -> Tensor:
 
 
 def _robust(p: Pairs) -> Tensor:
-    """Unbiased where a share of labels is flipped (robust DPO, arXiv 2403.00409, equation 12)."""
+    """Unbiased where a share of labels is flipped (robust DPO, arXiv 2403.00409)."""
     right, flipped = -_log_sigmoid(p.beta * p.h), -_log_sigmoid(-p.beta * p.h)
     return ((1 - p.smoothing) * right - p.smoothing * flipped) / (1 - 2 * p.smoothing)
 

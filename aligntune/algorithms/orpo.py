@@ -1,4 +1,4 @@
-"""Odds ratio preference optimisation (Hong et al. 2024, arXiv 2403.07691, equations 4, 6 and 7)."""
+"""Odds ratio preference optimisation (Hong et al. 2024, arXiv 2403.07691, equations 3, 4, 6 and 7)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def orpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The likelihood of the chosen answers and beta times -log sigmoid of the log odds ratio (equations 6 and 7).
 
-    P is the geometric mean of an answer's token probabilities (equation 1), odds are P / (1 - P) (equation 4).
+    P is the geometric mean of an answer's token probabilities (equation 3), odds are P / (1 - P) (equation 4).
 
     Args:
         log_probs: (2 x pairs, T) of the policy, chosen rows first.
@@ -59,7 +59,7 @@ def orpo_loss(
 SPEC = AlgorithmSpec(
     name="orpo",
     title="Odds ratio preference optimisation",
-    paper="Hong et al. 2024, arXiv 2403.07691, equations 4, 6 and 7",
+    paper="Hong et al. 2024, arXiv 2403.07691, equations 3, 4, 6 and 7",
     options=ORPOOptions,
     takes="preference",
     defaults={"learning_rate": 8e-6, "batch_size": 8, "max_seq_length": 1024},

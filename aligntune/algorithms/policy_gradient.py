@@ -66,7 +66,7 @@ def group_advantages(
 def leave_one_out_advantages(
     rewards: Tensor, num_generations: int, *, normalize: bool = False, epsilon: float = STD_EPSILON
 ) -> Tensor:
-    """Each reward less the mean of its group's other rewards (RLOO): G / (G - 1) times the centred reward.
+    """Each reward less the mean of its group's other rewards (RLOO section 2.3): G / (G - 1) times the centred reward.
 
     Args:
         rewards: (B,), the KL penalty already in them; NaN where no reward applies.

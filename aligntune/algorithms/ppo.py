@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 WHITEN_EPSILON = 1e-8
 KL_ERROR_LIMIT = 0.2
-"""The proportional error of the adaptive KL coefficient is cut to this (Ziegler et al., section 2.2)."""
+"""The proportional error of the adaptive KL coefficient is cut to this, as Ziegler et al. do."""
 
 
 @dataclass
@@ -97,7 +97,7 @@ def token_kl(log_probs: Tensor, ref_log_probs: Tensor, *, estimator: str = "k1")
 
 
 def token_rewards(scores: Tensor, kl: Tensor, completion_mask: Tensor, *, kl_coef: float) -> Tensor:
-    """- kl_coef KL at each token, plus the score at the last one (Ziegler et al. equation 2; InstructGPT equation 2).
+    """- kl_coef KL at each token, plus the score at the last one (InstructGPT equation 2, after Ziegler et al.).
 
     Args:
         scores: (B,), of whole completions; that of an empty completion has no token to stand at.
@@ -115,7 +115,7 @@ def token_rewards(scores: Tensor, kl: Tensor, completion_mask: Tensor, *, kl_coe
 
 
 def next_kl_coef(kl_coef: float, kl: float, *, goal: float, gain: float = 0.1) -> float:
-    """The adaptive coefficient after a rollout whose completions had the KL `kl` (Ziegler et al. section 2.2).
+    """The adaptive coefficient after a rollout whose completions had the KL `kl` (the controller of Ziegler et al.).
 
     The error (kl - goal) / goal is cut to +-0.2; the coefficient grows by `gain` times it.
     """

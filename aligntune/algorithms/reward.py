@@ -24,9 +24,9 @@ def reward_loss(
     chosen_rewards: Tensor, rejected_rewards: Tensor, *, margin: Tensor | None = None,
     center_rewards_coefficient: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean of -log sigmoid(r(x, y_w) - r(x, y_l) - m) (InstructGPT equation 1; m: Llama 2, arXiv 2307.09288,
-    equation 2), plus c times the mean of (r(x, y_w) + r(x, y_l))^2 (Eisenstein et al. 2023, arXiv 2312.09244,
-    section 2).
+    """The mean of -log sigmoid(r(x, y_w) - r(x, y_l) - m) (InstructGPT equation 1; m: the margin loss of
+    Llama 2, arXiv 2307.09288), plus c times the mean of (r(x, y_w) + r(x, y_l))^2 (Eisenstein et al. 2023,
+    arXiv 2312.09244, equation 2).
 
     Args:
         chosen_rewards, rejected_rewards: (pairs,) scores.

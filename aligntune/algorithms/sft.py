@@ -27,7 +27,8 @@ class SFTOptions:
 def sft_loss(
     stats: TokenStats, *, loss_type: str = "nll", num_tokens: Tensor | float | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean of -log p(y_t | y_<t) over supervised tokens; DFT (equation 9) weights each by p, without its gradient.
+    """The mean of -log p(y_t | y_<t) over supervised tokens; DFT (the paper's L_DFT) weights each by p, without its
+    gradient.
 
     Args:
         stats: (B, T) of the policy.
