@@ -169,15 +169,15 @@ class FlatPreference:
         for name, mean in self._means(sums).items():
             self._metrics[self._mode][name].append(mean)
 
-    def _number(self: Any, value: float) -> torch.Tensor:
+    def _number(self: Any, value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A number on the device, by a launch: a copy from the CPU would be waited for."""
-        return torch.full((), float(value), device=self.accelerator.device, dtype=torch.float64)
+        return torch.full((), float(value), device=self.accelerator.device, dtype=dtype)
 
     def _note_tokens(self: Any, num_tokens: int) -> None:
         if self._mode == "train":
             count: Any = num_tokens
             if self.accelerator.num_processes > 1:
-                count = self.accelerator.reduce(self._number(num_tokens), reduction="sum")
+                count = self.accelerator.reduce(self._number(num_tokens, torch.float64), reduction="sum")
             self._total_train_tokens = self._total_train_tokens + count
         self._metrics[self._mode]["num_tokens"] = [self._total_train_tokens]
 
