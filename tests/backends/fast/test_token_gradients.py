@@ -1,4 +1,4 @@
-"""Gradients made in the head's forward: TRL's losses, gradients and weights; what they do not cover, and a wrong rule."""
+"""Gradients made in the head's forward: TRL's losses, gradients and weights; what is not covered, a wrong rule."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def test_a_rule_that_is_not_the_loss_is_caught(no_room: None, tmp_path: Any, cap
     assert not trainer.makes_token_gradients()
 
 
-@pytest.mark.parametrize("what", ["fits", "eval", "tools", "entropy", "quantile", "frozen", "padded"])
+@pytest.mark.parametrize("what", [
+    "fits", "frozen", *(slow(what) for what in ("eval", "tools", "entropy", "quantile", "padded"))])
 def test_what_is_not_covered_takes_log_probs_first(
     what: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -170,7 +170,7 @@ def test_where_it_does_not_generate_the_build_says_so(tmp_path: Any) -> None:
 
 
 def test_evaluation_of_an_online_method_draws_with_the_engine(tmp_path: Any) -> None:
-    trainer = built_of("fast", "rloo", tmp_path).trainer
+    trainer = built_of("fast", "rloo", tmp_path, beta=0.0).trainer
     detach(trainer.model)
     trainer.rows_end_to_end = False
     trainer.eval_dataset = tiny.prompts(4)
