@@ -2,7 +2,8 @@
 
 The row of a seed takes the place of an earlier one: scores of the probe (of a recipe without one: what it logged of
 held-out rows), steps, the logged history of the recipe's own algorithm, and two times. `cpu_s` is what the run
-computed, summed over cores; `wall_s` depends on what else the machine did.
+computed, summed over its `threads`; threads that wait for each other count too, so OMP_NUM_THREADS=1 measures the work.
+`wall_s` depends on what else the machine did.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         times = train(args.name, seed=args.seed, folder=run)
-        row = result(run, algorithm) | times | {"cores": os.cpu_count()}
+        row = result(run, algorithm) | times | {"threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))}
         print(write(args.name, row, environment(_last(run))))
     return 0
 

@@ -109,15 +109,21 @@ def _lora_label(entry: dict[str, Any]) -> str:
 
 
 def recipe(report: Report) -> str:
-    """A staged recipe: the score of held-out prompts before, between and after, a row a seed."""
+    """A builtin recipe: what was held out, scored before, between and after, a row a seed; the time it takes."""
     names = list(report["rows"][0]["scores"])
     rows = [
         [str(row["seed"]), *(f"{row['scores'][name]:.3f}" for name in names),
-         ", ".join(f"{name} {count}" for name, count in row["steps"].items())]
+         ", ".join(f"{name} {count}" for name, count in row["steps"].items()), _seconds(row)]
         for row in report["rows"]
     ]  # fmt: skip
-    about = f"{report['rows'][0]['probe']}, greedy answers. "
-    return markdown(["seed", *names, "steps"], rows) + "\n" + about + source(report)
+    probe = report["rows"][0].get("probe")
+    about = f"{probe}, greedy answers. " if probe else "Held-out rows. "
+    return markdown(["seed", *names, "steps", "CPU seconds, one thread"], rows) + "\n" + about + source(report)
+
+
+def _seconds(row: dict[str, Any]) -> str:
+    """What a run computed. Of several threads it would count those that wait for each other."""
+    return f"{row['cpu_s']:.0f}" if row.get("threads") == 1 else "-"
 
 
 def sft(report: Report) -> str:
@@ -173,7 +179,8 @@ def sft_summary(*reports: Report) -> str:
     return markdown(head, rows) + f"\n{', '.join(sorted(cards))}; random weights of the Llama 1B shape.\n"
 
 
-RECIPES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "ppo", "rloo", "grpo", "gspo", "dapo", "dr_grpo")
+RECIPES = ("sft", "reward", "dpo", "ipo", "kto", "orpo", "simpo", "cpo", "ppo", "rloo", "grpo", "gspo", "dapo",
+           "dr_grpo")
 SFT_ROWS = {"lora-1b": "LoRA, 4 x 2048", "lora-1b-ragged": "LoRA, 16 ragged rows",
             "lora-1b-packed": "LoRA, ragged rows packed", "full-1b": "all weights, 4 x 2048"}
 
