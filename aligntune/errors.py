@@ -67,6 +67,12 @@ class NonFiniteError(AlignTuneError, ArithmeticError):
     exit_code = 7
 
 
+class GpuMemoryError(AlignTuneError, MemoryError):
+    """The GPU's memory ran out in a step; the message says where it went and what would lower it by how much."""
+
+    exit_code = 11
+
+
 class RewardError(AlignTuneError, RuntimeError):
     """A reward function that raised, or returned something other than one number (or None) a completion."""
 

@@ -21,9 +21,10 @@ from transformers.utils import logging
 from aligntune.core import checkpoints, generation, plots, saving
 from aligntune.core.callbacks import AlignTuneState, Interrupt, MetricsLog, NothingLeft, say
 from aligntune.core.model_hygiene import keep_4bit_layout, kept_mode
+from aligntune.core.out_of_memory import explain
 from aligntune.core.progress import Progress, describe, duration
 from aligntune.core.run_dir import RunDir, on_main_process
-from aligntune.errors import AlignTuneError, ConfigError, DataError
+from aligntune.errors import AlignTuneError, ConfigError, DataError, GpuMemoryError
 
 if TYPE_CHECKING:
     from aligntune.backends.base import Generator
@@ -127,6 +128,7 @@ class AlignTrainer:
         Raises:
             CheckpointError: no such checkpoint, unfinished, or of another run.
             NonFiniteError: a logged loss is NaN or infinite.
+            GpuMemoryError: the GPU's memory ran out; names what would lower it.
             KeyboardInterrupt: Ctrl-C, after the checkpoint.
         """
         wanted = self._resume if resume_from_checkpoint is None else resume_from_checkpoint
@@ -186,6 +188,8 @@ class AlignTrainer:
                 resume_from_checkpoint=str(checkpoint) if checkpoint else None, trial=trial,
                 ignore_keys_for_eval=ignore_keys,
             )
+        except torch.OutOfMemoryError as error:
+            raise GpuMemoryError(explain(self.trainer, self.config, error)) from error
         except NothingLeft:
             # transformers would train one step beyond the end, or report a loss of 0.
             self.trainer.is_in_train = False

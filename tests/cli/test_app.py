@@ -22,6 +22,7 @@ from aligntune.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    GpuMemoryError,
     NonFiniteError,
     UnsupportedAlgorithmError,
 )
@@ -63,7 +64,7 @@ def test_version_and_an_unknown_command() -> None:
 
 @pytest.mark.parametrize(("error", "code"), [
     (ConfigError, 2), (DataError, 3), (BackendUnavailableError, 4), (UnsupportedAlgorithmError, 5),
-    (CheckpointError, 6), (NonFiniteError, 7), (KeyboardInterrupt, 130),
+    (CheckpointError, 6), (NonFiniteError, 7), (GpuMemoryError, 11), (KeyboardInterrupt, 130),
 ])
 def test_each_class_of_error_has_its_exit_code_and_no_traceback(
     monkeypatch: pytest.MonkeyPatch, error: type[BaseException], code: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,11 @@ from aligntune.backends.base import Built, Prepared
 from aligntune.backends.fast.attachment import Attachment, attachment_of
 from aligntune.backends.fast.attestation import attest, report_of
 from aligntune.backends.fast.graphs import eager_because
+from aligntune.backends.fast.memory import GIB, MemoryPlan
 from aligntune.backends.fast.online import FlatLogProbs
 from aligntune.backends.fast.ppo import FastPPO, attach_critic
 from aligntune.backends.fast.preference import FlatPreference
+from aligntune.backends.fast.recompute import install, remove
 from aligntune.backends.fast.rollout.serve import of_trainer
 from aligntune.backends.fast.rollout.trl import FastRollouts, engine_cannot_because
 from aligntune.backends.fast.scripts import attach_trainer
@@ -49,7 +52,9 @@ def build(job: Job, prepared: Prepared) -> Built:
     if job.options.embedding_learning_rate is not None:
         built.notices.append(built.trainer.train_embeddings_at(job.options.embedding_learning_rate))
     attachment = attach_trainer(built.trainer, strict=job.options.strict)
-    layout = lay_rows(built.trainer, attachment, vars(job.options).get("padding_free", "auto"))
+    recomputed = recompute_layers(built.trainer, attachment, wanted=job.options.gradient_checkpointing,
+                                  budget_gib=job.options.memory_budget_gib)
+    layout = lay_rows(built.trainer, attachment, vars(job.options).get("padding_free", "auto")) + f"; {recomputed}"
     beside, values = _beside(built.trainer, strict=job.options.strict)
     layout += f"; {values}" if values else ""
     if isinstance(built.trainer, TokenGradients) and built.trainer.makes_token_gradients():
@@ -66,6 +71,46 @@ def build(job: Job, prepared: Prepared) -> Built:
             built.notices.append(f"generate: {what}")
     witness = Witness(built.trainer, attachment, layout, beside)
     return Built(built.trainer, attestation=witness.report, notices=built.notices, generator=generator)
+
+
+def recompute_layers(
+    trainer: Trainer, attachment: Attachment, *, wanted: bool | str = True, budget_gib: float | None = None
+) -> str:
+    """Have our function recompute the layers of a trainer that recomputes; returns what is recomputed.
+
+    Args:
+        wanted: True recomputes every layer, "offload" keeps their inputs in host memory, "auto" plans by memory where
+            the trainer can (sft on a GPU) and is True elsewhere. False, or a trainer that keeps activations: nothing.
+        budget_gib: what "auto" plans with, in GiB at the peak of a step; None is what is free.
+    Raises:
+        ConfigError: "offload" or a budget was asked for and cannot be had.
+    """
+    args, model = trainer.args, attachment.model
+    plans = wanted == "auto" and isinstance(trainer, FastSFT) and next(model.parameters()).is_cuda
+    if budget_gib is not None and not plans:
+        raise ConfigError(f"train.memory_budget_gib = {budget_gib:g}: gradient_checkpointing='auto' of sft on a GPU "
+                          "plans with it; leave it out")
+    if not args.gradient_checkpointing:
+        return "activations: kept"
+    why = None
+    if args.gradient_checkpointing_kwargs:
+        why = "gradient_checkpointing_kwargs are given"
+    elif trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        why = "the model is sharded"
+    recompute = install(model, offload=wanted == "offload") if why is None else None
+    if recompute is None:
+        why = why or "the model has no layers that ask how to run"
+        if wanted == "offload" or budget_gib is not None:
+            raise ConfigError(f"train.gradient_checkpointing = {wanted!r}: {why}")
+        return f"activations: recomputed by torch's function, {why}"
+    attachment.undo.append(functools.partial(remove, model))
+    if plans:
+        gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        budget = None if budget_gib is None else int(budget_gib * GIB)
+        trainer.memory = MemoryPlan(recompute, budget, gradients)  # type: ignore[attr-defined]
+        return "activations: recomputed as memory asks"
+    where = ", their inputs in host memory" if recompute.offload else ""
+    return f"activations: recomputed in every layer{where}"
 
 
 def lay_rows(trainer: Trainer, attachment: Attachment, wanted: bool | str = "auto") -> str:
@@ -177,4 +222,6 @@ class Witness:
         lines = [str(line) for line in found]
         eager = [str(line) for line in found if line.eager]
         step = self.result.to_dict() if self.result is not None else None
-        return {"backend": "fast", "modules": lines, "eager": eager, "layout": self.layout, "step": step}
+        memory = getattr(self._trainer, "memory", None)
+        planned = {} if memory is None else {"memory": str(memory)}
+        return {"backend": "fast", "modules": lines, "eager": eager, "layout": self.layout, **planned, "step": step}

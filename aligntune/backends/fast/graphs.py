@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aligntune.backends.fast import ledger
+from aligntune.backends.fast.attachment import base_model
+from aligntune.backends.fast.ledger import writing_to
+from aligntune.backends.fast.recompute import recompute_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -39,8 +42,9 @@ def eager_because(trainer: Trainer) -> str | None:
         return "several processes exchange gradients while the backward runs"
     if not (args.bf16 or args.fp16 or model.dtype in (torch.bfloat16, torch.float16)):
         return "in fp32 attention over ragged rows waits for their lengths"
-    if args.gradient_checkpointing or any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
-        return "recomputation restores the generator's state, which waits for the GPU"
+    recomputed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+    if (args.gradient_checkpointing or recomputed) and recompute_of(base_model(model)) is None:
+        return "torch's recomputation restores the generator's state, which waits for the GPU"
     if sum(p.numel() for p in trained) * 8 > sum(p.numel() for p in model.parameters()):
         return "more than an eighth of the parameters train: the GPU is busy for longer than the CPU"
     if any(hasattr(p, "quant_state") for p in model.parameters()):
@@ -84,7 +88,9 @@ class GraphedModel:
     parameters: list[torch.nn.Parameter]
     pairs: dict[tuple[Any, ...], _Pair] = field(default_factory=dict)
     seen: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    captures: int = 0
     capture_seconds: float = 0.0
+    _largest: int = 0
 
     def __post_init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -123,32 +129,54 @@ class GraphedModel:
             if self.seen[key] < 2 or sum(other[0] == kind for other in self.pairs) >= MOST_GRAPHS:
                 return None
             started = time.perf_counter()
+            self._make_room(batch["input_ids"].numel())
             self.pairs[key] = self._capture(batch)
+            self.captures += 1
             self.capture_seconds += time.perf_counter() - started
         return self.pairs[key]
+
+    def _make_room(self, tokens: int) -> None:
+        """Before a capture: a larger shape than any before takes the pool anew, and what launched steps left goes.
+
+        Blocks of a pool are cut, never joined: the activations of a larger shape would lie beside those of the smaller
+        ones (30 GiB after nineteen shapes of a 1B model, whose largest takes 11). The smaller ones fit into the larger
+        one's; they are captured again as they come.
+        """
+        if tokens > self._largest:
+            self._largest = tokens
+            if self.pairs:
+                torch.cuda.synchronize()
+                self.pairs.clear()
+                self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()
 
     def _capture(self, batch: Batch) -> _Pair:
         inputs = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
         side = self._side
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles kernels and fills workspaces outside the capture
-            warm = named_outputs(self.model(**inputs, fused_lm_head=True))["log_probs"]
-            if torch.is_grad_enabled():
-                torch.autograd.grad(warm, self.parameters, torch.zeros_like(warm), allow_unused=True)
-            del warm
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
+        if not self.captures:
+            self._warm(inputs)
         forward = torch.cuda.CUDAGraph()
         with ledger.writing() as promises, torch.cuda.graph(forward, pool=self._pool, stream=side):
             outputs = named_outputs(self.model(**inputs, fused_lm_head=True))
         pair = _Pair(inputs, {name: value.detach() for name, value in outputs.items()}, forward, promises)
         if torch.is_grad_enabled():
             pair.upstream, pair.backward = torch.zeros_like(outputs["log_probs"]), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(pair.backward, pool=self._pool, stream=side):
+            with writing_to(promises), torch.cuda.graph(pair.backward, pool=self._pool, stream=side):
                 gradients = torch.autograd.grad(outputs["log_probs"], self.parameters, pair.upstream, allow_unused=True)
                 reached = [(buffer, g) for buffer, g in zip(self.buffers, gradients, strict=True) if g is not None]
                 torch._foreach_add_([buffer for buffer, _ in reached], [g for _, g in reached])
         return pair
+
+    def _warm(self, inputs: Batch) -> None:
+        """Fill the side stream's workspaces outside of a capture. Kernels of a shape were compiled when it came first,
+        in a launched step."""
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            warm = named_outputs(self.model(**inputs, fused_lm_head=True))["log_probs"]
+            if torch.is_grad_enabled():
+                torch.autograd.grad(warm, self.parameters, torch.zeros_like(warm), allow_unused=True)
+        torch.cuda.current_stream().wait_stream(self._side)
+        torch.cuda.synchronize()
 
     def hold_gradients(self) -> None:
         """Make `param.grad` the buffers, with what it holds now."""

@@ -36,6 +36,7 @@ from aligntune.backends.fast.ops.head import (
     token_log_probs,
     token_loss,
 )
+from aligntune.backends.fast.recompute import recompute_of
 from aligntune.errors import ConfigError
 
 KEY = "_aligntune_head"
@@ -351,7 +352,9 @@ class _ScoredRows:
 
 def _budget(model: nn.Module) -> int | None:
     """Bytes that logits may take: a quarter of what is usual where layers are recomputed to save memory."""
-    return MEMORY_BUDGET // 4 if getattr(model, "is_gradient_checkpointing", False) else None
+    ours = recompute_of(model)
+    recomputed = getattr(model, "is_gradient_checkpointing", False) if ours is None else ours.on
+    return MEMORY_BUDGET // 4 if recomputed else None
 
 
 def _targets(labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> torch.Tensor:

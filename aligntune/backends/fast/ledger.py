@@ -108,7 +108,13 @@ def writing() -> Iterator[Ledger]:
 
     Around the capture of a graph it collects what a replay of that graph will launch; hand it to `replayed` then.
     """
-    ledger = Ledger()
+    with writing_to(Ledger()) as ledger:
+        yield ledger
+
+
+@contextmanager
+def writing_to(ledger: Ledger) -> Iterator[Ledger]:
+    """`writing`, on in a ledger that there is already: layers recomputed in a captured backward."""
     _open.append(ledger)
     try:
         yield ledger

@@ -36,14 +36,17 @@ class RowsEndToEnd:
     A batch holds, with T the flat length:
         input_ids, labels, shift_labels, position_ids: (1, T) int64; `labels` is -100 where a row starts, as TRL's
             padding-free collator has it, `shift_labels` is the label of the next token of the same row.
-        cu_seq_lens_q, cu_seq_lens_k: (rows + 1,) int32; for ragged rows filled up with T to few sizes.
-        max_length_q, max_length_k: int, the longest row; for ragged rows a power of two that holds it, at least 1,024.
+        cu_seq_lens_q, cu_seq_lens_k: (rows + 1,) int32; for ragged rows filled up with T to the most that came so far.
+        max_length_q, max_length_k: int, the longest row; for ragged rows a power of two that holds it and all before
+            it, at least 1,024.
         kept: (K,) int64, positions with a label, filled with -1 to a quarter, a half or three quarters of T; absent
             where there are more.
         num_tokens: int, tokens that are not filling.
     """
 
     pad_token_id: int
+    longest: int = _LEAST_LONGEST
+    rows: int = 0
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         lengths, ids, labels = [], [], []
@@ -72,12 +75,15 @@ class RowsEndToEnd:
         label_T[starts] = IGNORED
         next_T = torch.cat([label_T[1:], label_T.new_full((1,), IGNORED)])
         rows = len(lengths)
-        padded_rows = -(-rows // _ROWS_STEP) * _ROWS_STEP if ragged else rows
+        if ragged:  # both only grow: soon the flat length is all that tells one batch's shape from another's
+            self.rows = max(self.rows, -(-rows // _ROWS_STEP) * _ROWS_STEP)
+            self.longest = max(self.longest, 1 << (max(lengths) - 1).bit_length())
+        padded_rows = self.rows if ragged else rows
         cu_seq_lens = torch.full((padded_rows + 1,), total, dtype=torch.int32)
         cu_seq_lens[0] = 0
         cu_seq_lens[1 : rows + 1] = ends
-        # Attention takes any bound; a power of two keeps the shapes few. Rows of one length are told by the exact one.
-        longest = max(_LEAST_LONGEST, 1 << (max(lengths) - 1).bit_length()) if ragged else max(lengths)
+        # Attention takes any bound. Rows of one length are told by the exact one.
+        longest = self.longest if ragged else max(lengths)
         batch = {
             "input_ids": torch.tensor(ids)[None], "labels": label_T[None], "shift_labels": next_T[None],
             "position_ids": position_ids[None], "cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens,

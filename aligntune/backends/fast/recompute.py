@@ -136,6 +136,11 @@ class Recompute:
             if layer.gradient_checkpointing != wanted:
                 layer.gradient_checkpointing = wanted
 
+    @property
+    def on(self) -> bool:
+        """Whether any layer is recomputed now."""
+        return any(layer.gradient_checkpointing for layer in self.layers)
+
     def run(self, number: int, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`, layer `number` of the model, recomputed in the backward."""
         if not torch.is_grad_enabled():

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from aligntune.backends.fast.attachment import Attachment
-from aligntune.backends.fast.build import lay_rows
+from aligntune.backends.fast.build import lay_rows, recompute_layers
 from aligntune.backends.fast.scripts import attach_trainer
 from aligntune.backends.fast.trainers import FastSFT
 from aligntune.core.model_hygiene import forget_patched_forward
@@ -107,7 +107,8 @@ class FastSFTTrainer(FastSFT):
         if rate is not None:
             logger.info(self.train_embeddings_at(rate))
         self.attachment = attach_trainer(self, strict=strict)
-        self.layout = lay_rows(self, self.attachment)
+        recomputed = recompute_layers(self, self.attachment, wanted=bool(config.gradient_checkpointing))
+        self.layout = f"{lay_rows(self, self.attachment)}; {recomputed}"
         logger.info(self.layout)
 
 

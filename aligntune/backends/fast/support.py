@@ -35,8 +35,6 @@ class FastBackend:
     gates = (
         Gate("importance_sampling_level", ("sequence",), SEQUENCE_RATIOS),
         Gate("loss_type", ("luspo", "vespo"), SEQUENCE_RATIOS),
-        Gate("gradient_checkpointing", ("offload",), "this version recomputes (True) or keeps (False) activations"),
-        Gate("memory_budget_gib", None, "this version does not plan recompute by memory"),
     )
 
     def available(self) -> Support:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aligntune.backends.fast.graphs import GraphedModel
+from aligntune.backends.fast.memory import MemoryPlan
 from aligntune.backends.fast.online import FlatLogProbs
 from aligntune.backends.fast.optim import EmbeddingRate
 from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd, attention_padded_because
@@ -46,6 +47,7 @@ class FastSFT(EmbeddingRate, SFT):
     rows_end_to_end = False
     capture = False
     graphed: GraphedModel | None = None
+    memory: MemoryPlan | None = None
 
     def get_train_dataloader(self) -> Any:
         if not self.rows_end_to_end:
@@ -56,6 +58,14 @@ class FastSFT(EmbeddingRate, SFT):
             return super().get_train_dataloader()
         finally:
             self.data_collator = padded  # evaluation pads, as TRL does: it has no step to keep short
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """TRL's, within the memory that is planned with."""
+        if self.memory is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        number = self.state.global_step - self._initial_global_step
+        with self.memory.step(inputs["input_ids"].numel(), number=number):
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

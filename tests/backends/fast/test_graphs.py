@@ -34,8 +34,8 @@ def rows(lengths: tuple[int, ...], count: int = 64) -> list[dict[str, str]]:
 def train(tmp_path: Any, data: list[dict[str, str]], *, steps: int = 16, **options: Any) -> Any:
     trainer = create_sft_trainer(
         model(), data, backend="fast", tokenizer_name=load_tokenizer("builtin:tiny"), use_peft=True, lora_r=8,
-        lora_dropout=0.0, batch_size=4, max_steps=steps, learning_rate=3e-3, output_dir=str(tmp_path), overwrite=True,
-        logging_steps=1, progress=False, gradient_checkpointing=False, lr_scheduler="constant", **options,
+        lora_dropout=0.0, max_steps=steps, learning_rate=3e-3, output_dir=str(tmp_path), overwrite=True,
+        logging_steps=1, progress=False, lr_scheduler="constant", **{"gradient_checkpointing": False, "batch_size": 4} | options,
     )  # fmt: skip
     with torch.no_grad():
         torch.manual_seed(5)
@@ -73,6 +73,44 @@ def test_replayed_steps_are_launched_ones_to_the_bit(lengths, accumulation, prec
     assert_same_run(captured, launched)
     attested = captured.attestation()["step"]
     assert not attested["problems"] and (attested["replayed"] or len(lengths) > 1)
+
+
+@pytest.mark.parametrize("how", [True, "offload"])
+@pytest.mark.parametrize("lengths", [(60,), (3, 5, 40, 60)], ids=["equal", "ragged"])
+def test_recomputed_steps_are_replayed_too(lengths, how, tmp_path, monkeypatch):
+    captured = train(tmp_path / "captured", rows(lengths), gradient_checkpointing=how)
+    assert captured.trainer.graphed.pairs and "recomputed in every layer" in captured.attestation()["layout"]
+    attested = captured.attestation()["step"]
+    assert not attested["problems"], attested["problems"]
+    kept = train(tmp_path / "kept", rows(lengths))
+    assert history(captured, "loss") == pytest.approx(history(kept, "loss"), rel=2e-3)
+    assert attested["kernels"]["rms_norm_forward"] > kept.attestation()["step"]["kernels"]["rms_norm_forward"]
+    monkeypatch.setattr("aligntune.backends.fast.build.eager_because", lambda _: "a test asked for it")
+    launched = train(tmp_path / "launched", rows(lengths), gradient_checkpointing=how)
+    assert launched.trainer.graphed is None
+    assert_same_run(captured, launched)
+
+
+def test_layers_are_recomputed_as_a_budget_asks(tmp_path):
+    """A step with the budget that just fits takes no more; with less all layers are recomputed, with more none."""
+    data = rows((400,), count=128)
+    layers = 3
+    free = train(tmp_path / "free", data, batch_size=32, steps=6, gradient_checkpointing="auto")
+    costs, plan = free.trainer.memory.costs, free.trainer.memory
+    assert plan.most == 0 and costs.layer > 0 and costs.step > 0
+    tokens = max(key_tokens(free))
+    for kept in (0, 2):
+        budget = costs.of(tokens, kept) + tokens * costs.layer / 2
+        torch.cuda.empty_cache()
+        tight = train(tmp_path / f"tight-{kept}", data, batch_size=32, steps=6, gradient_checkpointing="auto",
+                      memory_budget_gib=budget / 2**30)
+        assert tight.trainer.memory.most == layers - kept
+        assert torch.cuda.max_memory_allocated() < budget
+        assert history(tight, "loss") == pytest.approx(history(free, "loss"), rel=2e-3)
+
+
+def key_tokens(trainer):
+    return [int(dict(key[1:])["input_ids"][1]) for key in trainer.trainer.graphed.seen]
 
 
 def test_fp32_is_launched_and_says_why(tmp_path):

@@ -1,0 +1,106 @@
+"""How many layers a step recomputes: the fewest with which it fits, by what the first step was measured to take.
+
+Bytes of a step, with T its tokens and k the layers that keep their activations:
+
+    base + gradients + T (step + k layer)
+
+`base` is what stands between steps (weights, optimizer state), `step` what a step with every layer recomputed takes
+above that, `layer` what one layer keeps for its backward. The first step recomputes every layer and measures `step`
+and `layer`; `base` is read when the second begins, when the optimizer has made its state. Each batch is then planned
+by its own length: a long one recomputes more layers than a short one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from aligntune.backends.fast.ops.head import MEMORY_BUDGET
+from aligntune.backends.fast.recompute import Recompute
+
+GIB = 1 << 30
+SPARE = 0.06
+"""Share of the memory that is planned with and stays free: blocks of the allocator that fit nothing."""
+
+
+@dataclass
+class Costs:
+    """What was measured: bytes, and bytes a token."""
+
+    base: int
+    gradients: int
+    step: float
+    layer: float
+
+    def of(self, tokens: int, kept: int) -> float:
+        """Bytes at the peak of a step of `tokens`, `kept` layers keeping their activations."""
+        return self.base + self.gradients + MEMORY_BUDGET + tokens * (self.step + kept * self.layer)
+
+    def kept(self, tokens: int, budget: float, layers: int) -> int:
+        """The most layers, of `layers`, that can keep their activations within `budget` bytes."""
+        left = budget - self.of(tokens, 0)
+        if left < 0 or not layers:
+            return 0
+        return layers if self.layer <= 0 else min(layers, int(left / (tokens * self.layer)))
+
+
+@dataclass
+class MemoryPlan:
+    """Plans each step of one trainer.
+
+    Args:
+        recompute: the model's layers.
+        budget: bytes that the steps may take at their peak; None is what this process can have of the GPU.
+        gradients: bytes of the gradients of what trains.
+    """
+
+    recompute: Recompute
+    budget: int | None
+    gradients: int
+    costs: Costs | None = None
+    most: int = 0
+    _first: tuple[int, int, float] | None = None
+
+    @contextmanager
+    def step(self, tokens: int, *, number: int) -> Iterator[None]:
+        """Around forward and backward of `tokens`; `number` counts optimizer steps from 0, in this process."""
+        if self.costs is None and self._first is not None and number > 0:
+            self._settle()
+        if self.costs is not None:
+            kept = self.costs.kept(tokens, self._budget(), len(self.recompute.layers))
+            self.most = max(self.most, len(self.recompute.layers) - kept)
+            self.recompute.choose(len(self.recompute.layers) - kept)
+            yield
+            return
+        measuring = self._first is None
+        self.recompute.choose(None)
+        self.recompute.measure = measuring
+        before = torch.cuda.memory_allocated()
+        yield
+        if measuring and self.recompute.measured is not None:
+            peak = torch.cuda.max_memory_allocated() - before
+            self._first = tokens, max(0, peak - self.gradients), self.recompute.measured
+
+    def _settle(self) -> None:
+        assert self._first is not None
+        tokens, step, layer = self._first
+        base = torch.cuda.memory_allocated()
+        self.costs = Costs(base, self.gradients, step / tokens, layer / tokens)
+        torch.cuda.empty_cache()  # blocks cut for the first step would lie idle beside larger ones
+
+    def _budget(self) -> float:
+        if self.budget is not None:
+            return self.budget
+        free, _ = torch.cuda.mem_get_info()
+        return (free + torch.cuda.memory_reserved()) * (1 - SPARE)
+
+    def __str__(self) -> str:
+        layers = len(self.recompute.layers)
+        if self.costs is None:
+            return f"all {layers} layers recomputed until a step is measured"
+        many = "no layer" if not self.most else f"up to {self.most} of {layers} layers"
+        return (f"{many} recomputed; measured: {self.costs.base / GIB:.2f} GiB between steps, and for 1,000 tokens "
+                f"{self.costs.step * 1000 / GIB:.3f} GiB and {self.costs.layer * 1000 / GIB:.4f} GiB a kept layer")

@@ -1,0 +1,115 @@
+"""How many layers a step recomputes, from what the first step was measured to take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from aligntune.backends.fast import memory
+from aligntune.backends.fast.memory import GIB, Costs, MemoryPlan
+from aligntune.backends.fast.ops.head import MEMORY_BUDGET
+from aligntune.backends.fast.recompute import Recompute
+
+MIB = 1 << 20
+
+
+def costs(**changed: Any) -> Costs:
+    return Costs(**{"base": 2 * GIB, "gradients": 100 * MIB, "step": 0.1 * MIB, "layer": 0.05 * MIB} | changed)
+
+
+@pytest.mark.parametrize(("tokens", "budget", "kept"), [
+    (1000, 100, 16),  # all of them fit
+    (1000, 4, 16),
+    (1000, 3.4, 4),
+    (8000, 5, 2),
+    (8000, 3.5, 0),  # nor does a step with all recomputed
+])
+def test_as_many_layers_keep_as_fit(tokens: int, budget: float, kept: int) -> None:
+    planned = costs()
+    assert planned.kept(tokens, budget * GIB, 16) == kept
+    if 0 < kept < 16:
+        assert planned.of(tokens, kept) <= budget * GIB < planned.of(tokens, kept + 1)
+
+
+def test_bytes_of_a_step_are_the_sum() -> None:
+    assert costs().of(1000, 3) == 2 * GIB + 100 * MIB + MEMORY_BUDGET + 1000 * (0.1 * MIB + 3 * 0.05 * MIB)
+
+
+def test_layers_that_keep_nothing_are_all_kept() -> None:
+    assert costs(layer=0.0).kept(1000, 100 * GIB, 7) == 7 and costs().kept(1000, 100 * GIB, 0) == 0
+
+
+class Layer(torch.nn.Module):
+    gradient_checkpointing = True
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """torch.cuda's counters, by hand."""
+    now = {"allocated": 1000 * MIB, "peak": 1000 * MIB, "reserved": 2000 * MIB, "free": 3000 * MIB, "emptied": 0}
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: now["allocated"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: now["peak"])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: now["reserved"])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (now["free"], 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: now.__setitem__("emptied", now["emptied"] + 1))
+    return now
+
+
+def plan(budget: int | None) -> MemoryPlan:
+    return MemoryPlan(Recompute([Layer() for _ in range(10)]), budget, gradients=20 * MIB)
+
+
+def flags(planned: MemoryPlan) -> list[bool]:
+    return [layer.gradient_checkpointing for layer in planned.recompute.layers]
+
+
+def measure(planned: MemoryPlan, gpu: dict[str, int], *, layer: int = 50 * MIB) -> None:
+    """A first step of 1,000 tokens that peaks at 320 MiB above what stood before; the optimizer then makes 200."""
+    with planned.step(1000, number=0):
+        assert flags(planned) == [True] * 10 and planned.recompute.measure
+        planned.recompute.measure, planned.recompute.measured = False, layer
+        gpu["peak"] = gpu["allocated"] + 320 * MIB
+    gpu["allocated"] += 200 * MIB
+
+
+def test_the_first_step_recomputes_all_and_the_next_what_it_must(gpu: dict[str, int]) -> None:
+    planned = plan(1200 * MIB + 20 * MIB + MEMORY_BUDGET + 300 * MIB + 370 * MIB)
+    assert "until a step is measured" in str(planned)
+    measure(planned, gpu)
+    with planned.step(1000, number=0):  # the rest of the first window: nothing is known of the optimizer's state yet
+        assert flags(planned) == [True] * 10 and not planned.recompute.measure
+    with planned.step(1000, number=1):
+        assert planned.costs is not None and planned.costs.base == 1200 * MIB
+        assert planned.costs.step == pytest.approx(0.3 * MIB) and planned.costs.layer == pytest.approx(0.05 * MIB)
+        assert flags(planned) == [True] * 3 + [False] * 7  # 370 // 50 are kept, the last ones
+    assert gpu["emptied"] == 1
+    with planned.step(2000, number=2):
+        assert flags(planned) == [True] * 10
+    with planned.step(100, number=3):
+        assert flags(planned) == [False] * 10
+    assert "up to 10 of 10 layers recomputed" in str(planned) and "1.17 GiB between steps" in str(planned)
+
+
+def test_without_a_budget_what_is_free_is_planned_with(gpu: dict[str, int]) -> None:
+    planned = plan(None)
+    measure(planned, gpu)
+    with planned.step(1000, number=1):
+        left = 5000 * MIB * (1 - memory.SPARE) - 1200 * MIB - 20 * MIB - MEMORY_BUDGET - 300 * MIB
+        assert flags(planned).count(False) == min(10, int(left / (50 * MIB))) == 10
+    gpu["free"] = 0
+    planned = plan(None)
+    gpu["allocated"] = 1000 * MIB
+    measure(planned, gpu)
+    with planned.step(1000, number=1):
+        left = 2000 * MIB * (1 - memory.SPARE) - 1200 * MIB - 20 * MIB - MEMORY_BUDGET - 300 * MIB
+        assert flags(planned).count(False) == max(0, int(left / (50 * MIB))) < 10
+
+
+def test_a_step_that_fails_measures_nothing(gpu: dict[str, int]) -> None:
+    planned = plan(None)
+    with pytest.raises(torch.OutOfMemoryError), planned.step(1000, number=0):
+        raise torch.OutOfMemoryError("no")
+    with planned.step(10, number=1):
+        assert planned.costs is None and flags(planned) == [True] * 10
