@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help quickstart test test-full test-gpu lint docs clean
+.PHONY: help quickstart test test-full test-gpu mutation lint docs clean
 
 help:
 	@echo "make quickstart   SFT, then GRPO, on the embedded model and data (about 5 minutes on two cores)"
 	@echo "make test         the tests (no GPU, no network but the package registry)"
 	@echo "make test-full    the long tests too; writes tests/reports/full.txt (PART=compare: that part anew)"
 	@echo "make test-gpu     the tests that need an NVIDIA GPU"
+	@echo "make mutation     breaks losses, ops and masks on purpose; writes tests/reports/mutation.json (SAMPLE=200)"
 	@echo "make lint         ruff and mypy"
 	@echo "make docs         the documentation site, in site/"
 
@@ -32,6 +33,10 @@ test-full: $(STAMP)
 
 test-gpu:
 	$(PYTHON) -m pytest -q -m gpu $(PYTEST_ARGS)
+
+SAMPLE ?= 200
+mutation: $(STAMP)
+	$(BIN)/python -m tests.mutation --sample $(SAMPLE) --report
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -71,7 +71,7 @@ TARGETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "lora": (f"{OPS}/lora.py", (f"{TESTS}/ops/test_lora.py", f"{TESTS}/ops/test_lora_mlp.py")),
     "compare_stats": ("aligntune/compare/stats.py", ("tests/compare/test_stats.py",)),
     "compare_batches": ("aligntune/compare/batches.py", ("tests/compare/test_batches.py",)),
-    "compare_gradients": ("aligntune/compare/gradients.py", ("tests/compare/test_report.py",)),
+    "compare_gradients": ("aligntune/compare/gradients.py", ("tests/compare/test_gradients.py",)),
 }
 KINDS = ("sign", "scale", "off by one", "dropped term", "mean for sum")
 _SLOWEST = 600

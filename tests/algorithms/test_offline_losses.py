@@ -196,6 +196,7 @@ def test_cpos_rewards_are_beta_times_the_log_probs() -> None:
     assert metrics["rewards/chosen"].item() == pytest.approx(0.25 * -0.875, rel=1e-12)
     assert metrics["rewards/rejected"].item() == pytest.approx(0.25 * -1.5, rel=1e-12)
     assert metrics["rewards/margins"].item() == pytest.approx(0.25 * 0.625, rel=1e-12)
+    assert metrics["rewards/accuracies"].item() == 0.5  # the first pair is a tie
 
 
 def test_kto_by_hand() -> None:

@@ -108,6 +108,20 @@ def test_noise_is_the_spread_of_repeats_and_the_interval_of_one_pair() -> None:
     assert found.noise == pytest.approx(math.expm1(spread + half * math.sqrt(2)))
 
 
+@pytest.mark.parametrize(("times", "significant"), [(4.9, False), (6.0, True)])
+def test_what_is_significant_stands_at_99_percent(times: float, significant: bool) -> None:
+    """The bootstrap's half-width h at 99 % is 1.314 h; repeats of one arm that differ by h deviate by h / 2, and
+    9.925 times that is 4.96 h: together 5.13 h."""
+    generator = np.random.default_rng(5)
+    a, b = ([generator.normal(0, 0.05, 30) for _ in range(2)] for _ in range(2))
+    a, b = ([values - values.mean() for values in arm] for arm in (a, b))
+    inside = mean_interval([x - y for x, y in zip(a, b, strict=True)])
+    half = max(inside.high - inside.value, inside.value - inside.low)
+    found = throughput_ratio([a[0], a[1] + half], [values + half / 2 - times * half for values in b])
+    assert math.log(found.ratio.value) == pytest.approx(times * half)
+    assert found.significant is significant
+
+
 def test_tables() -> None:
     assert (student(1), student(2), student(9), student(1000)) == (12.706, 4.303, 2.306, 2.042)
     assert percentiles([1.0, 2.0, 3.0]) == pytest.approx({"p10": 1.2, "p50": 2.0, "p90": 2.8})
