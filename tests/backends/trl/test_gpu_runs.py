@@ -1,0 +1,94 @@
+"""Every algorithm on the GPU: full in bf16, LoRA, QLoRA; trained, evaluated, generating, resumed.
+
+`ALIGNTUNE_GPU_RUNS=cpu` runs the same cases on a CPU, to try the test itself.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+
+from aligntune import ConfigError, create_reward_trainer, create_rl_trainer, create_sft_trainer
+from aligntune.algorithms import ALGORITHMS
+from tests.backends.trl.test_quantized import plain  # noqa: F401  a model wide enough for 4 bits
+from tests.core.test_trainer import lines, weights
+
+ON_CPU = os.environ.get("ALIGNTUNE_GPU_RUNS") == "cpu"
+pytestmark = [] if ON_CPU else pytest.mark.gpu
+DEVICE, DTYPE = ("cpu", torch.float32) if ON_CPU else ("cuda", torch.bfloat16)
+
+MODES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"use_peft": True, "lora_r": 4},
+    "qlora": {"quantization": "nf4", "use_peft": True, "lora_r": 4},
+}
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "sft": [{"conversations": [{"from": "human", "value": f"say {i}"}, {"from": "gpt", "value": f"{i} " * (i % 3 + 1)}]}
+            for i in range(8)],
+    "preference": [{"prompt": f"say {i}", "chosen": f" {i}" * (i % 3 + 1), "rejected": " no" * (i % 2 + 1)}
+                   for i in range(8)],
+    "unpaired": [{"prompt": f"say {i}", "completion": f" {i}" * (i % 3 + 1), "label": i % 2 == 0} for i in range(8)],
+    "prompts": [{"prompt": f"count to {i}:"} for i in range(8)],
+}
+ROWS["reward"] = ROWS["preference"]
+
+
+def letters(completions: list[Any], **columns: Any) -> list[float]:
+    """Different for most completions, also of one prompt."""
+    return [float(len(set(str(text)))) for text in completions]
+
+
+def make(algorithm: str, mode: str, source: str, path: Path, **more: Any) -> Any:
+    spec = ALGORITHMS.load(algorithm)
+    rows = ROWS[spec.takes]
+    options: dict[str, Any] = {
+        "backend": "trl", "output_dir": str(path), "max_steps": 2, "batch_size": 4, "learning_rate": 1e-2,
+        "logging_steps": 1, "report_to": "none", "max_seq_length": 64, "eval_dataset_name": rows[:4],
+        "eval_batch_size": 4, **MODES[mode], **more,
+    }
+    if spec.online:
+        options |= {"reward_functions": [letters], "max_completion_length": 6}
+        options |= {"num_generations": 4} if spec.groups else {}
+    if algorithm == "gspo":
+        options["steps_per_generation"] = 1  # else a rollout, and the checkpoint within it, is longer than this run
+    if algorithm == "sft":
+        return create_sft_trainer(source, rows, **options)
+    if algorithm == "reward":
+        return create_reward_trainer(source, rows, **options)
+    return create_rl_trainer(source, rows, algorithm=algorithm, **options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("algorithm", ALGORITHMS.names())
+def test_it_trains_evaluates_and_generates(algorithm: str, mode: str, plain: str, tmp_path: Path) -> None:  # noqa: F811
+    trainer = make(algorithm, mode, plain, tmp_path / "run")
+    assert {value.device.type for value in trainer.model.parameters()} == {DEVICE}
+    assert trainer.trainer.args.bf16 == (not ON_CPU)
+    quantised = [module for module in trainer.model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert bool(quantised) == (mode == "qlora")
+    assert all(module.compute_dtype == DTYPE for module in quantised)
+    before = weights(trainer.trainer)
+    assert trainer.train().global_step == 2
+    records = [record for record in lines(tmp_path / "run") if record["kind"] == "train"]
+    assert [record["step"] for record in records] == [1, 2]
+    assert all(0 < record["grad_norm"] < 1e6 for record in records)
+    moved = {name for name, value in weights(trainer.trainer).items() if not torch.equal(value, before[name])}
+    heads = ("score", "critic.head")
+    assert moved and all(mode == "full" or "lora_" in name or any(head in name for head in heads) for name in moved)
+    metrics = trainer.evaluate()
+    wanted = "eval_reward" if ALGORITHMS.load(algorithm).online else "eval_loss"
+    assert metrics[wanted] == pytest.approx(metrics[wanted]) and metrics[wanted] != 0  # no NaN
+    if algorithm == "reward":
+        with pytest.raises(ConfigError, match="does not generate"):
+            trainer.generate(["say 3"])
+    else:
+        texts = trainer.generate(["say 3", "count to 12:"], max_new_tokens=5)
+        assert len(texts) == 2 and any(texts)
+    if mode == "lora":
+        resumed = make(algorithm, mode, plain, tmp_path / "run", resume=True, max_steps=3)
+        assert resumed.train().global_step == 3
