@@ -79,37 +79,37 @@ _SLOWEST = 600
 
 @dataclass(frozen=True)
 class Mutant:
-    """One broken place: the module's text with it, and what was there before."""
+    """One broken place: the `number`-th of its kind, and what stands there before and after."""
 
     target: str
     kind: str
+    number: int
     line: int
     before: str
     after: str
-    source: str
+
+    def source(self, whole: str) -> str:
+        """The module's text with this place broken."""
+        tree = ast.parse(whole)
+        Breaker(self.kind, self.number).visit(tree)
+        return ast.unparse(ast.fix_missing_locations(tree))
 
 
 def mutants(source: str, target: str = "") -> Iterator[Mutant]:
     """Every mutant of a module's functions; messages, assertions and annotations stay as they are."""
     for kind in KINDS:
-        number = 0
-        while True:
-            tree = ast.parse(source)
-            breaker = Breaker(kind, number)
-            breaker.visit(tree)
-            if breaker.broken is None:
-                break
-            line, before, after = breaker.broken
-            yield Mutant(target, kind, line, before, after, ast.unparse(ast.fix_missing_locations(tree)))
-            number += 1
+        every = Breaker(kind)
+        every.visit(ast.parse(source))
+        for number, place in enumerate(every.places):
+            yield Mutant(target, kind, number, *place)
 
 
 class Breaker(ast.NodeTransformer):
-    """Breaks the `number`-th place of its kind."""
+    """Lists the places of its kind (line, before, after) and breaks the `number`-th, if one is wanted."""
 
-    def __init__(self, kind: str, number: int) -> None:
-        self.kind, self.left = kind, number
-        self.broken: tuple[int, str, str] | None = None
+    def __init__(self, kind: str, number: int | None = None) -> None:
+        self.kind, self.number = kind, number
+        self.places: list[tuple[int, str, str]] = []
         self.inside = 0
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
@@ -130,12 +130,11 @@ class Breaker(ast.NodeTransformer):
         return node
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
-        after = self._break(node) if self.inside and self.broken is None else None
+        after = self._break(node) if self.inside else None
         if after is not None:
-            if self.left == 0:
-                self.broken = (getattr(node, "lineno", 0), ast.unparse(node), ast.unparse(after))
+            self.places.append((getattr(node, "lineno", 0), ast.unparse(node), ast.unparse(after)))
+            if len(self.places) - 1 == self.number:
                 return ast.copy_location(after, node)
-            self.left -= 1
         return super().generic_visit(node)
 
     def _break(self, node: ast.AST) -> ast.AST | None:
@@ -246,7 +245,7 @@ def check_mutant(folder: Path, mutant: Mutant, *, seconds: float) -> bool:
     """Whether the tests notice; the file is whole again afterwards."""
     path, tests = TARGETS[mutant.target]
     whole = (folder / path).read_text(encoding="utf-8")
-    (folder / path).write_text(mutant.source, encoding="utf-8")
+    (folder / path).write_text(mutant.source(whole), encoding="utf-8")
     try:
         return not run_tests(folder, tests, seconds=seconds)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,10 @@ def test_each_kind_breaks_its_places() -> None:
         ("mean for sum", "kl.sum", "kl.mean"), ("mean for sum", "mask.mean", "mask.sum"),
     }
     for one in mutants(SOURCE):
-        tree = ast.parse(one.source)
-        assert ast.dump(tree) != ast.dump(ast.parse(SOURCE))
-        assert "SCALE = 2 * 3" in one.source and "x + y." in one.source and "len(x) + 1 > 0" in one.source
+        broken = one.source(SOURCE)
+        assert ast.dump(ast.parse(broken)) != ast.dump(ast.parse(SOURCE))
+        assert one.after in broken and broken.count("\n") == ast.unparse(ast.parse(SOURCE)).count("\n")
+        assert "SCALE = 2 * 3" in broken and "x + y." in broken and "len(x) + 1 > 0" in broken
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -57,3 +59,25 @@ def test_a_broken_mask_is_noticed(tmp_path: Path) -> None:
                if one.kind == "off by one")
     assert mutation.run_tests(folder, TARGETS["compare_batches"][1], seconds=300)
     assert mutation.check_mutant(folder, one, seconds=300)
+
+
+def test_a_draw_takes_as_many_of_each_target_and_the_same_ones_again() -> None:
+    targets = ["dpo", "compare_gradients", "kto"]
+    found = mutation.drawn(targets, 20, seed=3)
+    assert [len(found[target]) for target in targets] == [7, 7, 6]
+    assert found == mutation.drawn(targets, 20, seed=3) != mutation.drawn(targets, 20, seed=4)
+    assert found["dpo"] == mutation.drawn(["dpo"], 7, seed=3)["dpo"]
+    everything = mutation.drawn(targets, None, seed=3)
+    assert all(set(found[target]) < set(everything[target]) for target in targets)
+    assert mutation.drawn(["compare_gradients"], 10**6, seed=0).keys() == {"compare_gradients"}
+
+
+def test_the_report_adds_up() -> None:
+    found = mutation.drawn(["dpo"], 5, seed=0)["dpo"]
+    one = mutation.section("dpo", found, found[:2], seed=0)
+    assert (one["tried"], one["killed"], one["seed"]) == (5, 3, 0) and one["mutants"] > 20
+    assert all(line.startswith("aligntune/algorithms/dpo.py:") and "  ->  " in line for line in one["survivors"])
+    report = mutation.totals({"dpo": one, "kto": {"tried": 3, "killed": 3}})
+    assert (report["tried"], report["killed"], report["share"]) == (8, 6, 0.75)
+    committed = json.loads(mutation.REPORT.read_text())
+    assert mutation.totals(committed["targets"]) == committed
