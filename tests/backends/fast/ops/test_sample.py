@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from aligntune.backends.fast.ops import sample as op
 from aligntune.backends.fast.ops.sample import (
@@ -150,6 +152,23 @@ def test_noise_has_the_right_tail():
     assert noise.mean() == pytest.approx(0.5772, abs=0.008)
     assert noise.var() == pytest.approx(math.pi**2 / 6, abs=0.03)
     assert (noise > 10).double().mean() == pytest.approx(math.exp(-10), rel=0.8)
+
+
+@triton.jit
+def _noise_of(words, noise, N: tl.constexpr):
+    index = tl.arange(0, N)
+    tl.store(noise + index, op._gumbel(tl.load(words + index)))
+
+
+def test_the_kernels_noise_of_a_word(device):
+    """Also below u = 2^-10, where a series stands for the logarithm: one draw in a thousand, the likeliest tokens."""
+    words = torch.tensor([0, 1, 1000, 2**18, 2**21, 2**22 - 1, 2**22, 2**25, 2**30, 2**31 - 1, -(2**31), -2**20, -1,
+                          *range(-8, -5)], dtype=torch.int64)  # fmt: skip
+    noise = torch.empty(len(words), device=device)
+    _noise_of[(1,)](words.to(torch.int32).to(device), noise, N=len(words))
+    u = ((words % 2**32).double() + 0.5) / 2.0**32
+    expected = -torch.log(-torch.log1p(-u.clamp(max=1 - 2.0**-24)))
+    torch.testing.assert_close(noise.cpu().double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @BOTH
