@@ -1,6 +1,6 @@
 """A page each: its parts, its generated tables, its curve, and the row that it shows.
 
-`python -m tests.algorithms.test_pages` writes the tables of options anew.
+`python -m tests.algorithms.test_pages` writes the tables of options and the lists of differences anew.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.data.tokenizers import make
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 NAMES = ALGORITHMS.names()
-OPTIONS = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- end -->)", re.S)
+MARKED = re.compile(r"(<!-- (options|differs): (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 
 def page(name: str) -> str:
@@ -38,13 +38,21 @@ def options_table(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def differences(name: str) -> str:
+    return "".join(f"* {line}\n" for line in ALGORITHMS.load(name).differs)
+
+
+MADE = {"options": options_table, "differs": differences}
+
+
 def rendered(text: str) -> str:
-    return OPTIONS.sub(lambda match: match[1] + "\n" + options_table(match[2]) + "\n" + match[3], text)
+    return MARKED.sub(lambda match: f"{match[1]}\n{MADE[match[2]](match[3])}\n{match[4]}", text)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_options_of_a_page_are_those_of_the_dataclass(name: str) -> None:
-    assert [match[1] for match in OPTIONS.findall(page(name))] == [name]
+def test_options_and_differences_of_a_page_are_those_of_the_code(name: str) -> None:
+    assert [match[1:3] for match in MARKED.findall(page(name))] == [("options", name), ("differs", name)]
+    assert len(ALGORITHMS.load(name).differs) >= 1
     assert rendered(page(name)) == page(name), "write them anew: python -m tests.algorithms.test_pages"
 
 
