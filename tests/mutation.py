@@ -46,7 +46,7 @@ OFFLINE = ("tests/algorithms/test_offline_losses.py",)
 # target: (file, tests that should notice)
 TARGETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "policy_gradient": (f"{ALGORITHMS}/policy_gradient.py", ("tests/algorithms/test_policy_gradient.py",)),
-    "log_probs": (f"{ALGORITHMS}/log_probs.py", ("tests/algorithms",)),
+    "log_probs": (f"{ALGORITHMS}/log_probs.py", (*OFFLINE, "tests/algorithms/test_policy_gradient.py")),
     "ppo": (f"{ALGORITHMS}/ppo.py", ("tests/algorithms/test_ppo.py",)),
     "dpo": (f"{ALGORITHMS}/dpo.py", OFFLINE),
     "kto": (f"{ALGORITHMS}/kto.py", OFFLINE),
