@@ -263,6 +263,19 @@ def test_sft_by_hand() -> None:
     assert stats.mean_logits[0].tolist() == pytest.approx([math.log(3) / 2, math.log(4) / 2])
 
 
+def test_sfts_gradient_is_finite_differences() -> None:
+    logits = torch.randn(2, 5, 7, dtype=torch.double, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    labels = torch.tensor([[0, 3, IGNORED, 6, 2], [1, IGNORED, IGNORED, 4, IGNORED]])
+
+    def loss(logits: Tensor) -> Tensor:
+        return sft_loss(token_stats(logits, labels))[0]
+
+    assert torch.autograd.gradcheck(loss, logits)
+    (gradient,) = torch.autograd.grad(loss(logits), logits)
+    learnt = torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
+    assert gradient[learnt].abs().max() > 0.05 and not gradient[~learnt].any()
+
+
 def test_dft_has_no_gradient_through_its_weight() -> None:
     logits = torch.randn(1, 4, 5, dtype=torch.double, generator=torch.Generator().manual_seed(1)).requires_grad_()
     stats = token_stats(logits, torch.tensor([[0, 1, 2, 3]]))

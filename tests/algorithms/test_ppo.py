@@ -149,6 +149,28 @@ def test_losses_are_the_loops(lengths: list[int], dtype: torch.dtype, cliprange_
     assert whole.item() == pytest.approx(total / 50, rel=10 * tolerance(dtype), abs=tolerance(dtype))
 
 
+def test_gradients_are_finite_differences() -> None:
+    """Of policy, critic and entropy at once; ratios and values lie on both sides of their clips."""
+    data = batch([5, 1, 3, 7], torch.float64, seed=3)
+    mask = data["mask"].bool()
+    for name in ("log_probs", "old_log_probs"):  # their rubbish would make the ratio infinite
+        data[name][~mask] = -1.0
+    advantages = torch.randn(mask.shape, generator=torch.Generator().manual_seed(9)).double()
+    returns = data["scores"][:, None] + data["old_values"]
+
+    def loss(log_probs: torch.Tensor, values: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
+        policy = clipped_surrogate((log_probs - data["old_log_probs"]).exp(), advantages, epsilon=0.2)
+        value, _ = clipped_value_loss(values, data["old_values"], returns, cliprange=0.5)
+        return ppo_loss(policy, value, entropies, mask, vf_coef=0.4, entropy_coef=0.03)
+
+    points = [data[name].requires_grad_() for name in ("log_probs", "values", "entropies")]
+    assert torch.autograd.gradcheck(loss, points)
+    for gradient in torch.autograd.grad(loss(*points), points):
+        assert gradient[mask].abs().max() > 1e-3 and not gradient[~mask].any()
+    ratios = (points[0] - data["old_log_probs"]).exp()[mask]
+    assert (ratios < 0.8).any() and (ratios > 1.2).any()
+
+
 def test_nothing_beyond_the_end_of_a_completion_is_read() -> None:
     lengths = [3, 0, 5]
     data = batch(lengths, torch.float64)

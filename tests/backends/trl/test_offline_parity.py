@@ -204,16 +204,24 @@ def test_cpo(form: str, left: bool, tmp_path: Any) -> None:
         stated("cpo", metrics["nll_loss"], summed)
 
 
+@PADDING
 @pytest.mark.parametrize("centring", [None, 0.01])
-def test_reward(centring: float | None, tmp_path: Any) -> None:
+def test_reward(centring: float | None, left: bool, tmp_path: Any) -> None:
     trainer = trainer_of("reward", tmp_path, moved(tiny.scorer()), center_rewards_coefficient=centring)
     margins = [0.25 * (i % 4) for i in range(16)]
     for margin in (None, margins):
         if margin is not None:
             trainer.train_dataset = trainer.train_dataset.add_column("margin", margin)
         batch, loss, metrics = theirs(trainer)
+        ids, attention = batch["input_ids"], batch["attention_mask"]
+        lengths = attention.sum(1)
+        assert lengths.min() < lengths.max()
+        if left:
+            ids, attention = (torch.stack([row.roll(len(row) - int(n)) for row, n in zip(rows, lengths, strict=True)])
+                              for rows in (ids, attention))
         with torch.no_grad():
-            scores = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
+            positions = (attention.cumsum(1) - 1).clamp(min=0)
+            scores = trainer.model(input_ids=ids, attention_mask=attention, position_ids=positions).logits[:, 0]
         ours = reward_loss(*scores.chunk(2), margin=batch.get("margin"), center_rewards_coefficient=centring)
         same(ours, loss, metrics)
         assert ("margin" in batch) == (margin is not None)
