@@ -80,16 +80,17 @@ def recompute_layers(
 
     Args:
         wanted: True recomputes every layer, "offload" keeps their inputs in host memory, "auto" plans by memory where
-            the trainer can (sft on a GPU) and is True elsewhere. False, or a trainer that keeps activations: nothing.
+            the trainer can (sft and preference methods on a GPU) and is True elsewhere. False, or a trainer that keeps
+            activations: nothing.
         budget_gib: what "auto" plans with, in GiB at the peak of a step; None is what is free.
     Raises:
         ConfigError: "offload" or a budget was asked for and cannot be had.
     """
     args, model = trainer.args, attachment.model
-    plans = wanted == "auto" and isinstance(trainer, FastSFT) and next(model.parameters()).is_cuda
+    plans = wanted == "auto" and isinstance(trainer, FastSFT | FlatPreference) and next(model.parameters()).is_cuda
     if budget_gib is not None and not plans:
-        raise ConfigError(f"train.memory_budget_gib = {budget_gib:g}: gradient_checkpointing='auto' of sft on a GPU "
-                          "plans with it; leave it out")
+        raise ConfigError(f"train.memory_budget_gib = {budget_gib:g}: gradient_checkpointing='auto' of sft and "
+                          "of preference methods on a GPU plans with it; leave it out")
     if not args.gradient_checkpointing:
         return "activations: kept"
     why = None

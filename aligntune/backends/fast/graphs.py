@@ -91,6 +91,7 @@ class GraphedModel:
     captures: int = 0
     capture_seconds: float = 0.0
     _largest: int = 0
+    _warmed: set[bool] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -153,7 +154,7 @@ class GraphedModel:
     def _capture(self, batch: Batch) -> _Pair:
         inputs = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
         side = self._side
-        if not self.captures:
+        if torch.is_grad_enabled() not in self._warmed:
             self._warm(inputs)
         forward = torch.cuda.CUDAGraph()
         with ledger.writing() as promises, torch.cuda.graph(forward, pool=self._pool, stream=side):
@@ -168,13 +169,14 @@ class GraphedModel:
         return pair
 
     def _warm(self, inputs: Batch) -> None:
-        """Fill the side stream's workspaces outside of a capture. Kernels of a shape were compiled when it came first,
-        in a launched step."""
+        """Fill the side stream's workspaces outside of a capture, the backward's where there is one. Kernels of a shape
+        were compiled when it came first, in a launched step."""
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side):
             warm = named_outputs(self.model(**inputs, fused_lm_head=True))["log_probs"]
             if torch.is_grad_enabled():
                 torch.autograd.grad(warm, self.parameters, torch.zeros_like(warm), allow_unused=True)
+        self._warmed.add(torch.is_grad_enabled())
         torch.cuda.current_stream().wait_stream(self._side)
         torch.cuda.synchronize()
 

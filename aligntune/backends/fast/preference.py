@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import is_peft_model
 from torch.nn import functional
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from aligntune.algorithms.dpo import FORMS, Pairs
 from aligntune.backends.fast.attachment import attachment_of
 from aligntune.backends.fast.graphs import GraphedModel, named_outputs
+from aligntune.backends.fast.memory import MemoryPlan
 from aligntune.backends.fast.optim import EmbeddingRate
 from aligntune.backends.fast.packing import attention_padded_because
 from aligntune.backends.fast.preference_rows import PairsEndToEnd, Scores, model_inputs
@@ -44,6 +44,7 @@ class FlatPreference:
     _flags: ReferenceFlags | None = None
     capture = False
     graphed: GraphedModel | None = None
+    memory: MemoryPlan | None = None
 
     @property
     def theirs(self: Any) -> Any:
@@ -127,8 +128,9 @@ class FlatPreference:
         """One pass of the reference: of its model, or of the policy's with its adapters off (or a copy of them on)."""
         if self.ref_model is not None:
             return self._quiet_score(self.ref_model, flat)
+        # Outside of graphs the bare model, as in TRL: what wraps it (DDP) has nothing to exchange.
         with torch.no_grad(), self._as_reference():
-            return self._quiet_score(policy, flat, "reference")
+            return self._quiet_score(policy if self.capture else self.model, flat, "reference")
 
     def _precomputed_score(self: Any, flat: dict[str, Any], model: Any) -> Scores:
         """The same before training, of a model that accelerate has not prepared."""
@@ -139,11 +141,18 @@ class FlatPreference:
         if self.ref_model is not None:
             return contextlib.nullcontext()
         model = self.accelerator.unwrap_model(self.model)
-        if not is_peft_model(model):  # whose reference is precomputed
-            return disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs)
         if self._flags is None or not self._flags.still_of(model):
             self._flags = ReferenceFlags.of(model)
         return self._flags.set()
+
+    def training_step(self: Any, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """TRL's, within the memory that is planned with."""
+        step = super().training_step  # type: ignore[misc]
+        if self.memory is None or not self.rows_end_to_end:
+            return step(model, inputs, num_items_in_batch)
+        number = self.state.global_step - self._initial_global_step
+        with self.memory.step(inputs["input_ids"].numel(), number=number):
+            return step(model, inputs, num_items_in_batch)
 
     def _precompute_ref_logps(self: Any, dataset: Any, name: str, batch_size: int) -> Any:
         """TRL's, which runs when the trainer is built: the kernels are needed by then."""

@@ -45,8 +45,11 @@ def answer_row(prompt: Sequence[int], answer: Sequence[int], max_length: int | N
     return Row(ids, start, start)
 
 
-def lay_end_to_end(rows: Sequence[Row], pad_token_id: int) -> dict[str, Any]:
+def lay_end_to_end(rows: Sequence[Row], flat: RowsEndToEnd) -> dict[str, Any]:
     """The rows as one flat batch.
+
+    Args:
+        flat: lays them; it remembers what earlier batches of this kind needed, so that shapes become few.
 
     Returns:
         What `RowsEndToEnd` makes, without `labels`, and
@@ -60,10 +63,11 @@ def lay_end_to_end(rows: Sequence[Row], pad_token_id: int) -> dict[str, Any]:
     """
     examples = [
         # A row without tokens keeps its place with a token that nothing is learnt from.
-        {"input_ids": row.ids or [pad_token_id], "labels": [IGNORED] * row.learnt + row.ids[row.learnt :] or [IGNORED]}
+        {"input_ids": row.ids or [flat.pad_token_id],
+         "labels": [IGNORED] * row.learnt + row.ids[row.learnt :] or [IGNORED]}
         for row in rows
     ]
-    batch = RowsEndToEnd(pad_token_id)(examples)
+    batch = flat(examples)
     del batch["labels"]  # transformers would count them, for a loss that is a mean over tokens
     # Not 0, by which rows are counted: the filling is none of the batch's.
     batch["position_ids"][0, batch["num_tokens"] :] = 1
@@ -129,8 +133,18 @@ class Scores:
         return cls(back(log_probs)[0], put, mask)
 
 
+class _Collator:
+    """What the collators share: one `RowsEndToEnd` for each kind of flat batch that they make."""
+
+    pad_token_id: int
+
+    def lay(self, rows: Sequence[Row], kind: str = "rows") -> dict[str, Any]:
+        kinds = vars(self).setdefault("kinds", {})
+        return lay_end_to_end(rows, kinds.setdefault(kind, RowsEndToEnd(self.pad_token_id)))
+
+
 @dataclass
-class PairsEndToEnd:
+class PairsEndToEnd(_Collator):
     """Collates `prompt_ids`, `chosen_ids`, `rejected_ids` (and `ref_chosen_logps`, `ref_rejected_logps`)."""
 
     pad_token_id: int
@@ -141,7 +155,7 @@ class PairsEndToEnd:
         keep_end = self.truncation_mode == "keep_end"
         rows = [answer_row(one["prompt_ids"], one[f"{side}_ids"], self.max_length, keep_end=keep_end)
                 for side in ("chosen", "rejected") for one in examples]
-        batch = lay_end_to_end(rows, self.pad_token_id)
+        batch = self.lay(rows)
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             if name in examples[0]:
                 batch[name] = torch.tensor([one[name] for one in examples])
@@ -149,7 +163,7 @@ class PairsEndToEnd:
 
 
 @dataclass
-class LabelledPairsEndToEnd:
+class LabelledPairsEndToEnd(_Collator):
     """Collates `chosen_input_ids`, `chosen_labels` and the same of the rejected side; -100 on the prompt.
 
     Args:
@@ -166,11 +180,11 @@ class LabelledPairsEndToEnd:
                 ids, labels = list(one[f"{side}_input_ids"]), one[f"{side}_labels"]
                 start = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
                 rows.append(Row(ids, start, 0 if self.prompts_too and side == "chosen" else start))
-        return lay_end_to_end(rows, self.pad_token_id)
+        return self.lay(rows)
 
 
 @dataclass
-class UnpairedEndToEnd:
+class UnpairedEndToEnd(_Collator):
     """Collates `prompt_ids`, `completion_ids`, `label` (and `KL_completion_ids`, `ref_logps`, `ref_KL_logps`).
 
     Beside the rows: `KL`, the flat batch of the mismatched completions; `both`, of the rows and those after them, which
@@ -185,11 +199,11 @@ class UnpairedEndToEnd:
             [answer_row(one["prompt_ids"], one[name], self.max_length) for one in examples if name in one]
             for name in ("completion_ids", "KL_completion_ids")
         )
-        batch = lay_end_to_end(rows, self.pad_token_id)
+        batch = self.lay(rows)
         if mismatched:
-            batch["KL"] = lay_end_to_end(mismatched, self.pad_token_id)
+            batch["KL"] = self.lay(mismatched, "KL")
             if "ref_logps" not in examples[0]:
-                batch["both"] = lay_end_to_end(rows + mismatched, self.pad_token_id)
+                batch["both"] = self.lay(rows + mismatched, "both")
         for name in ("ref_logps", "ref_KL_logps"):
             if name in examples[0]:
                 batch[name] = torch.tensor([one[name] for one in examples])
@@ -200,7 +214,7 @@ class UnpairedEndToEnd:
 
 
 @dataclass
-class ScoredPairsEndToEnd:
+class ScoredPairsEndToEnd(_Collator):
     """Collates `chosen_ids`, `rejected_ids` (and `margin`) for a model that scores whole rows.
 
     Beside the rows: `last_tokens`, (R,) int64, the flat position whose score is the row's. transformers reads it at a
@@ -211,7 +225,7 @@ class ScoredPairsEndToEnd:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         rows = [list(one[f"{side}_ids"]) for side in ("chosen", "rejected") for one in examples]
-        batch = lay_end_to_end([Row(ids, 0, len(ids)) for ids in rows], self.pad_token_id)
+        batch = self.lay([Row(ids, 0, len(ids)) for ids in rows])
         lasts, start = [], 0
         for ids in rows:
             lasts.append(start + max((i for i, token in enumerate(ids) if token != self.pad_token_id), default=0))

@@ -35,8 +35,8 @@ class ReferenceFlags:
 
     @classmethod
     def of(cls, model: Any) -> ReferenceFlags:
-        """Of a PEFT model: its copy named "ref" takes the place of its adapters where it has one, as in TRL."""
-        adapters = tuple(model.peft_config)
+        """Of a model; under PEFT its copy named "ref" takes the place of its adapters where it has one, as in TRL."""
+        adapters = tuple(getattr(model, "peft_config", ()))
         off: tuple[str, Any] = ("_active_adapter", ["ref"]) if "ref" in adapters else ("_disable_adapters", True)
         settings, known = [], True
         for module in model.modules():
@@ -48,7 +48,7 @@ class ReferenceFlags:
         return cls(model, adapters, tuple(settings), known)
 
     def still_of(self, model: Any) -> bool:
-        return self.model is model and self.adapters == tuple(model.peft_config)
+        return self.model is model and self.adapters == tuple(getattr(model, "peft_config", ()))
 
     @contextlib.contextmanager
     def set(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ another one ran over is gone, as memory in a shared pool would be.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,6 +60,81 @@ def capture(self: graphs.GraphedModel, batch: dict[str, Any]) -> Any:
     return pair
 
 
+def stand_in(monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(graphs.GraphedModel, "_capture", capture)
+    monkeypatch.setattr(Pool, "replays", [])
+
+
+class Toy(torch.nn.Module):
+    """log p of a token is w times its id; `off` stands for adapters that are off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor(2.0))
+        self.off = False
+
+    def forward(self, input_ids: torch.Tensor, fused_lm_head: bool) -> Any:
+        return SimpleNamespace(log_probs=input_ids * (1.0 if self.off else self.w), mean_logits=input_ids + 0.5)
+
+
+def test_passes_of_one_shape_are_told_apart(monkeypatch: Any) -> None:
+    stand_in(monkeypatch)
+    toy = Toy()
+    graphed = graphs.GraphedModel(toy, [toy.w])
+    for number in range(1, 5):
+        batch = {"input_ids": torch.full((1, 3), float(number))}
+        with torch.no_grad():
+            toy.off = True
+            reference = graphed.quiet(batch, "reference")
+            toy.off = False
+            policy = graphed.quiet(batch, "policy")
+        assert not reference.requires_grad and not policy.requires_grad
+        assert reference.tolist() == [[number] * 3] and policy.tolist() == [[2.0 * number] * 3]
+        found = graphed(batch)
+        assert found["mean_logits"].tolist() == [[number + 0.5] * 3]
+        found["log_probs"].sum().backward()
+        assert toy.w.grad.item() == 3.0 * sum(range(1, number + 1))
+    # Each kind's first is launched.
+    assert Pool.replays == ["quiet", "quiet", "trained"] * 3 and len(graphed.pairs) == 3
+    with pytest.raises(AssertionError):
+        graphed.quiet(batch, "reference")
+
+
+def test_a_pass_between_a_forward_and_its_backward_is_caught(monkeypatch: Any) -> None:
+    """The stand-in sees what a shared pool would not forgive."""
+    stand_in(monkeypatch)
+    toy = Toy()
+    graphed, batch = graphs.GraphedModel(toy, [toy.w]), {"input_ids": torch.ones(1, 3)}
+    for _ in range(2):
+        with torch.no_grad():
+            graphed.quiet(batch, "reference")
+        graphed(batch)["log_probs"].sum().backward()
+    loss = graphed(batch)["log_probs"].sum()
+    with torch.no_grad():
+        graphed.quiet(batch, "reference")
+    with pytest.raises(AssertionError, match="another forward ran"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("kinds", [("trained",), ("reference", "trained")])
+def test_the_most_graphs_are_of_each_kind(kinds: tuple[str, ...], monkeypatch: Any) -> None:
+    stand_in(monkeypatch)
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    toy = Toy()
+    graphed = graphs.GraphedModel(toy, [toy.w])
+    for _ in range(3):
+        for size in (5, 4, 3, 2):
+            batch = {"input_ids": torch.ones(1, size)}
+            if "reference" in kinds:
+                with torch.no_grad():
+                    graphed.quiet(batch, "reference")
+            graphed(batch)["log_probs"].sum().backward()
+    assert len(graphed.pairs) == 2 * len(kinds)
+
+
 def run(algorithm: str, path: Any, **options: Any) -> Any:
     rows = unpaired() if algorithm == "kto" else pairs()
     built = built_of("fast", algorithm, path, rows, max_steps=2, gradient_accumulation_steps=2, batch_size=2,
@@ -71,15 +147,12 @@ def slow(name: str) -> Any:
     return pytest.param(name, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("algorithm", ["dpo", slow("kto"), slow("orpo"), slow("simpo")])
+@pytest.mark.parametrize("algorithm", [slow("dpo"), slow("kto"), slow("orpo"), slow("simpo")])
 def test_replayed_steps_are_launched_ones(algorithm: str, tmp_path: Any, monkeypatch: Any) -> None:
     launched = run(algorithm, tmp_path / "launched")
     assert "launched one by one, the model is not on a GPU" in launched.attestation()["layout"]
     monkeypatch.setattr("aligntune.backends.fast.build.eager_because", lambda trainer: None)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
-    monkeypatch.setattr(graphs.GraphedModel, "_capture", capture)
-    monkeypatch.setattr(Pool, "replays", [])
+    stand_in(monkeypatch)
     replayed = run(algorithm, tmp_path / "replayed")
     assert "passes replayed as CUDA graphs" in replayed.attestation()["layout"]
     # Four micro-steps of one shape; the first is launched.

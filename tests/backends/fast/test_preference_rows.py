@@ -11,7 +11,7 @@ from trl.experimental.cpo.cpo_trainer import DPODataCollatorWithPadding
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-from aligntune.backends.fast.packing import IGNORED
+from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd
 from aligntune.backends.fast.preference_rows import (
     LabelledPairsEndToEnd,
     PairsEndToEnd,
@@ -116,7 +116,7 @@ def test_labelled_pairs(prompts_too: bool) -> None:
 
 
 def test_rows_without_tokens_keep_their_place() -> None:
-    flat = lay_end_to_end([Row([], 0, 0), Row([5, 6], 1, 1), Row([], 0, 0)], 9)
+    flat = lay_end_to_end([Row([], 0, 0), Row([5, 6], 1, 1), Row([], 0, 0)], RowsEndToEnd(9))
     assert flat["input_ids"][0, :4].tolist() == [9, 5, 6, 9] and flat["num_tokens"] == 2
     assert flat["scored"].tolist() == [0, 1, 0] and flat["lengths"].tolist() == [0, 1, 0]
     assert flat["shift_labels"][0, :4].tolist() == [IGNORED, 6, IGNORED, IGNORED]
@@ -133,3 +133,18 @@ def test_gradients_find_their_token() -> None:
     rows = torch.repeat_interleave(torch.arange(1.0, 15.0), flat["scored"])
     assert log_probs.grad[flat["shift_labels"] != IGNORED].tolist() == rows.tolist()
     assert not log_probs.grad[flat["shift_labels"] == IGNORED].any()
+
+
+def test_shapes_become_few() -> None:
+    """What a batch with more rows or a longer one needed, later ones have too; each kind on its own."""
+    collate = UnpairedEndToEnd(PAD)
+
+    def batch(count: int, length: int) -> dict[str, Any]:
+        return collate([{"prompt_ids": [5] * (i + 1), "completion_ids": [6] * length, "KL_completion_ids": [7],
+                         "label": True} for i in range(count)])
+
+    first, large, after = batch(2, 3), batch(9, 1500), batch(2, 3)
+    assert len(first["cu_seq_lens_q"]) == 9 and len(large["cu_seq_lens_q"]) == len(after["cu_seq_lens_q"]) == 17
+    assert len(after["both"]["cu_seq_lens_q"]) == 25
+    assert [one["max_length_q"] for one in (first, large, after)] == [1024, 2048, 2048]
+    assert after["KL"]["max_length_q"] == 1024

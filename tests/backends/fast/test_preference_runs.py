@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from aligntune import create_reward_trainer, create_rl_trainer
 from aligntune.errors import ConfigError
 from tests.backends.fast.preference_steps import assert_same_step, built_of, pairs, small, step
 from tests.backends.fast.test_preference import passes_done_once
+from tests.backends.fast.test_preference_reward import scored, scorer
 from tests.backends.fast.test_preference_unpaired import unpaired
 from tests.core import tiny
 from tests.core.test_trainer import At, give_up, lines, same, weights
@@ -182,3 +184,19 @@ def test_what_stays_padded_says_so(tmp_path: Path) -> None:
     assert_same_step(step(asked.trainer), step(theirs.trainer))
     flat = built_of("fast", "simpo", tmp_path / "d", use_peft=True, padding_free=True)
     assert flat.attestation()["layout"].startswith("rows: end to end")
+
+
+def test_steps_run_within_the_memory_that_is_planned_with(tmp_path: Path) -> None:
+    built = built_of("fast", "reward", tmp_path, scored(), model_name=scorer(), gradient_accumulation_steps=2)
+    steps = []
+
+    class Plan:
+        @contextlib.contextmanager
+        def step(self, tokens: int, *, number: int) -> Any:
+            steps.append((tokens, number))
+            yield
+
+    built.trainer.memory = Plan()
+    built.trainer.train()
+    assert [number for _, number in steps] == [0, 0, 1, 1]
+    assert {tokens for tokens, _ in steps} <= {64, 128}
