@@ -33,7 +33,7 @@ class Pool:
     replays: list[str] = []
 
 
-def capture(self: graphs.GraphedModel, batch: dict[str, Any]) -> Any:
+def capture(self: graphs.GraphedModel, batch: dict[str, Any], **_: Any) -> Any:
     inputs = {name: value.clone() if torch.is_tensor(value) else value for name, value in batch.items()}
     trained = torch.is_grad_enabled()
     live: dict[str, torch.Tensor] = {}
@@ -76,8 +76,14 @@ class Toy(torch.nn.Module):
         self.w = torch.nn.Parameter(torch.tensor(2.0))
         self.off = False
 
-    def forward(self, input_ids: torch.Tensor, fused_lm_head: bool) -> Any:
+    def forward(self, input_ids: torch.Tensor, fused_lm_head: bool, **lengths: Any) -> Any:
         return SimpleNamespace(log_probs=input_ids * (1.0 if self.off else self.w), mean_logits=input_ids + 0.5)
+
+
+def batch_of(size: int, number: float = 1.0) -> dict[str, Any]:
+    """Ragged rows, so far as graphs look at them."""
+    lengths = torch.tensor([0, 1, size, size], dtype=torch.int32)
+    return {"input_ids": torch.full((1, size), number), "cu_seq_lens_q": lengths, "max_length_q": 1024}
 
 
 def test_passes_of_one_shape_are_told_apart(monkeypatch: Any) -> None:
@@ -85,7 +91,7 @@ def test_passes_of_one_shape_are_told_apart(monkeypatch: Any) -> None:
     toy = Toy()
     graphed = graphs.GraphedModel(toy, [toy.w])
     for number in range(1, 5):
-        batch = {"input_ids": torch.full((1, 3), float(number))}
+        batch = batch_of(3, float(number))
         with torch.no_grad():
             toy.off = True
             reference = graphed.quiet(batch, "reference")
@@ -107,7 +113,7 @@ def test_a_pass_between_a_forward_and_its_backward_is_caught(monkeypatch: Any) -
     """The stand-in sees what a shared pool would not forgive."""
     stand_in(monkeypatch)
     toy = Toy()
-    graphed, batch = graphs.GraphedModel(toy, [toy.w]), {"input_ids": torch.ones(1, 3)}
+    graphed, batch = graphs.GraphedModel(toy, [toy.w]), batch_of(3)
     for _ in range(2):
         with torch.no_grad():
             graphed.quiet(batch, "reference")
@@ -126,8 +132,8 @@ def test_the_most_graphs_are_of_each_kind(kinds: tuple[str, ...], monkeypatch: A
     toy = Toy()
     graphed = graphs.GraphedModel(toy, [toy.w])
     for _ in range(3):
-        for size in (5, 4, 3, 2):
-            batch = {"input_ids": torch.ones(1, size)}
+        for size in (40, 20, 10, 5):
+            batch = batch_of(size)
             if "reference" in kinds:
                 with torch.no_grad():
                     graphed.quiet(batch, "reference")
