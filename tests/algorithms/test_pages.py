@@ -114,6 +114,20 @@ def test_the_curve_of_a_page_is_drawn_from_the_committed_history(name: str) -> N
     assert end > start if first == "reward" else end < start, f"{first} went from {start} to {end}"
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_builtin_recipe_learnt_something_on_held_out_rows_within_its_time(name: str) -> None:
+    """Three minutes of two cores are 360 seconds of one; a run of one thread counts no waiting."""
+    for row in curves.report_of(name)["rows"]:
+        scores = list(row["scores"].values())
+        if row.get("probe"):
+            assert scores[0] < 0.05 and scores[-1] > scores[-2] + 0.02, row["seed"]
+        else:
+            start, end = (row["scores"][key] for key in row["scores"] if key.startswith("eval_loss"))
+            assert end < 0.2 * start
+        if row.get("threads") == 1:
+            assert 10 < row["cpu_s"] < 300
+
+
 def test_a_changed_history_changes_the_curve() -> None:
     report = curves.report_of("dpo")
     before = curves.svg("dpo", report)

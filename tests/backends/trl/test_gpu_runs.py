@@ -19,7 +19,7 @@ from tests.backends.trl.test_quantized import plain  # noqa: F401  a model wide 
 from tests.core.test_trainer import lines, weights
 
 ON_CPU = os.environ.get("ALIGNTUNE_GPU_RUNS") == "cpu"
-pytestmark = [] if ON_CPU else pytest.mark.gpu
+pytestmark: Any = [] if ON_CPU else pytest.mark.gpu
 DEVICE, DTYPE = ("cpu", torch.float32) if ON_CPU else ("cuda", torch.bfloat16)
 
 MODES: dict[str, dict[str, Any]] = {
