@@ -21,12 +21,18 @@ import torch
 from aligntune.backends.fast import ledger
 from aligntune.backends.fast.attachment import base_model
 from aligntune.backends.fast.ledger import writing_to
+from aligntune.backends.fast.packing import IGNORED
 from aligntune.backends.fast.recompute import recompute_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 MOST_GRAPHS = 32
+MOST_FILLING = 0.5
+LITTLE_FILLING = 1 / 16
+OFTEN = 8
+"""A shape that a captured one holds is filled up to it, by half of its tokens at most; where that is more than 1/16, it
+is captured itself when it comes the eighth time. Launching takes longer than computing on the filling."""
 _OUTPUTS = ("log_probs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs", "label_mask")
 
 Batch = dict[str, Any]
@@ -69,10 +75,31 @@ class _Pair:
         """Log-probs of `batch`; a copy, as the next replay writes over the graph's own."""
         for name, value in self.inputs.items():
             if isinstance(value, torch.Tensor):
-                value.copy_(batch[name], non_blocking=True)
+                _fill(name, value, batch[name], self.tokens)
         self.forward.replay()
         ledger.replayed(self.promises)
-        return self.outputs["log_probs"].clone()
+        return self.outputs["log_probs"][..., : tokens_of(batch)].clone()
+
+    @property
+    def tokens(self) -> int:
+        """T, the flat length that was captured."""
+        return tokens_of(self.inputs)
+
+    def more_for(self, batch: Batch) -> float | None:
+        """The share of tokens that `batch` would be filled up with to be replayed here; None where it does not fit.
+
+        Filling is a row of its own behind the others, which nothing is learnt from.
+        """
+        tokens = tokens_of(batch)
+        more = self.tokens - tokens
+        if self.inputs.keys() != batch.keys() or not 0 <= more <= tokens * MOST_FILLING:
+            return None
+        # Rows of one length attend as a dense batch, which no other rows fit; filling is no longer than the longest.
+        if _equal_rows(self.inputs) or more > self.inputs["max_length_q"]:
+            return None
+        spare = more > 0 and _equal_rows(batch)
+        same = all(_fits(name, self.inputs[name], value, spare=spare) for name, value in batch.items())
+        return more / tokens if same else None
 
 
 @dataclass
@@ -108,8 +135,8 @@ class GraphedModel:
             return named_outputs(self.model(**batch, fused_lm_head=True))
         log_probs = _Replay.apply(self._anchor, self, pair, batch)
         # Copies: the next replay writes over the graph's own outputs.
-        return {"log_probs": log_probs} | {name: value.clone() for name, value in pair.outputs.items()
-                                           if name != "log_probs"}
+        return {"log_probs": log_probs} | {name: value[..., : tokens_of(batch)].clone()
+                                           for name, value in pair.outputs.items() if name != "log_probs"}
 
     def quiet(self, batch: Batch, kind: str) -> torch.Tensor:
         """Log-probs (1, T) of a pass under `no_grad`.
@@ -122,16 +149,21 @@ class GraphedModel:
         return self.model(**batch, fused_lm_head=True).log_probs if pair is None else pair.replay_forward(batch)
 
     def _pair(self, kind: str, batch: Batch) -> _Pair | None:
-        """What was captured of this kind and shape, now or before; None where the step is to be launched."""
+        """What was captured of this kind that holds the batch, now or before; None where the step is to be launched."""
         key = (kind, *sorted((name, tuple(value.shape) if isinstance(value, torch.Tensor) else value)
                              for name, value in batch.items()))
         if key not in self.pairs:
             self.seen[key] = self.seen.get(key, 0) + 1
+            more, near = min(((more, other) for name, other in self.pairs.items()
+                              if name[0] == kind and (more := other.more_for(batch)) is not None),
+                             key=lambda found: found[0], default=(0.0, None))
+            if near is not None and (more <= LITTLE_FILLING or self.seen[key] < OFTEN):
+                return near
             if self.seen[key] < 2 or sum(other[0] == kind for other in self.pairs) >= MOST_GRAPHS:
-                return None
+                return near
             started = time.perf_counter()
-            self._make_room(batch["input_ids"].numel())
-            self.pairs[key] = self._capture(batch)
+            self._make_room(tokens_of(batch))
+            self.pairs[key] = self._capture(batch, loaded=near is None)
             self.captures += 1
             self.capture_seconds += time.perf_counter() - started
         return self.pairs[key]
@@ -151,10 +183,11 @@ class GraphedModel:
                 self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()
 
-    def _capture(self, batch: Batch) -> _Pair:
+    def _capture(self, batch: Batch, *, loaded: bool) -> _Pair:
+        """`loaded`: steps of this shape were launched before, so that its kernels are there."""
         inputs = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
         side = self._side
-        if torch.is_grad_enabled() not in self._warmed:
+        if not loaded or torch.is_grad_enabled() not in self._warmed:
             self._warm(inputs)
         forward = torch.cuda.CUDAGraph()
         with ledger.writing() as promises, torch.cuda.graph(forward, pool=self._pool, stream=side):
@@ -202,9 +235,42 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[None, ...]:  # type: ignore[override]
         ctx.graphed.hold_gradients()
-        ctx.pair.upstream.copy_(upstream)
+        ctx.pair.upstream[..., : upstream.shape[-1]].copy_(upstream)
+        ctx.pair.upstream[..., upstream.shape[-1] :].zero_()
         ctx.pair.backward.replay()
         return None, None, None, None
+
+
+def tokens_of(batch: Batch) -> int:
+    """T, the flat length of a batch."""
+    return batch["input_ids"].shape[-1]
+
+
+def _equal_rows(batch: Batch) -> bool:
+    return (batch["cu_seq_lens_q"].numel() - 1) * batch["max_length_q"] == tokens_of(batch)
+
+
+_ENDS = ("cu_seq_lens_q", "cu_seq_lens_k")
+_FILLING = {"labels": IGNORED, "shift_labels": IGNORED, "kept": -1}
+
+
+def _fits(name: str, captured: Any, value: Any, *, spare: bool) -> bool:
+    """Whether `value` can be filled up to what was captured under this name; `spare`: its rows leave no end to move."""
+    if not isinstance(value, torch.Tensor):
+        return captured >= value if name.startswith("max_length") else captured == value
+    if name in _ENDS:
+        return captured.numel() >= value.numel() + spare
+    return captured.ndim == value.ndim and captured.shape[-1] >= value.shape[-1]
+
+
+def _fill(name: str, captured: torch.Tensor, value: torch.Tensor, tokens: int) -> None:
+    """Copy `value` to where the graph reads, and behind it what is no row's; of `cu_seq_lens` the filling's end."""
+    length = value.shape[-1]
+    captured[..., :length].copy_(value, non_blocking=True)
+    if name in _ENDS:
+        captured[min(length, captured.numel() - 1) :].fill_(tokens)
+    elif length < captured.shape[-1]:
+        captured[..., length:].fill_(_FILLING.get(name, 0))
 
 
 def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:

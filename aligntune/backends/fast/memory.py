@@ -62,12 +62,15 @@ class MemoryPlan:
     gradients: int
     costs: Costs | None = None
     most: int = 0
+    _began: int | None = None
     _first: tuple[int, int, float] | None = None
 
     @contextmanager
     def step(self, tokens: int, *, number: int) -> Iterator[None]:
-        """Around forward and backward of `tokens`; `number` counts optimizer steps from 0, in this process."""
-        if self.costs is None and self._first is not None and number > 0:
+        """Around forward and backward of `tokens`, in optimizer step `number`."""
+        if self._began is None:
+            self._began = number
+        if self.costs is None and self._first is not None and number > self._began:
             self._settle()
         if self.costs is not None:
             kept = self.costs.kept(tokens, self._budget(), len(self.recompute.layers))

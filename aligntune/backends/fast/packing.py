@@ -76,7 +76,8 @@ class RowsEndToEnd:
         next_T = torch.cat([label_T[1:], label_T.new_full((1,), IGNORED)])
         rows = len(lengths)
         if ragged:  # both only grow: soon the flat length is all that tells one batch's shape from another's
-            self.rows = max(self.rows, -(-rows // _ROWS_STEP) * _ROWS_STEP)
+            # One end more than rows: a captured step of a greater length gets its filling behind them.
+            self.rows = max(self.rows, -(-(rows + 1) // _ROWS_STEP) * _ROWS_STEP)
             self.longest = max(self.longest, 1 << (max(lengths) - 1).bit_length())
         padded_rows = self.rows if ragged else rows
         cu_seq_lens = torch.full((padded_rows + 1,), total, dtype=torch.int32)

@@ -63,8 +63,7 @@ class FastSFT(EmbeddingRate, SFT):
         """TRL's, within the memory that is planned with."""
         if self.memory is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        number = self.state.global_step - self._initial_global_step
-        with self.memory.step(inputs["input_ids"].numel(), number=number):
+        with self.memory.step(inputs["input_ids"].numel(), number=self.state.global_step):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(

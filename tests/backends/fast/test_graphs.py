@@ -35,7 +35,8 @@ def train(tmp_path: Any, data: list[dict[str, str]], *, steps: int = 16, **optio
     trainer = create_sft_trainer(
         model(), data, backend="fast", tokenizer_name=load_tokenizer("builtin:tiny"), use_peft=True, lora_r=8,
         lora_dropout=0.0, max_steps=steps, learning_rate=3e-3, output_dir=str(tmp_path), overwrite=True,
-        logging_steps=1, progress=False, lr_scheduler="constant", **{"gradient_checkpointing": False, "batch_size": 4} | options,
+        logging_steps=1, progress=False, lr_scheduler="constant",
+        **{"gradient_checkpointing": False, "batch_size": 4} | options,
     )  # fmt: skip
     with torch.no_grad():
         torch.manual_seed(5)
