@@ -38,8 +38,22 @@ class Document:
 
 
 def keep(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """References to what `documents` reads: a trainer takes entries out of the batch it is given."""
+    """References to what `documents` reads: a trainer takes entries out of the batch it is given.
+
+    TRL's ORPO and CPO hold the two sides of their pairs apart; here they are rows of one batch, the chosen ones first.
+    """
+    if "chosen_input_ids" in inputs:
+        return {name: _both_sides(inputs, name, fill) for name, fill in
+                (("input_ids", 0), ("labels", IGNORED), ("attention_mask", 0))}
     return {name: inputs[name] for name in KEYS if name in inputs}
+
+
+def _both_sides(inputs: Mapping[str, Any], name: str, fill: int) -> Any:
+    import torch
+
+    sides = [inputs[f"{side}_{name}"] for side in ("chosen", "rejected")]
+    width = max(side.shape[1] for side in sides)
+    return torch.cat([torch.nn.functional.pad(side, (0, width - side.shape[1]), value=fill) for side in sides])
 
 
 def documents(batch: Mapping[str, Any], first_row: int = 0) -> list[Document]:

@@ -99,3 +99,31 @@ def test_a_datasets_digest_is_of_its_rows_and_not_of_their_order(monkeypatch: py
     assert batches.rows_digest(iter(rows)) is None and batches.rows_digest(None) is None
     monkeypatch.setattr(batches, "MOST_ROWS", 1)
     assert batches.rows_digest(rows) is None
+
+
+PREFERENCES = [{"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9, 4]},
+               {"prompt_ids": [3], "chosen_ids": [9, 9, 2], "rejected_ids": [2]}]
+
+
+def test_pairs_padded_apart_and_end_to_end_are_the_same_documents() -> None:
+    """TRL's DPO stacks both sides, its ORPO and CPO hold them apart, backend fast lays them end to end."""
+    from trl.experimental.cpo.cpo_trainer import DPODataCollatorWithPadding
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    from aligntune.backends.fast.preference_rows import LabelledPairsEndToEnd, PairsEndToEnd
+
+    apart = [{**{f"{side}_input_ids": row["prompt_ids"] + row[f"{side}_ids"] for side in ("chosen", "rejected")},
+              **{f"{side}_labels": [-100] * len(row["prompt_ids"]) + row[f"{side}_ids"]
+                 for side in ("chosen", "rejected")},
+              **{f"{side}_attention_mask": [1] * len(row["prompt_ids"] + row[f"{side}_ids"])
+                 for side in ("chosen", "rejected")},
+              "prompt_input_ids": row["prompt_ids"], "prompt_attention_mask": [1] * len(row["prompt_ids"])}
+             for row in PREFERENCES]
+    made = [DataCollatorForPreference(0)(PREFERENCES), PairsEndToEnd(0)(PREFERENCES),
+            DPODataCollatorWithPadding(pad_token_id=0)(apart), LabelledPairsEndToEnd(0)(apart),
+            LabelledPairsEndToEnd(0, prompts_too=True)(apart)]
+    found = [batches.documents(batches.keep(batch)) for batch in made]
+    assert [one.ids.tolist() for one in found[0]] == [[5, 6, 7], [3, 9, 9, 2], [5, 6, 8, 9, 4], [3, 2]]
+    assert all(batches.fingerprint(one) == batches.fingerprint(found[0]) for one in found)
+    assert {batches.sizes(one)["learnt"] for one in found} == {8}
+    assert [batches.rows_of(batches.keep(batch)) for batch in made] == [4, 1, 4, 1, 1]
