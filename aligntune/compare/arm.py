@@ -98,7 +98,7 @@ def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
     recorder = Recorder(inner, started=spec.started, gradient_steps=tuple(spec.gradient_steps),
                         stop_after=spec.stop_after,
                         trace_step=_trace_step(spec, trainer))
-    extra: dict[str, Any] = {"leak": None, "hypotheses": None}
+    extra: dict[str, Any] = {"leak": None, "hypotheses": None, "probe": None}
     recorder.before_forward = _questions(spec, trainer, recorder, extra)
     recorder.install()
     start = time.time()
@@ -110,7 +110,12 @@ def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
     peaks = peak_memory()
     save_gradients(recorder, folder / GRADIENTS)
     if spec.probe:
-        probes.save_distributions(trainer.model, probes.probe_rows(trainer), folder / PROBE)
+        try:
+            probes.save_distributions(trainer.model, probes.probe_rows(trainer), folder / PROBE)
+        except (NotImplementedError, AttributeError, TypeError) as error:
+            if spec.peer is None:
+                raise
+            extra["probe"] = f"{type(error).__name__}: {error}"  # a peer's model that hands out no logits
     config = trainer.config if trainer.config is not None else {}
     return {
         "status": "ok", "label": spec.label, "role": spec.role, "repeat": spec.repeat, "seed": spec.seed,

@@ -63,8 +63,10 @@ PEERS: dict[str, Peer] = {
     "liger": Peer("liger_kernel", "pip install liger-kernel",
                   r"liger|rms_norm|swiglu|geglu|triton_rope", {"trainer_options": {"use_liger_kernel": True}}),
     "unsloth": Peer("unsloth", "pip install unsloth (in an environment of its own; --python-b names it)",
-                    # Rows end to end is its own default, which a config that says False would turn off.
-                    r"rms_layernorm|fg_kernel|rope_embedding|cross_entropy", {"padding_free": True}, _unsloth_model,
+                    # Its own, and what it has torch compile. Rows end to end is its own default, which a config that
+                    # says False would turn off.
+                    r"rms_layernorm|fg_kernel|rope_embedding|cross_entropy|triton_(poi|red|per|tem)_fused",
+                    {"padding_free": True}, _unsloth_model,
                     environment={"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_COMPILE_LOCATION": "{folder}/compiled"}),
 }
 

@@ -251,8 +251,9 @@ class Recorder(TrainerCallback):
             return
         self._profiler.__exit__(None, None, None)
         wanted = DeviceType.CUDA if self._line.cuda else DeviceType.CPU
+        # Annotated ranges are on the card's line too, and span what it waits for.
         events = [event for event in self._profiler.events() if event.device_type == wanted
-                  and (self._line.cuda or event.name.startswith("aten::"))]
+                  and not event.is_user_annotation and (self._line.cuda or event.name.startswith("aten::"))]
         self._profiler = None
         names = Counter(event.name for event in events)
         self.trace = {"step": step, "device": "cuda" if self._line.cuda else "cpu", "names": dict(names.most_common()),
