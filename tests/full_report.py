@@ -37,14 +37,14 @@ def paths(part: str) -> list[str]:
     return ["tests", *(f"--ignore={path}" for each in PARTS.values() for path in each)]
 
 
-def run(part: str, arguments: list[str], workers: int) -> tuple[int, str]:
+def run(part: str, arguments: list[str], workers: int, commit: str | None = None) -> tuple[int, str]:
     """pytest's exit status, and the part's section of the report."""
     command = ["-m", "pytest", "-q", "-n", str(workers), "--dist", "loadgroup", "-m", "not gpu and not mutation",
                "--durations=20", *paths(part), *arguments]
     done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout, flush=True)
     git = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    commit = commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     return done.returncode, "\n".join([
         f"date: {datetime.date.today()}", f"commit: {commit}",
@@ -66,11 +66,12 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=[*PARTS, REST], help="this part only; may be repeated")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 2, 16), help="processes of tests")
+    parser.add_argument("--commit", help="the commit, where this tree is not a checkout")
     parser.add_argument("pytest", nargs="*", help="after --: arguments for pytest")
     given = parser.parse_args(argv)
     failed = 0
     for part in given.part or (*PARTS, REST):
-        status, section = run(part, given.pytest, given.workers)
+        status, section = run(part, given.pytest, given.workers, given.commit)
         failed |= status != 0
         REPORT.parent.mkdir(exist_ok=True)
         before = REPORT.read_text(encoding="utf-8") if REPORT.is_file() else ""

@@ -30,8 +30,8 @@ def test_what_a_run_leaves(status: int, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(full_report, "REPORT", tmp_path / "reports" / "full.txt")
     monkeypatch.setattr(full_report, "PARTS", {"compare": ("tests/test_full_report.py",)})
     wanted = "test_every_test_is_in_one_part" if status == 0 else "no_such_test"
-    given = ["--part", "compare", "--workers", "1", "--", "-k", wanted, "-p", "no:cacheprovider"]
+    given = ["--part", "compare", "--workers", "1", "--commit", "abc123", "--", "-k", wanted, "-p", "no:cacheprovider"]
     assert full_report.main(given) == status
     text = (tmp_path / "reports" / "full.txt").read_text()
     assert text.startswith("=== part compare ===\ndate: 20") and "cores, 1 processes" in text and "torch 2." in text
-    assert "commit: " in text and ("1 passed" in text.splitlines()[-1]) is (status == 0)
+    assert "\ncommit: abc123\n" in text and ("1 passed" in text.splitlines()[-1]) is (status == 0)
