@@ -137,10 +137,11 @@ def test_every_number_of_a_recipe_for_a_real_model_has_its_source_beside_it(name
 
 @pytest.mark.parametrize("name", BUILTIN)
 def test_a_builtin_recipe_trains_two_steps(name: str, tmp_path: Path) -> None:
-    """As it is but for the number of steps and the rows that are evaluated. A model that can add stands in for a first
-    stage that has run, and is sampled hot, so that some answers are wrong."""
+    """As it is but for the number of steps and of rows. A model that can add stands in for a first stage that has run,
+    and is sampled hot, so that some answers are wrong."""
     algorithm = read_recipe(name).algorithms[-1]
-    small = {"output_dir": str(tmp_path / "run"), "max_steps": 2, "max_eval_samples": 8, "report_to": "none"}
+    small = {"output_dir": str(tmp_path / "run"), "max_steps": 2, "max_samples": 256, "max_eval_samples": 8,
+             "report_to": "none"}
     staged = read_recipe(name).staged
     if staged:
         small |= {"probe.max_samples": 8, "stages.1.batch_size": 8, "stages.1.model_name": "builtin:tiny-instruct"}
