@@ -154,6 +154,17 @@ def test_noise_has_the_right_tail():
     assert (noise > 10).double().mean() == pytest.approx(math.exp(-10), rel=0.8)
 
 
+@BOTH
+def test_lines_beyond_the_logits_stay_as_they_are(step, device):
+    """The state is as long as the engine's largest batch; a step reads as many lines as there are logits."""
+    state, out = state_of(5, device, token=7), outputs_of(5, device=device)
+    step(torch.eye(3, 9, device=device) * 9, state, out, seed=torch.tensor(1, dtype=torch.int32, device=device),
+         temperature=torch.tensor(1.0, device=device), stops=torch.full((1,), -1, dtype=torch.int32, device=device),
+         greedy=True)  # fmt: skip
+    assert state[:, FIELDS.index("token")].tolist() == [0, 1, 2, 7, 7]
+    assert torch.equal(state[3:].cpu(), state_of(5, token=7)[3:]) and not torch.isfinite(out.log_probs[3:]).any()
+
+
 @triton.jit
 def _noise_of(words, noise, N: tl.constexpr):
     index = tl.arange(0, N)
