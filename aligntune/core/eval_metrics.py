@@ -37,7 +37,7 @@ class Averages:
         self._per_token = per_token
         self._nll = (
             per_token and getattr(args, "loss_type", "nll") == "nll" and not args.label_smoothing_factor
-            and trainer.compute_loss_func is None
+            and not callable(trainer.compute_loss_func)
         )
         self._batches: list[_Batch] = []
         self._step = trainer.prediction_step

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 MOST_GRAPHS = 32
 MOST_FILLING = 0.5
-LITTLE_FILLING = 1 / 16
-OFTEN = 8
-"""A shape that a captured one holds is filled up to it, by half of its tokens at most; where that is more than 1/16, it
-is captured itself when it comes the eighth time. Launching takes longer than computing on the filling."""
+LITTLE_FILLING = 0.15
+OFTEN = 2
+"""A shape that a captured one holds is filled up to it, by half of its tokens at most; where that is more than 0.15, it
+is captured itself when it comes again. Launching takes longer than computing on the filling."""
 _OUTPUTS = ("log_probs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs", "label_mask")
 
 Batch = dict[str, Any]

@@ -20,6 +20,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 KEY = "_aligntune_recompute"
+_METHODS = ("_set_gradient_checkpointing", "enable_input_require_grads")
 
 
 @dataclass
@@ -268,6 +269,11 @@ def install(model: nn.Module, *, offload: bool = False) -> Recompute | None:
         return None
     remove(model)
     recompute = model.__dict__[KEY] = Recompute(layers, offload)
+    # Torch's function, when it is the reentrant one, needs an input that asks for a gradient; ours does not, and would
+    # compute that gradient for nobody.
+    if "_require_grads_hook" in model.__dict__:
+        model.disable_input_require_grads()  # type: ignore[operator]
+    model.__dict__["enable_input_require_grads"] = MethodType(_enable_input_require_grads, model)
     model.__dict__["_set_gradient_checkpointing"] = MethodType(_set_gradient_checkpointing, model)
     if any(layer.gradient_checkpointing for layer in layers):
         _hand_out(recompute)
@@ -279,7 +285,8 @@ def remove(model: nn.Module) -> None:
     recompute: Recompute | None = model.__dict__.pop(KEY, None)
     if recompute is None:
         return
-    model.__dict__.pop("_set_gradient_checkpointing", None)
+    for name in _METHODS:
+        model.__dict__.pop(name, None)
     for layer in recompute.layers:
         function = layer.__dict__.get("_gradient_checkpointing_func")
         if getattr(function, "func", None) == recompute.run:
@@ -298,6 +305,10 @@ def _set_gradient_checkpointing(self: Any, enable: bool = True, *args: Any, **kw
     if enable:
         _hand_out(recompute)
         recompute.choose(recompute.first)
+
+
+def _enable_input_require_grads(self: Any) -> None:
+    """Nothing: see `install`."""
 
 
 def _hand_out(recompute: Recompute) -> None:

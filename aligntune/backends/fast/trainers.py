@@ -36,7 +36,7 @@ def padded_because(trainer: Trainer, attachment: Attachment) -> str | None:
         return "the head is not ours"
     if trainer.aux_loss_enabled:
         return "the router's loss wants a mask"
-    if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
+    if trainer.label_smoother is not None or callable(trainer.compute_loss_func):  # TRL may set a string
         return "its loss wants logits"
     return attention_padded_because(attachment)
 

@@ -66,6 +66,7 @@ def assert_same_run(captured: Any, launched: Any) -> None:
 @pytest.mark.parametrize(("accumulation", "precision"), [(1, "bf16"), (3, "bf16"), (1, "fp16")])
 @pytest.mark.parametrize("lengths", [(60,), (3, 5, 40, 60)], ids=["equal", "ragged"])
 def test_replayed_steps_are_launched_ones_to_the_bit(lengths, accumulation, precision, tmp_path, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_FILLING", 0)  # products over another number of rows round otherwise
     options = {"gradient_accumulation_steps": accumulation, "precision": precision}
     captured = train(tmp_path / "captured", rows(lengths), **options)
     monkeypatch.setattr("aligntune.backends.fast.build.eager_because", lambda _: "a test asked for it")
@@ -76,9 +77,21 @@ def test_replayed_steps_are_launched_ones_to_the_bit(lengths, accumulation, prec
     assert not attested["problems"] and (attested["replayed"] or len(lengths) > 1)
 
 
+def test_a_batch_filled_up_to_a_captured_shape_trains_the_same(tmp_path, monkeypatch):
+    data = rows((3, 5, 40, 60, 90), count=96)
+    filled = train(tmp_path / "filled", data, steps=24)
+    monkeypatch.setattr(graphs, "MOST_FILLING", 0)
+    exact = train(tmp_path / "exact", data, steps=24)
+    assert len(filled.trainer.graphed.pairs) < len(exact.trainer.graphed.pairs)
+    assert history(filled, "loss") == pytest.approx(history(exact, "loss"), rel=1e-2)
+    assert history(filled, "loss")[0] == pytest.approx(history(exact, "loss")[0], rel=1e-6)
+    assert history(filled, "num_tokens") == history(exact, "num_tokens")
+
+
 @pytest.mark.parametrize("how", [True, "offload"])
 @pytest.mark.parametrize("lengths", [(60,), (3, 5, 40, 60)], ids=["equal", "ragged"])
 def test_recomputed_steps_are_replayed_too(lengths, how, tmp_path, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_FILLING", 0)
     captured = train(tmp_path / "captured", rows(lengths), gradient_checkpointing=how)
     assert captured.trainer.graphed.pairs and "recomputed in every layer" in captured.attestation()["layout"]
     attested = captured.attestation()["step"]
@@ -107,7 +120,7 @@ def test_layers_are_recomputed_as_a_budget_asks(tmp_path):
                       memory_budget_gib=budget / 2**30)
         assert tight.trainer.memory.most == layers - kept
         assert torch.cuda.max_memory_allocated() < budget
-        assert history(tight, "loss") == pytest.approx(history(free, "loss"), rel=2e-3)
+        assert history(tight, "loss") == pytest.approx(history(free, "loss"), rel=1e-2)
 
 
 def key_tokens(trainer):
@@ -121,6 +134,7 @@ def test_fp32_is_launched_and_says_why(tmp_path):
 
 def test_more_shapes_than_graphs(tmp_path, monkeypatch):
     monkeypatch.setattr(graphs, "MOST_GRAPHS", 1)
+    monkeypatch.setattr(graphs, "MOST_FILLING", 0)
     captured = train(tmp_path / "captured", rows((3, 5, 40, 60, 90)), steps=24)
     assert len(captured.trainer.graphed.pairs) == 1 < len(captured.trainer.graphed.seen)
     monkeypatch.setattr("aligntune.backends.fast.build.eager_because", lambda _: "a test asked for it")
@@ -135,8 +149,9 @@ def test_evaluation_between_replays_changes_nothing(tmp_path):
     assert_same_run(evaluated, plain)
 
 
-def test_memory_does_not_grow_with_the_number_of_graphs(tmp_path):
+def test_memory_does_not_grow_with_the_number_of_graphs(tmp_path, monkeypatch):
     """Every pair lives in one pool, captured from one stream."""
+    monkeypatch.setattr(graphs, "MOST_FILLING", 0)
     few = train(tmp_path / "few", rows((60,)))
     torch.cuda.synchronize()
     one = torch.cuda.memory_reserved()

@@ -132,13 +132,24 @@ def test_install_takes_over_what_is_on_already_and_remove_gives_it_back() -> Non
     made = model()
     made.gradient_checkpointing_enable()
     plain = set(made.__dict__)
+    assert embedded(made).requires_grad
     ours = install(made)
+    assert not embedded(made).requires_grad
+    made.gradient_checkpointing_enable()
+    assert not embedded(made).requires_grad  # nobody wants that gradient
     assert ours is not None and recompute_of(made) is ours
     assert made.model.layers[1]._gradient_checkpointing_func.func == ours.run
     remove(made)
-    assert recompute_of(made) is None and set(made.__dict__) == plain
+    assert recompute_of(made) is None and plain ^ set(made.__dict__) <= {"_require_grads_hook", "_require_grads_hooks"}
     assert all("checkpoint" in layer._gradient_checkpointing_func.func.__name__ for layer in made.model.layers)
-    equal(gradients(made)[1], gradients(model())[1])
+    found, expected = gradients(made)[1], gradients(model())[1]
+    equal(found, {name: expected[name] for name in found})
+
+
+def embedded(made: Any) -> torch.Tensor:
+    for parameter in made.get_input_embeddings().parameters():
+        parameter.requires_grad_(False)
+    return made.get_input_embeddings()(torch.arange(3))
 
 
 def test_a_copy_of_the_model_recomputes_its_own_layers() -> None:
