@@ -45,6 +45,8 @@ class FlatPreference:
     capture = False
     graphed: GraphedModel | None = None
     memory: MemoryPlan | None = None
+    _counted = 0
+    _uncounted: torch.Tensor | None = None
 
     @property
     def theirs(self: Any) -> Any:
@@ -182,13 +184,25 @@ class FlatPreference:
         """A number on the device, by a launch: a copy from the CPU would be waited for."""
         return torch.full((), float(value), device=self.accelerator.device, dtype=dtype)
 
+    @property
+    def _total_train_tokens(self) -> int:
+        """Tokens trained on so far, as TRL counts them; read from the GPU where several processes counted."""
+        if self._uncounted is not None:
+            self._counted, self._uncounted = self._counted + int(self._uncounted), None
+        return self._counted
+
+    @_total_train_tokens.setter
+    def _total_train_tokens(self, value: int) -> None:
+        self._counted, self._uncounted = value, None
+
     def _note_tokens(self: Any, num_tokens: int) -> None:
-        if self._mode == "train":
-            count: Any = num_tokens
-            if self.accelerator.num_processes > 1:
-                count = self.accelerator.reduce(self._number(num_tokens, torch.float64), reduction="sum")
-            self._total_train_tokens = self._total_train_tokens + count
-        self._metrics[self._mode]["num_tokens"] = [self._total_train_tokens]
+        if self._mode == "train" and self.accelerator.num_processes == 1:
+            self._counted += num_tokens
+        elif self._mode == "train":
+            every = self.accelerator.reduce(self._number(num_tokens, torch.float64), reduction="sum")
+            self._uncounted = every if self._uncounted is None else self._uncounted + every
+        waiting = 0 if self._uncounted is None else self._uncounted
+        self._metrics[self._mode]["num_tokens"] = [self._counted + waiting]
 
     @property
     def _mode(self: Any) -> str:
@@ -203,8 +217,6 @@ class FlatPreference:
             read = torch.stack([values[i].double() for values, i in waiting]).tolist()
             for (values, i), value in zip(waiting, read, strict=True):
                 values[i] = value
-        if torch.is_tensor(getattr(self, "_total_train_tokens", 0)):
-            self._total_train_tokens = int(self._total_train_tokens)
         super().log(logs, start_time)  # type: ignore[misc]
 
 

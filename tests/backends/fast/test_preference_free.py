@@ -20,7 +20,11 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize(("algorithm", "options"), VARIANTS, ids=str)
+QUICK = (0, 1, 6)
+
+
+@pytest.mark.parametrize(("algorithm", "options"), [
+    pytest.param(*one, marks=() if i in QUICK else pytest.mark.slow) for i, one in enumerate(VARIANTS)], ids=str)
 def test_every_option(algorithm: str, options: dict[str, Any], tmp_path: Any) -> None:
     ours, theirs, layout = both_steps(algorithm, tmp_path, use_peft=True, **options)
     assert layout.startswith("rows: end to end, one launch a pass")
@@ -28,6 +32,7 @@ def test_every_option(algorithm: str, options: dict[str, Any], tmp_path: Any) ->
     assert abs(theirs[2]["rewards/margins"]) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["orpo", "simpo"])
 def test_every_weight(algorithm: str, tmp_path: Any) -> None:
     ours, theirs, _ = both_steps(algorithm, tmp_path)

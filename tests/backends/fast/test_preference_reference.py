@@ -92,6 +92,7 @@ def test_other_adapters_go_through_peft() -> None:
     assert state(model) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}], ids=str)
 def test_a_step_from_adapters_that_were_trained_before(options: dict[str, Any], tmp_path: Any) -> None:
     """TRL copies them; the copy is the reference."""

@@ -52,7 +52,7 @@ def history(trainer: Any) -> list[dict[str, float]]:
             for row in trainer.trainer.state.log_history]
 
 
-@pytest.mark.parametrize("algorithm", but("dpo", "reward"))
+@pytest.mark.parametrize("algorithm", but("reward"))
 def test_a_run_of_accumulated_steps_with_evaluation(algorithm: str, model: str, tmp_path: Path) -> None:
     """The history of a run is TRL's; the last batch of evaluation has another size than the others."""
     options = {"gradient_accumulation_steps": 2, "use_peft": algorithm != "kto", "eval_dataset_name": HELD_OUT,
@@ -91,7 +91,7 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(algorithm: str, model: str, tmp_
 
 
 @pytest.mark.parametrize(("algorithm", "adapters"), [
-    ("dpo", True), ("kto", True), pytest.param("dpo", False, marks=pytest.mark.slow),
+    ("dpo", True), *(pytest.param(*one, marks=pytest.mark.slow) for one in (("kto", True), ("dpo", False))),
 ])  # fmt: skip
 def test_precomputed_references(algorithm: str, adapters: bool, tmp_path: Path, monkeypatch: Any) -> None:
     """They are computed flat, over the kernels, while the trainer is built; a step then reads them."""
@@ -128,8 +128,9 @@ LACKING = ((3, 0, 2), (0, 1, 3), (2, 4, 0), (1, 1, 1))
 
 
 @pytest.mark.parametrize(("algorithm", "options"), [
-    ("dpo", {"loss_type": "sigmoid_norm"}), ("dpo", {"loss_type": ["ipo", "sft"]}), ("dpo", {"use_weighting": True}),
-    ("cpo", {}),
+    ("dpo", {"loss_type": ["ipo", "sft"], "loss_weights": [1.0, 0.5]}),
+    *(pytest.param(*one, marks=pytest.mark.slow) for one in (
+        ("dpo", {"loss_type": "sigmoid_norm"}), ("dpo", {"use_weighting": True}), ("cpo", {}))),
 ], ids=str)  # fmt: skip
 def test_answers_without_tokens(algorithm: str, options: dict[str, Any], tmp_path: Path) -> None:
     ours, theirs = (built_of(backend, algorithm, tmp_path, pairs(LACKING), use_peft=True, **options).trainer
@@ -137,6 +138,7 @@ def test_answers_without_tokens(algorithm: str, options: dict[str, Any], tmp_pat
     assert_same_step(step(ours), step(theirs), loss=5e-6, without=("logits/chosen", "logits/rejected"))
 
 
+@pytest.mark.slow
 def test_unpaired_answers_without_tokens(tmp_path: Path) -> None:
     rows = unpaired(lengths=((3, 2), (2, 0), (0, 1), (4, 3)))
     ours, theirs = (built_of(backend, "kto", tmp_path, rows, use_peft=True).trainer for backend in ("fast", "trl"))

@@ -12,6 +12,10 @@ from tests.backends.fast.preference_steps import assert_same_step, both_steps, i
 LENGTHS = ((3, 4), (1, 1), (5, 7), (2, 3), (4, 2), (6, 1), (1, 8), (3, 5))
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def unpaired(label: Any = lambda i: i % 3 > 0, lengths: Any = LENGTHS) -> Dataset:
     return Dataset.from_list([
         {"prompt_ids": ids(i, prompt), "completion_ids": ids(i + 50, completion), "label": label(i)}
@@ -19,8 +23,8 @@ def unpaired(label: Any = lambda i: i % 3 > 0, lengths: Any = LENGTHS) -> Datase
     ])  # fmt: skip
 
 
-@pytest.mark.parametrize("adapters", [True, False], ids=["lora", "full"])
-@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize(("loss_type", "adapters"), [
+    ("kto", True), slow("kto", False), slow("apo_zero_unpaired", True), slow("apo_zero_unpaired", False)])
 def test_a_step(loss_type: str, adapters: bool, tmp_path: Any) -> None:
     options = {"loss_type": loss_type, "beta": 0.3, "desirable_weight": 0.7, "undesirable_weight": 1.4,
                "size": -0.2 if adapters else 0.1}
@@ -32,7 +36,7 @@ def test_a_step(loss_type: str, adapters: bool, tmp_path: Any) -> None:
     assert theirs[2]["kl"] > 0.1 or loss_type != "kto"
 
 
-@pytest.mark.parametrize("good", [True, False])
+@pytest.mark.parametrize("good", [True, slow(False)])
 def test_rows_of_one_label(good: bool, tmp_path: Any) -> None:
     ours, theirs, _ = both_steps("kto", tmp_path, rows=unpaired(lambda _: good), use_peft=True, beta=0.3)
     assert_same_step(ours, theirs)
