@@ -299,10 +299,14 @@ def _pair(row: Row, plan: Plan) -> tuple[Speech, Speech, Speech]:
     _starts_as_assistant(rejected, "rejected")
     prompt_value = present(row, name)
     prompt = _turn("user", prompt_value) if isinstance(prompt_value, str) else normalise(prompt_value, name)
+    if name == "conversations" and prompt[-1]["role"] == "assistant":
+        raise RowFault(name, "ends with an answer, expected the conversation before chosen and rejected")
     return plan.open(prompt), chosen, rejected
 
 
 def _reply(value: Any, name: str) -> list[Message]:
+    if isinstance(value, dict):  # one turn (ShareGPT)
+        value = [value]
     return _turn("assistant", value) if isinstance(value, str) else normalise(value, name)
 
 

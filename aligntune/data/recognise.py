@@ -65,8 +65,11 @@ def _first(columns: Sequence[str], names: Sequence[str]) -> str | None:
 
 
 def _pair(columns: Sequence[str], rows: Sequence[Row]) -> dict[str, str] | None:
-    prompt = _first(columns, QUESTION)
-    if prompt and {"chosen", "rejected"} <= set(columns):
+    if not {"chosen", "rejected"} <= set(columns):
+        return None
+    # ShareGPT's pairs: the conversation so far, and two turns that could follow it.
+    prompt = _first(columns, (*QUESTION, "conversations"))
+    if prompt:
         return {"prompt": prompt, "chosen": "chosen", "rejected": "rejected"}
     return None
 

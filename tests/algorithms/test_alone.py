@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from aligntune import create_reward_trainer, create_rl_trainer, create_sft_trainer
+from aligntune import DataError, create_reward_trainer, create_rl_trainer, create_sft_trainer
 from aligntune.algorithms import ALGORITHMS
 from tests.core.test_trainer import weights
 
@@ -58,6 +58,20 @@ def test_model_and_dataset_and_reward_are_enough(name: str, tmp_path: Path, monk
     assert logged["grad_norm"] > 0 and moved == (logged["learning_rate"] > 0)
     (run,) = (tmp_path / "runs").iterdir()
     assert (run / "summary.json").is_file()
+
+
+def test_pairs_as_sharegpt_writes_them_are_the_same_tokens(tmp_path: Path) -> None:
+    """The conversation so far in one column, and one turn each in `chosen` and `rejected`."""
+    turns = [{"conversations": row["chosen"][:1], "chosen": row["chosen"][1], "rejected": row["rejected"][1]}
+             for row in PAIRS]
+    for name in ("dpo", "kto"):
+        given = {"algorithm": name, "max_steps": 1, "report_to": "none"}
+        found = [list(create_rl_trainer("builtin:tiny-instruct", rows, output_dir=str(tmp_path / f"{name}{index}"),
+                                        **given).trainer.train_dataset) for index, rows in enumerate((PAIRS, turns))]
+        assert found[0] == found[1] and len(found[0]) == (32 if name == "kto" else 16)
+    answered = [{**turns[0], "conversations": PAIRS[0]["chosen"]}]
+    with pytest.raises(DataError, match="conversations: ends with an answer"):
+        create_rl_trainer("builtin:tiny-instruct", answered, algorithm="dpo", output_dir=str(tmp_path / "bad"))
 
 
 def test_unpaired_rows_keep_their_labels_and_pairs_give_two_each(tmp_path: Path) -> None:
