@@ -1,4 +1,4 @@
-"""DPO and IPO over rows end to end: a policy pass and a reference pass, one launch each, and nothing that waits.
+"""DPO and IPO over rows end to end: a policy pass and a reference pass, one forward each, and nothing that waits.
 
 TRL's `_compute_loss` reads its metrics from the GPU ten times a micro-batch, before the backward is launched. Of a flat
 batch the loss is made here, from `algorithms.dpo`'s forms, and the metrics stay on the GPU until they are logged. The
@@ -96,7 +96,7 @@ class FlatPreference:
         if why is not None:
             return f"rows: padded, {why}"
         how = "passes replayed as CUDA graphs" if eager is None else f"launched one by one, {eager}"
-        return f"rows: end to end, one launch a pass; step: {how}"
+        return f"rows: end to end, one forward a pass; step: {how}"
 
     # Passes
 

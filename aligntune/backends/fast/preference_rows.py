@@ -1,7 +1,7 @@
 """Micro-batches of preference data as rows end to end, and per-token numbers put back a row at a time.
 
 All rows of a micro-batch (of pairs: the chosen ones, then the rejected ones, as TRL stacks them) are one flat row of
-T tokens, so that a pass is one launch. What the loss needs to know of the rows is made here, on the CPU.
+T tokens, so that a pass is one forward. What the loss needs to know of the rows is made here, on the CPU.
 
 Shapes: R rows, C the most tokens that a row has scored, T flat tokens.
 """

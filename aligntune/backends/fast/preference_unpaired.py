@@ -1,4 +1,4 @@
-"""KTO over rows end to end: three launches a micro-batch in the place of TRL's four, and nothing that waits.
+"""KTO over rows end to end: three forwards a micro-batch in the place of TRL's four, and nothing that waits.
 
 The policy scores the rows with gradients and the mismatched completions without; the reference scores both in one pass.
 The loss is a row's own, so good and bad rows need not be sorted apart, for which TRL waits for the GPU.

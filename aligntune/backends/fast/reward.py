@@ -1,4 +1,4 @@
-"""Reward models over rows end to end: the backbone in one launch, the score head at each row's last token alone.
+"""Reward models over rows end to end: the backbone in one forward, the score head at each row's last token alone.
 
 TRL's trainer pads, and transformers scores every position of it before it keeps one a row.
 """

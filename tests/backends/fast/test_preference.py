@@ -77,7 +77,7 @@ def test_every_form_and_option(tmp_path: Any) -> None:
 @pytest.mark.parametrize("adapters", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["lora", "full"])
 def test_a_step(adapters: bool, tmp_path: Any) -> None:
     ours, theirs, layout = both_steps("dpo", tmp_path, beta=0.3, use_peft=adapters)
-    assert layout.startswith("rows: end to end, one launch a pass")
+    assert layout.startswith("rows: end to end, one forward a pass")
     assert_same_step(ours, theirs)
     assert abs(theirs[2]["rewards/margins"]) > 1e-3
 
@@ -85,7 +85,7 @@ def test_a_step(adapters: bool, tmp_path: Any) -> None:
 @pytest.mark.slow
 def test_ipo(tmp_path: Any) -> None:
     ours, theirs, layout = both_steps("ipo", tmp_path, beta=0.3, use_peft=True)
-    assert layout.startswith("rows: end to end, one launch a pass")
+    assert layout.startswith("rows: end to end, one forward a pass")
     assert_same_step(ours, theirs, loss=5e-6)
 
 
@@ -107,5 +107,5 @@ VARIANTS = [
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_a_step_with_every_option(options: dict[str, Any], tmp_path: Any) -> None:
     ours, theirs, layout = both_steps("dpo", tmp_path, beta=0.3, use_peft=True, **options)
-    assert layout.startswith("rows: end to end, one launch a pass")
+    assert layout.startswith("rows: end to end, one forward a pass")
     assert_same_step(ours, theirs)

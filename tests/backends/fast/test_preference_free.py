@@ -27,7 +27,7 @@ QUICK = (0, 1, 6)
     pytest.param(*one, marks=() if i in QUICK else pytest.mark.slow) for i, one in enumerate(VARIANTS)], ids=str)
 def test_every_option(algorithm: str, options: dict[str, Any], tmp_path: Any) -> None:
     ours, theirs, layout = both_steps(algorithm, tmp_path, use_peft=True, **options)
-    assert layout.startswith("rows: end to end, one launch a pass")
+    assert layout.startswith("rows: end to end, one forward a pass")
     assert_same_step(ours, theirs, without=OTHER_MEANS)
     assert abs(theirs[2]["rewards/margins"]) > 1e-3
 

@@ -33,7 +33,7 @@ def test_a_step(adapters: bool, centring: float | None, margin: bool, tail: int,
         built_of(backend, "reward", tmp_path, scored(margin, tail), model_name=scorer(), use_peft=adapters,
                  center_rewards_coefficient=centring) for backend in ("fast", "trl")
     )  # fmt: skip
-    assert ours.attestation()["layout"].startswith("rows: end to end, one launch a pass")
+    assert ours.attestation()["layout"].startswith("rows: end to end, one forward a pass")
     assert "score: scores of rows' last tokens (x1)" in ours.attestation()["modules"]
     found = step(theirs.trainer)
     assert_same_step(step(ours.trainer), found)

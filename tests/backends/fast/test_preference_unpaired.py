@@ -29,7 +29,7 @@ def test_a_step(loss_type: str, adapters: bool, tmp_path: Any) -> None:
     options = {"loss_type": loss_type, "beta": 0.3, "desirable_weight": 0.7, "undesirable_weight": 1.4,
                "size": -0.2 if adapters else 0.1}
     ours, theirs, layout = both_steps("kto", tmp_path, rows=unpaired(), use_peft=adapters, **options)
-    assert layout.startswith("rows: end to end, one launch a pass")
+    assert layout.startswith("rows: end to end, one forward a pass")
     assert_same_step(ours, theirs)
     assert abs(theirs[2]["rewards/margins"]) > 1e-3
     # The policy is likelier than its reference on other rows' completions, or z_0 would be 0.
