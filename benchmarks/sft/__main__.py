@@ -45,6 +45,7 @@ ARMS: dict[str, Arm] = {arm.label: arm for arm in (
         environment={"UNSLOTH_PADDING_CHOICE": "padded"}),
     Arm("unsloth-gc", "trl", {"gradient_checkpointing": "auto"}, "unsloth"),  # its offloading one
     Arm("fast", "fast", PLAIN), Arm("fast-gc", "fast", RECOMPUTE),
+    Arm("fast-offload", "fast", {"gradient_checkpointing": "offload"}),
 )}
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "liger-kernel", "unsloth")
 Runner = Callable[[ArmSpec, Arm], dict[str, Any]]
