@@ -87,7 +87,7 @@ def test_every_arm_resolves(tmp_path: Path) -> None:
                            peft=False)
             job = resolve(spec.overrides, spec.config)
             assert job.options.max_steps == workload.steps and job.options.packing is workload.packing
-            checkpointing = {"unsloth-gc": "auto"}.get(arm.label, arm.label.endswith("-gc"))
+            checkpointing = {"unsloth-gc": "auto", "fast-offload": "offload"}.get(arm.label, arm.label.endswith("-gc"))
             assert job.options.gradient_checkpointing == checkpointing
     assert job.options.padding_free == "auto"
 
