@@ -45,6 +45,7 @@ class FlatPreference:
     capture = False
     graphed: GraphedModel | None = None
     memory: MemoryPlan | None = None
+    _first_step: int | None = None
     _counted = 0
     _uncounted: torch.Tensor | None = None
 
@@ -152,7 +153,9 @@ class FlatPreference:
         step = super().training_step  # type: ignore[misc]
         if self.memory is None or not self.rows_end_to_end:
             return step(model, inputs, num_items_in_batch)
-        number = self.state.global_step - self._initial_global_step
+        if self._first_step is None:
+            self._first_step = self.state.global_step
+        number = self.state.global_step - self._first_step
         with self.memory.step(inputs["input_ids"].numel(), number=number):
             return step(model, inputs, num_items_in_batch)
 
