@@ -1,0 +1,1 @@
+"""Whole DPO, GRPO, PPO and DAPO steps of backend "fast" beside its peers."""

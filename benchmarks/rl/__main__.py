@@ -1,0 +1,280 @@
+"""DPO, GRPO, PPO and DAPO on one GPU: backend "fast" beside trl and unsloth, whole steps, rollouts within them.
+
+python -m benchmarks.rl --json FILE                             every row
+python -m benchmarks.rl dpo-1b --arms fast,fast-gc,trl-gc       one row, some arms
+python -m benchmarks.rl grpo-1b --arms fast,unsloth --site-unsloth DIR --repeats 1
+python -m benchmarks.rl smoke-grpo --arms trl,fast              toy sizes, any machine; the times mean nothing
+
+Arms are those of `aligntune compare`, and so are the processes, the clocks and the statistics: every arm runs --repeats
+times, the second time in the other order, from one seed checkpoint, on the same rows and with one trivial reward. An
+arm that waits seconds for each step runs few of them (`workloads.py` says how many); the ratio pairs the last measured
+steps of two arms. A peer that is not installed lives in a folder where `pip install --target` put it:
+--site-unsloth DIR; without it the arm is skipped with a line. An arm that fails, or is not done in time, is a line too.
+
+Rows: dpo-1b, 8 pairs a step, the reference is the model with its adapter off. grpo-1b, ppo-1b, dapo-1b: 8 prompts with
+8 completions of 256 tokens a step, one optimizer step a rollout; dapo would draw groups anew that earn equal rewards,
+and none do. grpo-4b: up to 1,024 tokens of uneven lengths, 8 micro-steps of 8 completions a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from aligntune.compare import findings, measure
+from aligntune.compare.arm import ArmSpec
+from aligntune.compare.parity import losses
+from aligntune.compare.protocol import Run, in_a_fresh_process, spec_of
+from aligntune.compare.settings import Arm, Settings
+from aligntune.compare.stats import throughput_ratio
+from aligntune.errors import ComparisonError
+from benchmarks.ops.__main__ import commit
+from benchmarks.rl.workloads import WHY_NOT, WORKLOADS, Workload, recipe, write_policy, write_rows
+from benchmarks.sft.__main__ import PACKAGES, PLAIN, RECOMPUTE, Runner, missing
+
+CONTINUOUS = {"trainer_options": {"use_transformers_continuous_batching": True}}
+ARMS: dict[str, Arm] = {arm.label: arm for arm in (
+    Arm("fast", "fast", PLAIN), Arm("fast-gc", "fast", RECOMPUTE),
+    Arm("trl", "trl", PLAIN), Arm("trl-gc", "trl", RECOMPUTE),
+    Arm("trl-cb", "trl", PLAIN | CONTINUOUS),  # transformers' continuous batching in place of generate
+    Arm("unsloth", "trl", PLAIN, "unsloth"),
+    Arm("unsloth-gc", "trl", {"gradient_checkpointing": "auto"}, "unsloth"),  # its offloading one
+)}
+LOGGED = {"rollout/seconds": "seconds", "rollout/tokens_per_second": "tokens_per_s",
+          "sampling/sampling_logp_difference/mean": "log_prob_difference_mean",
+          "sampling/sampling_logp_difference/max": "log_prob_difference_max"}
+
+
+def unfit(workload: Workload, arm: Arm) -> str | None:
+    """Why the arm has nothing to measure in the row, or None."""
+    why = WHY_NOT.get((workload.algorithm, arm.label)) or WHY_NOT.get((workload.algorithm, arm.peer or ""))
+    return why or missing(arm)
+
+
+def spec_for(workload: Workload, arm: Arm, repeat: int, *, model: Path, rows: Path, folder: Path, precision: str
+             ) -> ArmSpec:
+    """What the process of one run is told."""
+    steps, _ = workload.steps_of(arm.label)
+    settings = Settings("benchmark", recipe(workload, str(model), str(rows), precision, steps=steps), {}, a=arm, b=arm)
+    spec = spec_of(settings, Run("a", repeat, arm), folder / arm.label, seed=1, online=False, peft=False)
+    spec.overrides.pop("padding_free", None)  # what unsloth gets for SFT: pairs and rollouts have no such option
+    # A trace of a rollout by generate is a million launches, and takes longer to read than all steps take.
+    role = "timed" if workload.online else spec.role
+    return replace(spec, probe=False, draw_adapters=True, gradient_steps=[], role=role)
+
+
+def run_arms(workload: Workload, arms: Sequence[Arm], *, repeats: int, runner: Runner, **where: Any
+             ) -> dict[str, list[dict[str, Any]] | str]:
+    """Results of each arm's runs by its label, or why there are none; A B C, C B A, ..."""
+    found: dict[str, Any] = {arm.label: unfit(workload, arm) or [] for arm in arms}
+    for repeat in range(repeats):
+        for arm in (arms if repeat % 2 == 0 else list(reversed(arms))):
+            if isinstance(found[arm.label], str):
+                continue
+            spec = spec_for(workload, arm, repeat, **where)
+            try:
+                result = runner(spec, arm)
+            except ComparisonError as error:
+                found[arm.label] = f"failed: {str(error).splitlines()[-1].strip()[:300]}"
+            else:
+                if result["status"] == "ok":
+                    found[arm.label].append(result | {"log": logged(Path(spec.folder) / "run" / "metrics.jsonl")})
+                else:
+                    found[arm.label] = f"failed: {result['kind']}: {result['message']}"[:300]
+            said = found[arm.label] if isinstance(found[arm.label], str) else "ok"
+            print(f"  {arm.label} {repeat + 1}: {said}", flush=True)
+    return found
+
+
+def logged(path: Path) -> list[dict[str, Any]]:
+    """Lines of a run's own log that tell of a training step; none where there is no log."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [line for line in lines if "loss" in line and "step" in line]
+
+
+def rollouts(runs: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> dict[str, Any]:
+    """Rollouts of the measured steps (indices): on the arm's clock, and as the trainer logs its own, where it does."""
+    taken = [one["steps"][i] for one in runs for i in steps]
+    seconds, tokens = sum(step["phases"].get("rollout", 0.0) for step in taken), sum(step["learnt"] for step in taken)
+    drawn = sum(step["documents"] for step in taken)
+    found: dict[str, Any] = {
+        "seconds": seconds / len(taken), "tokens": tokens / len(taken), "mean_length": tokens / drawn,
+        "tokens_per_s": tokens / seconds if seconds else None,
+    }
+    wanted = {i + 1 for i in steps}
+    lines = [line for one in runs for line in one["log"] if line["step"] in wanted]
+    own = {ours: [line[theirs] for line in lines if theirs in line] for theirs, ours in LOGGED.items()}
+    found["logged"] = {name: max(values) if name.endswith("max") else sum(values) / len(values)
+                       for name, values in own.items() if values}
+    return found
+
+
+def against(found: dict[str, Any], runs: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]], *,
+            warmup: tuple[int, int], online: bool) -> None:
+    """Add what holds between an arm and the reference: the same data, how far losses are apart, the ratio of speeds."""
+    first, other = reference[0], runs[0]
+    count = min(len(first["steps"]), len(other["steps"]))
+    first, other = ({**one, "steps": one["steps"][:count]} for one in (first, other))
+    data = findings.compare_data(first, other, online=online, repacked=False)
+    found["data"] = "the same" if data.same else data.findings[0].text
+    if data.same and not online:
+        found["max_dloss"] = float(abs(losses(other) - losses(first)).max())
+    # Arms run other numbers of steps online: the last ones that both measured are paired.
+    indices = [measure.timed_steps(some, some, skip) for some, skip in zip((runs, reference), warmup, strict=True)]
+    if not online:
+        indices = [sorted(set(indices[0]) & set(indices[1]))] * 2
+    last = min(map(len, indices))
+    pairs = list(zip(runs, reference, strict=False))
+    logs = [[measure.log_costs(pair[side], indices[side][-last:]) for pair in pairs] for side in (0, 1)]
+    ratio = throughput_ratio(*logs)
+    found["over_this"] = {"ratio": ratio.ratio.as_list(), "noise": ratio.noise, "significant": ratio.significant}
+
+
+def entry(name: str, arm: Arm, runs: list[dict[str, Any]], reference: list[dict[str, Any]] | None,
+          reference_arm: str) -> dict[str, Any]:
+    """A row of the report. `over_this` is how many times this arm's tokens a second the reference makes.
+
+    A token is one of a prompt or a completion, padding left out; `tokens_per_s` is of whole steps.
+    """
+    workload = WORKLOADS[name]
+    warmup = tuple(total - measured for total, measured in map(workload.steps_of, (arm.label, reference_arm)))
+    steps = measure.timed_steps(runs, runs, warmup[0])
+    speed, memory, first = measure.arm_speed(runs, steps), measure.arm_memory(runs), runs[0]
+    taken = [first["steps"][i] for i in steps]
+    found = {
+        "row": name, "arm": arm.label, "options": dict(arm.options), "tokens_per_s": speed["tokens_per_second"],
+        "step_ms": {quantile: 1e3 * value for quantile, value in speed["step_seconds"].items()},
+        "steps": len(first["steps"]), "measured": len(steps),
+        "tokens_per_step": sum(step["tokens"] for step in taken) / len(taken),
+        "peak_gib": memory["peak"] / 2**30, "reserved_gib": (memory["peak_reserved"] or 0) / 2**30,
+        "first_step_s": min(speed["cold_start"]), "losses": [step["loss"] for step in first["steps"]],
+        "phases_s": speed["phases"], "capture_s": speed["capture_seconds"], "trace": first["trace"],
+        "attestation": first["attestation"], "machine": [one["machine"] for one in runs],
+        "versions": {"python": first["environment"]["python"], **{
+            package: version for package in PACKAGES
+            if (version := first["environment"]["packages"].get(package)) is not None}},
+    }
+    if workload.online:
+        found["rollout"] = rollouts(runs, steps)
+        found["metrics"] = [step["metrics"] for step in first["steps"]]
+    if reference is not None and reference is not runs:
+        against(found, runs, reference, warmup=(warmup[0], warmup[1]), online=workload.online)
+    return found
+
+
+def line(found: dict[str, Any]) -> str:
+    """One line of the printed table."""
+    if "why" in found:
+        return f"  {found['arm']:12} {found['why']}"
+    step = found["step_ms"]
+    text = (f"  {found['arm']:12} {step['p50']:9.1f} ms [{step['p10']:.1f}, {step['p90']:.1f}] "
+            f"{found['tokens_per_s']:9,.0f} tok/s {found['peak_gib']:6.2f} GiB (reserved {found['reserved_gib']:6.2f}) "
+            f"first step {found['first_step_s']:5.1f} s  loss {found['losses'][0]:.4f} -> {found['losses'][-1]:.4f}")
+    if "rollout" in found and found["rollout"]["tokens_per_s"]:
+        rollout = found["rollout"]
+        text += (f"  rollout {rollout['seconds']:.2f} s, {rollout['tokens_per_s']:,.0f} tok/s, "
+                 f"mean length {rollout['mean_length']:.0f}")
+        if "log_prob_difference_mean" in rollout["logged"]:
+            text += f", |dlogp| {rollout['logged']['log_prob_difference_mean']:.1e}"
+    if "over_this" in found:
+        ratio, low, high = found["over_this"]["ratio"]
+        text += f"  reference {ratio:.2f}x [{low:.2f}, {high:.2f}]; data {found['data']}"
+    if "max_dloss" in found:
+        text += f"; losses within {found['max_dloss']:.1e}"
+    return text
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.rl", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rows", nargs="*", metavar="row",
+                        help=f"of {', '.join(WORKLOADS)}; all but those of smoke by default")
+    parser.add_argument("--arms", default=",".join(ARMS), help=f"of {', '.join(ARMS)}; the first is the reference")
+    parser.add_argument("--json", type=Path, help="write versions, card, commit, command, ceilings and rows here")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each arm; with 1 no noise is measured")
+    parser.add_argument("--site-unsloth", type=Path)
+    parser.add_argument("--commit", help="the commit, where this tree is not a checkout")
+    parser.add_argument("--limit", type=float, help="seconds a run may take; by default what the row says")
+    parser.add_argument("--keep", type=Path, help="leave specs, logs and results of the runs here")
+    args = parser.parse_args(argv)
+    args.rows = args.rows or [name for name in WORKLOADS if not name.startswith("smoke")]
+    args.arms = args.arms.split(",")
+    for given, known in ((args.rows, WORKLOADS), (args.arms, ARMS)):
+        if strange := sorted(set(given) - set(known)):
+            parser.error(f"unknown: {', '.join(strange)}; there are {', '.join(known)}")
+    return args
+
+
+def of_row(name: str, arms: Sequence[Arm], folder: Path, args: argparse.Namespace, *, gpu: bool, runner: Runner | None
+           ) -> list[dict[str, Any]]:
+    """The entries of one row, in the order of the arms."""
+    from aligntune.builtin import load_tokenizer
+
+    workload = WORKLOADS[name]
+    model, rows = folder / f"{workload.model}-{workload.stops}", folder / f"{name}.jsonl"
+    if not model.exists():
+        write_policy(workload, model, load_tokenizer("builtin:tiny"), device="cuda" if gpu else "cpu")
+        if gpu:
+            import torch
+
+            torch.cuda.empty_cache()  # while arms are measured, this process holds nothing but a context
+    write_rows(workload, rows)
+    limit = args.limit or workload.limit
+    here = [arm for arm in arms if unfit(workload, arm) is None]
+    print(f"{name}: {workload}\n  at most {len(here) * args.repeats * limit:.0f} s: {len(here)} arms x {args.repeats} "
+          f"runs x {limit:g} s", flush=True)
+    found = run_arms(workload, arms, model=model, rows=rows, folder=(args.keep or folder) / name,
+                     precision="bf16" if gpu else "fp32", repeats=args.repeats,
+                     runner=runner or functools.partial(in_a_fresh_process, limit=limit))
+    reference = found[arms[0].label]
+    entries = []
+    for arm in arms:
+        runs = found[arm.label]
+        entries.append({"row": name, "arm": arm.label, "why": runs} if isinstance(runs, str) else entry(
+            name, arm, runs, None if isinstance(reference, str) else reference, arms[0].label))
+        print(line(entries[-1]), flush=True)
+    return entries
+
+
+def main(argv: list[str] | None = None, runner: Runner | None = None) -> int:
+    args = parse(argv)
+    import torch
+
+    gpu = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1"
+    if not gpu and not all(name.startswith("smoke") for name in args.rows):
+        print("benchmarks need an NVIDIA GPU, and TRITON_INTERPRET unset; rows of smoke run anywhere", file=sys.stderr)
+        return 1
+    report: dict[str, Any] = {
+        "command": " ".join(("python -m benchmarks.rl", *(sys.argv[1:] if argv is None else argv))),
+        "commit": args.commit or commit(), "device": torch.cuda.get_device_name() if gpu else "cpu",
+        "repeats": args.repeats, "rows": [],
+    }  # fmt: skip
+    if gpu:
+        from benchmarks.ops.bench import Ceilings
+
+        report["ceilings"] = asdict(Ceilings.measure())
+        torch.cuda.empty_cache()
+    sites = {"unsloth": args.site_unsloth}
+    arms = [replace(ARMS[name], python=str(site) if (site := sites.get(ARMS[name].peer or "")) else None)
+            for name in args.arms]
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.rows:
+            report["rows"] += of_row(name, arms, Path(folder), args, gpu=gpu, runner=runner)
+            if args.json:
+                args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
