@@ -143,16 +143,48 @@ def sft(report: Report) -> str:
             f"{entry['peak_gib']:.2f}", f"{entry['first_step_s']:.0f}", f"{entry['loss_first']:.3f}",
             f"{entry['loss_last']:.3f}",
         ])  # fmt: skip
-        apart = {f"{entry['arm']}'s {name}": version for name, version in entry["versions"].items()
-                 if versions.get(name, version) != version}  # fmt: skip
-        versions = entry["versions"] | apart | versions
+        versions = _with_versions(versions, entry)
     head = ["arm", "tokens/s", *([f"{reference} over it"] if compared else []), "step ms", "peak GiB", "first step s",
             "first loss" if compared else "first logged loss", "last"]  # fmt: skip
     return markdown(head, rows) + "\n" + source(report | {"versions": versions})
 
 
+def _with_versions(versions: dict[str, str], entry: dict[str, Any]) -> dict[str, str]:
+    """`versions` with those of an arm, under the arm's name where it has another one."""
+    apart = {f"{entry['arm']}'s {name}": version for name, version in entry["versions"].items()
+             if versions.get(name, version) != version}  # fmt: skip
+    return entry["versions"] | apart | versions
+
+
+def rl(report: Report) -> str:
+    """Whole steps of a preference or online method; rollouts within them; how far losses are from the first arm's."""
+    reference, rows, versions = report["rows"][0]["arm"], [], {}
+    online = any("rollout" in entry for entry in report["rows"])
+    last = ["rollout s", "rollout tokens/s"] if online else ["losses apart"]
+    head = ["arm", "step ms (p10, p90)", f"{reference} over it", "tokens/s", *last, "peak GiB", "reserved",
+            "first step s"]  # fmt: skip
+    for entry in report["rows"]:
+        if "why" in entry:
+            rows.append([entry["arm"], entry["why"], *["-"] * (len(head) - 2)])
+            continue
+        step, over = entry["step_ms"], entry.get("over_this")
+        if online:
+            found = [f"{entry['rollout']['seconds']:.2f}", f"{entry['rollout']['tokens_per_s']:,.0f}"]
+        else:
+            found = [f"{entry['max_dloss']:.1e}" if "max_dloss" in entry else "-" if over is None else entry["data"]]
+        rows.append([
+            entry["arm"], f"{step['p50']:,.0f} ({step['p10']:,.0f}, {step['p90']:,.0f})",
+            "-" if over is None else _interval(over), f"{entry['tokens_per_s']:,.0f}", *found,
+            f"{entry['peak_gib']:.2f}", f"{entry['reserved_gib']:.2f}", f"{entry['first_step_s']:.0f}",
+        ])  # fmt: skip
+        versions = _with_versions(versions, entry)
+    return markdown(head, rows) + "\n" + source(report | {"versions": versions})
+
+
 def _interval(found: dict[str, Any]) -> str:
     ratio, low, high = found["ratio"]
+    if found.get("pairs", 2) < 2:
+        return f"{ratio:.2f}x, one step"
     return f"{ratio:.2f}x [{low:.2f}, {high:.2f}]" + ("" if found["significant"] else ", not significant")
 
 
@@ -184,6 +216,8 @@ RECIPES = ("sft", "reward", "dpo", "ipo", "kto", "orpo", "simpo", "cpo", "ppo", 
 SFT_ROWS = {"lora-1b": "LoRA, 4 x 2048", "lora-1b-ragged": "LoRA, 16 ragged rows",
             "lora-1b-packed": "LoRA, ragged rows packed", "full-1b": "all weights, 4 x 2048"}
 
+RL_ROWS = ("dpo-1b", "grpo-1b", "ppo-1b", "dapo-1b", "grpo-4b")
+
 # name -> (files, separated by spaces, what makes the table of their reports)
 TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "ops-elementwise": ("ops/elementwise.json", elementwise),
@@ -194,6 +228,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "ops-adamw": ("ops/adamw.json", bounded(lambda entry: f"{entry['numel']:,} parameters")),
     **{f"sft-{name}": (f"sft/{name}.json", sft) for name in SFT_ROWS},
     "sft-summary": (" ".join(f"sft/{name}.json" for name in SFT_ROWS), sft_summary),
+    **{f"rl-{name}": (f"rl/{name}.json", rl) for name in RL_ROWS},
     **{f"recipe-{name}": (f"recipes/{name}-builtin.json", recipe) for name in RECIPES},
 }
 

@@ -135,7 +135,8 @@ def against(found: dict[str, Any], runs: Sequence[dict[str, Any]], reference: Se
     pairs = list(zip(runs, reference, strict=False))
     logs = [[measure.log_costs(pair[side], indices[side][-last:]) for pair in pairs] for side in (0, 1)]
     ratio = throughput_ratio(*logs)
-    found["over_this"] = {"ratio": ratio.ratio.as_list(), "noise": ratio.noise, "significant": ratio.significant}
+    found["over_this"] = {"ratio": ratio.ratio.as_list(), "noise": ratio.noise, "significant": ratio.significant,
+                          "pairs": last * len(pairs)}  # of one pair of steps the interval says nothing
 
 
 def entry(name: str, arm: Arm, runs: list[dict[str, Any]], reference: list[dict[str, Any]] | None,
@@ -186,7 +187,8 @@ def line(found: dict[str, Any]) -> str:
             text += f", |dlogp| {rollout['logged']['log_prob_difference_mean']:.1e}"
     if "over_this" in found:
         ratio, low, high = found["over_this"]["ratio"]
-        text += f"  reference {ratio:.2f}x [{low:.2f}, {high:.2f}]; data {found['data']}"
+        within = f"[{low:.2f}, {high:.2f}]" if found["over_this"]["pairs"] > 1 else "(one step)"
+        text += f"  reference {ratio:.2f}x {within}; data {found['data']}"
     if "max_dloss" in found:
         text += f"; losses within {found['max_dloss']:.1e}"
     return text

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from typing import Any
 
 
 def drawn(completion_ids: list[list[int]], **_: Any) -> list[float]:
     """A number in [0, 1) a completion, as good as random: it follows from the token ids."""
-    return [zlib.crc32(str(list(map(int, ids))).encode()) / 2**32 for ids in completion_ids]
+    digests = (hashlib.blake2b(str(list(map(int, ids))).encode(), digest_size=4).digest() for ids in completion_ids)
+    return [int.from_bytes(digest, "big") / 2**32 for digest in digests]
