@@ -128,6 +128,8 @@ def trace(step: Callable[[], Any]) -> tuple[Counter[str], bool]:
         on_gpu = event.device_type == DeviceType.CUDA
         if (event.name in KERNELS and (on_gpu or interpreting())) or (event.name in ledger.NODES and not on_gpu):
             observed[event.name] += 1
+        elif on_gpu and (kind := ledger.attention_kernel(event.name)) is not None:
+            observed[kind] += 1
         elif event.name.startswith("autograd::engine::evaluate_function"):
             backward = True
     # A replayed graph runs no autograd engine: there a backward shows as the backward's own kernels.

@@ -141,6 +141,8 @@ def attention_forward(
     )
     options = {name: _attribute(self, path) for name, path in family.attention_options}
     if attention_mask is not None and attention_mask.shape[-1] == 0:
+        if query.is_cuda and query.dtype != torch.float32:
+            promise(self, "attention", query, key, value)
         flat = attention(
             query, key, value, kwargs["cu_seq_lens_q"], max_seqlen=kwargs["max_length_q"], scale=self.scaling,
             window=options.get("sliding_window"),

@@ -20,6 +20,18 @@ WITH_ITS_NEIGHBOUR = "with its neighbour"
 # Autograd nodes of ours: a trace names them as it names kernels (but not those of a replayed graph).
 NODES = ("LoraLinearGroup", "LoraLinearGroupBackward", "LoraMLP", "LoraMLPBackward")
 
+# Kernels of torch's fused attentions, by what their names hold: cuDNN's, FlashAttention's, the memory-efficient ones.
+ATTENTION = {
+    "fused attention": ("flash_fprop", "flash_fwd", "fmha_cutlassF"),
+    "fused attention, backward": ("flash_bprop", "flash_bwd_dq_dk_dv", "fmha_cutlassB"),
+}
+
+
+def attention_kernel(name: str) -> str | None:
+    """Which of `ATTENTION` a GPU kernel of this name is, or None."""
+    return next((kind for kind, parts in ATTENTION.items() if any(part in name for part in parts)), None)
+
+
 # op -> kernels that one call launches at least once: in its forward, and in the backward of that call.
 PROMISES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     WITH_ITS_NEIGHBOUR: ((), ()),
@@ -35,6 +47,8 @@ PROMISES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "lora dropout": (("lora_dropout_down_kernel",), ("lora_dropout_grad_a_kernel",)),
     "lora dropout, input gradient": ((), ("lora_dropout_grad_x_kernel",)),
     "nf4": (("nf4_dequant_kernel",), ("nf4_dequant_kernel",)),
+    # Torch's kernels: rows end to end in 16 bits on a GPU never attend by a matrix of scores.
+    "attention": (("fused attention",), ("fused attention, backward",)),
     # A frozen head makes its gradients in the forward, and so does a loss.
     "log-probs head": (("logits_loss",), ()),
     "log-probs, trained head": (("logits_loss",), ("logits_grad",)),

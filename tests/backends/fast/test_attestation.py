@@ -272,3 +272,50 @@ def test_the_kernels_of_a_graph_replay_are_in_the_trace():
     observed, _ = trace(lambda: graph.replay())
     assert observed["rms_norm_forward"] == 5
     assert not attachment.attest(lambda: graph.replay()).ok  # the MLPs and the head were not in that graph
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x64_4x1x1_cga1x1x1_kernel0_0",
+     "fused attention"),
+    ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4, false>>", "fused attention"),
+    ("void pytorch_flash::flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits<64>>", "fused attention"),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x64_1x4x1_cga1x1x1_kernel0_0",
+     "fused attention, backward"),
+    ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits<64, 128>>",
+     "fused attention, backward"),
+    # one of each call is counted, not its helpers
+    ("void pytorch_flash::flash_bwd_dot_do_o_kernel<true, Flash_bwd_kernel_traits<64, 128, 128>>", None),
+    ("void pytorch_flash::flash_bwd_convert_dq_kernel<Flash_bwd_kernel_traits<64, 128, 128>>", None),
+    ("void (anonymous namespace)::softmax_warp_forward<float, float, float, 8, false, false>", None),
+    ("nvjet_sm90_tst_320x128_64x3_1x2_h_bz_coopB_TNT", None),
+])
+def test_kernels_of_fused_attention_are_known_by_name(name: str, kind: str | None) -> None:
+    assert ledger.attention_kernel(name) == kind
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(32, 32), (20, 44)], ids=["dense", "ragged"])
+def test_rows_end_to_end_attend_fused_and_a_matrix_of_scores_is_caught(lengths, monkeypatch):
+    from aligntune.backends.fast.ops.attention import attention_reference
+    from aligntune.backends.fast.packing import RowsEndToEnd
+
+    model = build("llama").cuda().to(torch.bfloat16)
+    flat = RowsEndToEnd(0)([{"input_ids": list(range(3, 3 + n)), "labels": list(range(3, 3 + n))} for n in lengths])
+    flat.pop("num_tokens")
+    inputs = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in flat.items()}
+    inputs["attention_mask"] = torch.empty((1, 1, 1, 0), dtype=torch.bool, device="cuda")
+
+    def step() -> Any:
+        return attach(model).attest(lambda: model(**inputs, use_cache=False).loss.backward())
+
+    result = step()
+    assert result.ok, result.problems
+    assert result.promised["fused attention"] == result.promised["fused attention, backward"] == LAYERS
+    assert result.kernels["fused attention"] >= LAYERS
+
+    def by_scores(*args: Any, **kwargs: Any) -> torch.Tensor:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return attention_reference(*args, **kwargs)
+
+    monkeypatch.setattr(forwards, "attention", by_scores)
+    assert any(problem.startswith("fused attention: ") for problem in step().problems)
