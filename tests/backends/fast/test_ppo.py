@@ -34,7 +34,7 @@ def test_steps_are_those_of_the_trl_backend(critic: str | None, options: dict[st
     assert isinstance(pair.ours, FastPPO) and len(pair.drawn) == 2  # two steps a rollout
     layout = pair.built.attestation()["layout"]
     whose = "a head on the policy's trunk" if critic is None else "a trunk of their own, rows end to end"
-    assert layout.startswith("rows: end to end in log-prob and loss passes; values: " + whose)
+    assert layout.startswith("rows: end to end in log-prob and loss passes; ") and f"; values: {whose}" in layout
     assert "rollouts: our engine" in layout
     for key in ("loss", "loss/policy_avg", "loss/value_avg", "grad_norm", "val/grad_norm", "objective/kl", "val/mean",
                 "val/ratio", "policy/approxkl_avg", "entropy", "objective/scores", "val/explained_variance"):

@@ -312,9 +312,9 @@ def test_collators_and_losses_of_their_own_keep_padded_rows(tmp_path):
         return tiny.tokenizer().pad(examples, return_tensors="pt")
 
     assert build(tmp_path, config(tmp_path)).layout.startswith(FLAT)
-    assert build(tmp_path, config(tmp_path), data_collator=collate).layout == "rows: padded, function makes the batches"
+    assert build(tmp_path, config(tmp_path), data_collator=collate).layout.startswith("rows: padded, function makes")
     smooth = build(tmp_path, config(tmp_path, label_smoothing_factor=0.1))
-    assert smooth.layout == "rows: padded, its loss wants logits"
+    assert smooth.layout.startswith("rows: padded, its loss wants logits; ")
 
 
 def test_the_default_folder(monkeypatch):
