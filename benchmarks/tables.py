@@ -160,7 +160,7 @@ def rl(report: Report) -> str:
     """Whole steps of a preference or online method; rollouts within them; how far losses are from the first arm's."""
     reference, rows, versions = report["rows"][0]["arm"], [], {}
     online = any("rollout" in entry for entry in report["rows"])
-    last = ["rollout s", "rollout tokens/s"] if online else ["losses apart"]
+    last = ["rollout s", "rollout tokens/s", "log-probs apart"] if online else ["losses apart"]
     head = ["arm", "step ms (p10, p90)", f"{reference} over it", "tokens/s", *last, "peak GiB", "reserved",
             "first step s"]  # fmt: skip
     for entry in report["rows"]:
@@ -169,7 +169,10 @@ def rl(report: Report) -> str:
             continue
         step, over = entry["step_ms"], entry.get("over_this")
         if online:
-            found = [f"{entry['rollout']['seconds']:.2f}", f"{entry['rollout']['tokens_per_s']:,.0f}"]
+            rollout = entry["rollout"]
+            apart = rollout["logged"].get("log_prob_difference_mean")
+            found = [f"{rollout['seconds']:.2f}", f"{rollout['tokens_per_s']:,.0f}",
+                     "-" if apart is None else f"{apart:.1e}"]  # fmt: skip
         else:
             found = [f"{entry['max_dloss']:.1e}" if "max_dloss" in entry else "-" if over is None else entry["data"]]
         rows.append([

@@ -35,7 +35,7 @@ from aligntune.compare.parity import losses
 from aligntune.compare.protocol import Run, in_a_fresh_process, spec_of
 from aligntune.compare.settings import Arm, Settings
 from aligntune.compare.stats import throughput_ratio
-from aligntune.errors import ComparisonError
+from aligntune.errors import AlignTuneError
 from benchmarks.ops.__main__ import commit
 from benchmarks.rl.workloads import WHY_NOT, WORKLOADS, Workload, recipe, write_policy, write_rows
 from benchmarks.sft.__main__ import PACKAGES, PLAIN, RECOMPUTE, Runner, missing
@@ -44,7 +44,8 @@ CONTINUOUS = {"trainer_options": {"use_transformers_continuous_batching": True}}
 ARMS: dict[str, Arm] = {arm.label: arm for arm in (
     Arm("fast", "fast", PLAIN), Arm("fast-gc", "fast", RECOMPUTE),
     Arm("trl", "trl", PLAIN), Arm("trl-gc", "trl", RECOMPUTE),
-    Arm("trl-cb", "trl", PLAIN | CONTINUOUS),  # transformers' continuous batching in place of generate
+    # transformers' continuous batching in place of generate; its cache leaves little for activations
+    Arm("trl-cb", "trl", RECOMPUTE | CONTINUOUS),
     Arm("unsloth", "trl", PLAIN, "unsloth"),
     Arm("unsloth-gc", "trl", {"gradient_checkpointing": "auto"}, "unsloth"),  # its offloading one
 )}
@@ -82,7 +83,7 @@ def run_arms(workload: Workload, arms: Sequence[Arm], *, repeats: int, runner: R
             spec = spec_for(workload, arm, repeat, **where)
             try:
                 result = runner(spec, arm)
-            except ComparisonError as error:
+            except AlignTuneError as error:
                 found[arm.label] = f"failed: {str(error).splitlines()[-1].strip()[:300]}"
             else:
                 if result["status"] == "ok":
@@ -132,6 +133,8 @@ def against(found: dict[str, Any], runs: Sequence[dict[str, Any]], reference: Se
     if not online:
         indices = [sorted(set(indices[0]) & set(indices[1]))] * 2
     last = min(map(len, indices))
+    if not last:
+        return
     pairs = list(zip(runs, reference, strict=False))
     logs = [[measure.log_costs(pair[side], indices[side][-last:]) for pair in pairs] for side in (0, 1)]
     ratio = throughput_ratio(*logs)
@@ -148,6 +151,8 @@ def entry(name: str, arm: Arm, runs: list[dict[str, Any]], reference: list[dict[
     workload = WORKLOADS[name]
     warmup = tuple(total - measured for total, measured in map(workload.steps_of, (arm.label, reference_arm)))
     steps = measure.timed_steps(runs, runs, warmup[0])
+    if not steps:
+        return {"row": name, "arm": arm.label, "why": "failed: no step is left to be timed"}
     speed, memory, first = measure.arm_speed(runs, steps), measure.arm_memory(runs), runs[0]
     taken = [first["steps"][i] for i in steps]
     found = {

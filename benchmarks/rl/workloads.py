@@ -42,7 +42,7 @@ class Workload:
     answer: tuple[int, int] = (60, 140)
     new_tokens: int = 0
     stops: int = 0
-    limit: float = 120
+    limit: float = 150
     options: dict[str, Any] = field(default_factory=dict)
 
     @property

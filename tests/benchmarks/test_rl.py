@@ -85,6 +85,25 @@ def test_arms_run_their_own_numbers_of_steps(tmp_path: Path, monkeypatch: pytest
     assert rows["trl"]["rollout"]["logged"] == {}
 
 
+def test_no_failure_of_an_arm_ends_the_run(tmp_path: Path) -> None:
+    out, run = tmp_path / "out.json", runner([], tmp_path)
+
+    def other(spec: Any, arm: Any) -> dict[str, Any]:
+        if arm.label == "unsloth":  # the folder that was given is none
+            return in_a_fresh_process(spec, arm, limit=5)
+        found = run(spec, arm)
+        for step in found["steps"]:
+            step["traced"] = arm.label == "trl"
+        return found
+
+    there = ["--site-unsloth", str(tmp_path / "nowhere")]
+    assert benchmark.main(["smoke-grpo", "--arms", "trl,trl-gc,unsloth", *there, "--json", str(out)], other) == 0
+    first, second, third = json.loads(out.read_text())["rows"]
+    assert first["why"] == "failed: no step is left to be timed"
+    assert "over_this" not in second and second["step_ms"]["p50"] > 0
+    assert third["why"].startswith("failed: arm 'unsloth': ") and "cannot be started" in third["why"]
+
+
 def test_losses_of_pairs_are_held_side_by_side(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     run = runner([], tmp_path)
@@ -113,17 +132,21 @@ def test_losses_of_pairs_are_held_side_by_side(tmp_path: Path) -> None:
 
 def test_a_table_of_rollouts() -> None:
     entry = {"row": "grpo-1b", "arm": "fast", "step_ms": {"p50": 1234.4, "p10": 1200.0, "p90": 1300.0},
-             "tokens_per_s": 20_000.0, "rollout": {"seconds": 0.5, "tokens_per_s": 32_768.0}, "peak_gib": 10.0,
-             "reserved_gib": 12.0, "first_step_s": 20.0, "versions": {"trl": "1.16"}}  # fmt: skip
+             "tokens_per_s": 20_000.0, "peak_gib": 10.0, "reserved_gib": 12.0, "first_step_s": 20.0,
+             "rollout": {"seconds": 0.5, "tokens_per_s": 32_768.0, "logged": {"log_prob_difference_mean": 0.0021}},
+             "versions": {"trl": "1.16"}}  # fmt: skip
     over = {"ratio": [9.0, 8.0, 10.0], "noise": 0.01, "significant": True, "pairs": 4}
-    peer = entry | {"arm": "unsloth", "over_this": over, "data": "the same", "versions": {"trl": "1.15"}}
+    peer = entry | {"arm": "unsloth", "over_this": over, "data": "the same", "versions": {"trl": "1.15"},
+                    "rollout": entry["rollout"] | {"logged": {}}}
     report = {"device": "card", "commit": "c" * 40, "command": "x",
               "rows": [entry, peer, {"row": "grpo-1b", "arm": "trl", "why": "failed: x"}]}
     table = tables.rl(report).splitlines()
-    assert table[0].startswith("| arm | step ms (p10, p90) | fast over it | tokens/s | rollout s | rollout tokens/s |")
-    assert table[2] == "| fast | 1,234 (1,200, 1,300) | - | 20,000 | 0.50 | 32,768 | 10.00 | 12.00 | 20 |"
+    assert table[0].startswith("| arm | step ms (p10, p90) | fast over it | tokens/s | rollout s | rollout tokens/s | "
+                               "log-probs apart |")
+    assert table[2] == "| fast | 1,234 (1,200, 1,300) | - | 20,000 | 0.50 | 32,768 | 2.1e-03 | 10.00 | 12.00 | 20 |"
     assert "| unsloth | 1,234 (1,200, 1,300) | 9.00x [8.00, 10.00] | 20,000 |" in table[3]
-    assert table[4] == "| trl | failed: x | - | - | - | - | - | - | - |"
+    assert "| 32,768 | - | 10.00 |" in table[3]
+    assert table[4] == "| trl | failed: x | - | - | - | - | - | - | - | - |"
     assert "trl 1.16, unsloth's trl 1.15" in table[6]
     over["pairs"] = 1
     assert "| 9.00x, one step |" in tables.rl(report)
@@ -144,7 +167,8 @@ def test_every_arm_of_every_row_resolves(tmp_path: Path) -> None:
             steps, measured = workload.steps_of(arm.label)
             assert job.options.max_steps == steps > measured > 0
             assert (spec.role == "a") == (name in ("dpo-1b", "smoke-dpo")) and spec.draw_adapters and not spec.probe
-            checkpointing = "auto" if arm.label == "unsloth-gc" else arm.label.endswith("-gc")
+            recomputes = arm.label.endswith("-gc") or arm.label == "trl-cb"
+            checkpointing = "auto" if arm.label == "unsloth-gc" else recomputes
             assert job.options.gradient_checkpointing == checkpointing
             if arm.backend == "fast":
                 # The traced step is not a measured one.
