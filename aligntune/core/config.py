@@ -151,8 +151,9 @@ class TrainSection:
     adam_epsilon: float = option(1e-8, "Added to the root of the second moment.", gt=0)
     max_grad_norm: float = option(1.0, "Clip the gradient's global norm to this; 0 never clips.", ge=0)
     gradient_checkpointing: bool | str = option(
-        "auto", "Recompute activations in the backward pass; 'offload' keeps them in host memory (fast). On trl auto "
-        "is on for a GPU and off on CPU.", choices=("auto", "offload"),
+        "auto", "Recompute activations in the backward pass: in every layer; 'offload', with the layers' inputs in "
+        "host memory (fast); 'auto', in as many layers as memory asks (sft on fast), else on a GPU in every layer.",
+        choices=("auto", "offload"),
     )
     memory_budget_gib: float | None = option(None, "GPU memory that fast may plan with; null is what is free.", gt=0)
     dataloader_num_workers: int = option(0, "Processes that load batches.", ge=0)
