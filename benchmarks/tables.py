@@ -184,6 +184,22 @@ def rl(report: Report) -> str:
     return markdown(head, rows) + "\n" + source(report | {"versions": versions})
 
 
+def rollout(report: Report) -> str:
+    """Tokens a second of the engine and of transformers' generate; the engine's decode step beside its bound."""
+    rows = []
+    for entry in report["rows"]:
+        ours = "step_ms" in entry
+        rows.append([
+            entry["what"], f"{entry['tokens_per_second']:,.0f}", f"{entry['step_ms']:.2f}" if ours else "-",
+            f"{entry['bound_ms']:.2f} ({entry['of_bound']:.0%})" if ours else "-",
+            f"{entry['log_prob_difference_mean']:.3f}" if ours else "-",
+            f"{entry['cache_gib']:.2f}" if ours else "-", f"{entry['peak_gib']:.1f}" if ours else "-",
+        ])  # fmt: skip
+    head = ["Llama 1B shape, bf16, LoRA", "tokens/s", "step ms", "bound ms", "log-probs apart", "cache GiB", "peak GiB"]
+    return markdown(head, rows) + "\n" + source(
+        report | {"versions": {"torch": report["torch"]}, "copy_bytes_per_s": report["ceilings"]["bytes_per_s"]})
+
+
 def _interval(found: dict[str, Any]) -> str:
     ratio, low, high = found["ratio"]
     if found.get("pairs", 2) < 2:
@@ -231,6 +247,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "ops-adamw": ("ops/adamw.json", bounded(lambda entry: f"{entry['numel']:,} parameters")),
     **{f"sft-{name}": (f"sft/{name}.json", sft) for name in SFT_ROWS},
     "sft-summary": (" ".join(f"sft/{name}.json" for name in SFT_ROWS), sft_summary),
+    "rollout": ("rollout.json", rollout),
     **{f"rl-{name}": (f"rl/{name}.json", rl) for name in RL_ROWS},
     **{f"recipe-{name}": (f"recipes/{name}-builtin.json", recipe) for name in RECIPES},
 }
