@@ -85,6 +85,15 @@ def test_arms_run_their_own_numbers_of_steps(tmp_path: Path, monkeypatch: pytest
     assert rows["trl"]["rollout"]["logged"] == {}
 
 
+def test_of_unequal_numbers_of_measured_steps_the_last_are_paired(tmp_path: Path) -> None:
+    runs, reference = ([made_up.result(tmp_path / name, speed=speed)] for name, speed in (("one", 1.0), ("two", 3.0)))
+    for step in reference[0]["steps"][:17]:
+        step["seconds"] = 9.0
+    found: dict[str, Any] = {}
+    benchmark.against(found, runs, reference, warmup=(17, 10), online=True)
+    assert found["over_this"]["ratio"][0] == pytest.approx(3, rel=0.05) and found["over_this"]["pairs"] == 3
+
+
 def test_no_failure_of_an_arm_ends_the_run(tmp_path: Path) -> None:
     out, run = tmp_path / "out.json", runner([], tmp_path)
 
