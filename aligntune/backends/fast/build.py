@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from aligntune.backends.fast.memory import GIB, MemoryPlan
 from aligntune.backends.fast.online import FlatLogProbs
 from aligntune.backends.fast.ppo import FastPPO, attach_critic
 from aligntune.backends.fast.preference import FlatPreference
-from aligntune.backends.fast.recompute import install, remove
+from aligntune.backends.fast.recompute import install
 from aligntune.backends.fast.rollout.serve import of_trainer
 from aligntune.backends.fast.rollout.trl import FastRollouts, engine_cannot_because
 from aligntune.backends.fast.scripts import attach_trainer
@@ -104,7 +103,6 @@ def recompute_layers(
         if wanted == "offload" or budget_gib is not None:
             raise ConfigError(f"train.gradient_checkpointing = {wanted!r}: {why}")
         return f"activations: recomputed by torch's function, {why}"
-    attachment.undo.append(functools.partial(remove, model))
     if plans:
         gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         budget = None if budget_gib is None else int(budget_gib * GIB)

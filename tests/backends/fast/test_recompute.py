@@ -225,3 +225,19 @@ def test_host_buffers_are_lent_again() -> None:
 
 def test_kept_bytes_needs_a_gpu() -> None:
     assert kept_bytes(lambda x: x, (torch.ones(2),)) == 0
+
+
+def test_attaching_again_leaves_it_and_detaching_takes_it_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    from aligntune.backends.fast import attach, detach
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    made = model()
+    attach(made)
+    ours = install(made, offload=True)
+    made.gradient_checkpointing_enable()
+    attach(made)
+    assert ours is not None and recompute_of(made) is ours
+    assert made.model.layers[0]._gradient_checkpointing_func.func == ours.run
+    detach(made)
+    assert recompute_of(made) is None
+    equal(gradients(made)[1], gradients(model())[1])
