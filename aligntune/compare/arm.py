@@ -43,7 +43,8 @@ class ArmSpec:
         peer: a name of `peers.PEERS`, or None for a backend of ours.
         gradient_steps: steps whose gradients are kept.
         stop_after: end after this step.
-        probe: keep the final model's distribution on the probe rows.
+        probe: look for leaks between documents at the second step, and keep the final model's distribution on the
+            probe rows.
         hypotheses: the first step's loss under likely mistakes (the oracle's task).
         fill: train on rows of exactly max_seq_length random tokens.
         draw_adapters: start LoRA from `peers.draw_adapters`: an arm of the comparison makes its own.
@@ -73,16 +74,16 @@ def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
     Raises:
         AlignTuneError: whatever building or training raises on purpose.
     """
+    laps = Laps(spec.started)
     with uncollected():
         from transformers import set_seed
 
         from aligntune.backends.trl import build as _  # noqa: F401  every arm's, and half a second
         from aligntune.compare import batches, fits, peers, probes
-        from aligntune.compare.flops import work
         from aligntune.compare.recorder import Recorder, save_gradients
-        from aligntune.core.environment import snapshot
         from aligntune.core.trainer import peak_memory
 
+    laps.end("imports")
     folder = Path(spec.folder)
     set_seed(spec.seed)
     trainer = peers.build(spec, package)
@@ -101,12 +102,14 @@ def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
     extra: dict[str, Any] = {"leak": None, "hypotheses": None, "probe": None}
     recorder.before_forward = _questions(spec, trainer, recorder, extra)
     recorder.install()
+    laps.end("build")
     start = time.time()
     try:
         trainer.train()
     finally:
         recorder.remove()
     recorder.finish()
+    laps.end("train")
     peaks = peak_memory()
     save_gradients(recorder, folder / GRADIENTS)
     if spec.probe:
@@ -116,20 +119,44 @@ def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
             if spec.peer is None:
                 raise
             extra["probe"] = f"{type(error).__name__}: {error}"  # a peer's model that hands out no logits
-    config = trainer.config if trainer.config is not None else {}
+    found = {"dataset": rows, "memory": {**recorder.memory, **peaks}, "train_window": [start, time.time()],
+             **_told(spec, trainer, recorder), **extra}
+    laps.end("rest")
+    return {**found, "laps": laps.seconds}
+
+
+def _told(spec: ArmSpec, trainer: Any, recorder: Any) -> dict[str, Any]:
+    """What the arm was, what its trainer and model are, and what was recorded."""
+    from aligntune.compare import batches
+    from aligntune.compare.flops import work
+    from aligntune.core.environment import snapshot
+
+    inner, config = trainer.trainer, trainer.config if trainer.config is not None else {}
     return {
         "status": "ok", "label": spec.label, "role": spec.role, "repeat": spec.repeat, "seed": spec.seed,
         "algorithm": trainer.algorithm, "online": trainer.online, "steps": recorder.steps,
-        "norms": recorder.norms, "dataset": rows, "shifted": batches.shifted(recorder.first_documents),
+        "norms": recorder.norms, "shifted": batches.shifted(recorder.first_documents),
         "precision": _precision(inner.args), "round": _round(inner.args),
-        "weights": recorder.weights, "memory": {**recorder.memory, **peaks},
-        "cold_start": recorder.cold_start, "train_window": [start, time.time()],
+        "weights": recorder.weights, "cold_start": recorder.cold_start,
         "capture_seconds": getattr(getattr(inner, "graphed", None), "capture_seconds", None),
         "attestation": trainer.attestation(), "trace": recorder.trace,
         "environment": snapshot(), "config": _plain(config),
         "config_digest": digest_of(config), "work": work(trainer.model), "interpreter": _interpreted(),
-        "beta": float(getattr(inner, "beta", 0.0) or 0.0), "load": os.getloadavg(), **extra,
+        "beta": float(getattr(inner, "beta", 0.0) or 0.0), "load": os.getloadavg(),
     }
+
+
+class Laps:
+    """Seconds between the ends of an arm's parts, from the start of its process."""
+
+    def __init__(self, started: float) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = started or time.time()
+
+    def end(self, part: str) -> None:
+        """Note that `part` is over."""
+        now = time.time()
+        self.seconds[part], self._last = now - self._last, now
 
 
 @contextmanager
@@ -167,7 +194,7 @@ def _questions(spec: ArmSpec, trainer: Any, recorder: Any, extra: dict[str, Any]
             if trainer.trainer.args.gradient_accumulation_steps == 1:
                 found = batches.documents(batches.keep(inputs))
                 extra["hypotheses"] = probes.hypotheses(trainer.model, found)
-        elif step == 2 and extra["leak"] is None:
+        elif spec.probe and step == 2 and extra["leak"] is None:
             extra["leak"] = probes.leak_between_documents(trainer.trainer, compute_loss, inputs)
 
     return ask

@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from aligntune.errors import BackendUnavailableError
 
 if TYPE_CHECKING:
+    from aligntune.backends.base import Backend, Built, Prepared
     from aligntune.compare.arm import ArmSpec
+    from aligntune.core.resolve import Job
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Peer:
         kernels: what the names of its kernels match; a traced step on a card without one is a fallback.
         model: makes the model from the job's options, or None where ours does.
         environment: variables of its process; {folder} is the arm's.
+        sft: makes the peer's own SFT trainer from rows of `input_ids` that are learnt whole, or None where ours does.
     """
 
     package: str
@@ -37,15 +40,19 @@ class Peer:
     options: dict[str, Any] = field(default_factory=dict)
     model: Callable[[Any, dict[str, Any]], Any] | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    sft: Callable[[Job, Prepared], Any] | None = None
 
 
 def _unsloth_model(package: Any, options: dict[str, Any]) -> Any:
     """A model with unsloth's kernels, and its adapters where the job trains any."""
+    import torch
+
     checkpointing = options["gradient_checkpointing"]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(options["model_dtype"])
     recompute = "unsloth" if checkpointing in ("auto", "offload") else checkpointing
     model, _ = package.FastLanguageModel.from_pretrained(
         options["model_name"], max_seq_length=options["max_seq_length"], use_gradient_checkpointing=recompute,
-        load_in_4bit=options.get("quantization") == "nf4", full_finetuning=not options["use_peft"],
+        dtype=dtype, load_in_4bit=options.get("quantization") == "nf4", full_finetuning=not options["use_peft"],
     )
     if not options["use_peft"]:
         return model
@@ -59,6 +66,31 @@ def _unsloth_model(package: Any, options: dict[str, Any]) -> Any:
     )
 
 
+def _unsloth_sft(job: Job, prepared: Prepared) -> Any:
+    """unsloth's own SFT trainer as its documentation uses it: its preparation of rows, collator and compiled loss.
+
+    Raises:
+        BackendUnavailableError: trl was imported before unsloth, which then has not replaced its classes.
+    """
+    import trl
+
+    from aligntune.backends.loading import precision_of
+    from aligntune.backends.trl.options import trl_config
+
+    options = job.options
+    # Each of the first two, as our own trainer has them, would make it turn rows end to end off without an error.
+    # padding_free unset is its default: it then decides, or UNSLOTH_PADDING_CHOICE does.
+    job.set("trainer_options", {
+        "dataset_kwargs": None, "max_length": options.max_seq_length,
+        "padding_free": False if options.padding_free is False else None, "data_seed": options.seed,
+        **options.trainer_options})
+    args = trl_config(job, precision_of(job), eval_rows=0)
+    if not isinstance(args, trl.SFTConfig):
+        raise BackendUnavailableError("unsloth must be imported before trl, in a process of its own")
+    return trl.SFTTrainer(model=options.model_name, args=args, processing_class=prepared.tokenizer,
+                          train_dataset=prepared.train.select_columns(["input_ids"]))
+
+
 PEERS: dict[str, Peer] = {
     "liger": Peer("liger_kernel", "pip install liger-kernel",
                   r"liger|rms_norm|swiglu|geglu|triton_rope", {"trainer_options": {"use_liger_kernel": True}}),
@@ -67,7 +99,8 @@ PEERS: dict[str, Peer] = {
                     # says False would turn off.
                     r"rms_layernorm|fg_kernel|rope_embedding|cross_entropy|triton_(poi|red|per|tem)_fused",
                     {"padding_free": True}, _unsloth_model,
-                    environment={"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_COMPILE_LOCATION": "{folder}/compiled"}),
+                    environment={"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_COMPILE_LOCATION": "{folder}/compiled"},
+                    sft=_unsloth_sft),
 }
 
 
@@ -117,17 +150,64 @@ def plain(name: str) -> str:
     return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
+def learnt_whole(rows: Any) -> bool:
+    """Whether every token of the prepared rows is learnt; the first of a row, which nothing predicts, may not be."""
+    return all(row["labels"][1:] == row["input_ids"][1:] for row in rows)
+
+
+@dataclass
+class PeerBackend:
+    """A backend of ours with the peer's own trainer in the place of ours where that can be given the same rows."""
+
+    peer: str
+    backend: Backend
+
+    @property
+    def name(self) -> str:
+        """The name of the backend beneath."""
+        return self.backend.name
+
+    def build(self, job: Job, prepared: Prepared) -> Built:
+        """The peer's trainer; its attestation says which class trains, and on which batches."""
+        from aligntune.backends.base import Built
+
+        notes: list[str] = []
+        own = PEERS[self.peer].sft if job.spec.name == "sft" else None
+        if own is not None and not learnt_whole(prepared.train):
+            own = None
+            notes.append(f"{self.peer}: rows with tokens that are not learnt go through aligntune's trainer around "
+                         f"{self.peer}'s model; {self.peer}'s own may be faster")
+        built = self.backend.build(job, prepared) if own is None else Built(own(job, prepared))
+        return replace(built, attestation=lambda: {"peer": described(self.peer, built.trainer, notes)},
+                       notices=[*built.notices, *notes])
+
+
+def described(peer: str, trainer: Any, notes: list[str]) -> dict[str, Any]:
+    """What an arm's result says of a peer's trainer."""
+    collator = trainer.data_collator
+    return {
+        "name": peer, "trainer": _path(type(trainer)), "collator": _path(type(collator)),
+        "padding_free": bool(getattr(collator, "padding_free", False)),
+        "packing": bool(getattr(trainer.args, "packing", False)), "notes": notes,
+    }
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def build(spec: ArmSpec, package: Any) -> Any:
     """The AlignTrainer of an arm."""
     from aligntune.algorithms import ALGORITHMS
-    from aligntune.core.backend_factory import build_trainer
+    from aligntune.core.backend_factory import build_trainer, choose_backend
     from aligntune.core.resolve import resolve
 
     job = resolve(spec.overrides, spec.config, algorithms=ALGORITHMS.names(), what=f"the arm {spec.label!r}")
-    peer = PEERS[spec.peer] if spec.peer is not None else None
-    if peer is not None and peer.model is not None:
-        source = job.options.model_name
-        if job.options.tokenizer_name is None:
-            job.set("tokenizer_name", source)
-        job.set("model_name", peer.model(package, vars(job.options)))
-    return build_trainer(job)
+    model = PEERS[spec.peer].model if spec.peer is not None else None
+    if spec.peer is None or model is None:
+        return build_trainer(job)
+    source = job.options.model_name
+    if job.options.tokenizer_name is None:
+        job.set("tokenizer_name", source)
+    job.set("model_name", model(package, vars(job.options)))
+    return build_trainer(job, backend=PeerBackend(spec.peer, choose_backend(job)))

@@ -230,9 +230,13 @@ def data_request(job: Job) -> Any:
     )
 
 
-def build_trainer(job: Job, callbacks: list[Any] | None = None) -> AlignTrainer:
-    """Data, backend and run folder of a resolved job, in that order: nothing is written before the data is sound."""
-    backend = choose_backend(job)
+def build_trainer(job: Job, callbacks: list[Any] | None = None, *, backend: Backend | None = None) -> AlignTrainer:
+    """Data, backend and run folder of a resolved job, in that order: nothing is written before the data is sound.
+
+    Args:
+        backend: builds the trainer; None is the one that the job names.
+    """
+    backend = backend if backend is not None else choose_backend(job)
     from omegaconf import OmegaConf
 
     from aligntune.backends.loading import load_tokenizer

@@ -131,7 +131,7 @@ FIRST = "torch" not in sys.modules
 
 class FastLanguageModel:
     @staticmethod
-    def from_pretrained(model_name, max_seq_length, load_in_4bit, full_finetuning, use_gradient_checkpointing):
+    def from_pretrained(model_name, max_seq_length, load_in_4bit, full_finetuning, use_gradient_checkpointing, dtype):
         from transformers import AutoModelForCausalLM
         import os
         import torch
