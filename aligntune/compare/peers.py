@@ -17,6 +17,7 @@ from aligntune.errors import BackendUnavailableError
 if TYPE_CHECKING:
     from aligntune.backends.base import Backend, Built, Prepared
     from aligntune.compare.arm import ArmSpec
+    from aligntune.core.registry import Support
     from aligntune.core.resolve import Job
 
 
@@ -87,8 +88,10 @@ def _unsloth_sft(job: Job, prepared: Prepared) -> Any:
     args = trl_config(job, precision_of(job), eval_rows=0)
     if not isinstance(args, trl.SFTConfig):
         raise BackendUnavailableError("unsloth must be imported before trl, in a process of its own")
-    return trl.SFTTrainer(model=options.model_name, args=args, processing_class=prepared.tokenizer,
-                          train_dataset=prepared.train.select_columns(["input_ids"]))
+    trainer = trl.SFTTrainer(model=options.model_name, args=args, processing_class=prepared.tokenizer,
+                             train_dataset=prepared.train.select_columns(["input_ids"]))
+    trainer.eval_dataset = prepared.eval  # an arm does not evaluate; the probe's rows are of these
+    return trainer
 
 
 PEERS: dict[str, Peer] = {
@@ -155,17 +158,16 @@ def learnt_whole(rows: Any) -> bool:
     return all(row["labels"][1:] == row["input_ids"][1:] for row in rows)
 
 
-@dataclass
 class PeerBackend:
     """A backend of ours with the peer's own trainer in the place of ours where that can be given the same rows."""
 
-    peer: str
-    backend: Backend
+    def __init__(self, peer: str, backend: Backend) -> None:
+        self.peer, self.backend = peer, backend
+        self.name, self.support, self.gates = backend.name, backend.support, backend.gates
 
-    @property
-    def name(self) -> str:
-        """The name of the backend beneath."""
-        return self.backend.name
+    def available(self) -> Support:
+        """Where the backend beneath is."""
+        return self.backend.available()
 
     def build(self, job: Job, prepared: Prepared) -> Built:
         """The peer's trainer; its attestation says which class trains, and on which batches."""

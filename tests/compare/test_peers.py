@@ -16,6 +16,7 @@ from aligntune.backends.trl import options as trl_options
 from aligntune.backends.trl import trainers as _  # noqa: F401  its classes' bases are trl's, not the stand-in's
 from aligntune.compare import peers
 from aligntune.compare.arm import RESULT, ArmSpec, run_arm
+from aligntune.compare.probes import probe_rows
 from aligntune.errors import BackendUnavailableError
 from tests import small_jobs
 
@@ -139,6 +140,19 @@ def test_what_the_job_says_of_the_model_s_type_and_of_padding(tmp_path: Path, st
     assert stand_in.SEEN[0] == {"dtype": "torch.bfloat16"}
     assert stand_in.SEEN[1]["padding_free"] is False and stand_in.SEEN[1]["max_length"] == 32
     assert found["attestation"]["peer"]["padding_free"] is False
+
+
+def test_the_probe_asks_about_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: Any) -> None:
+    config = job(tmp_path)
+    config["evaluation"] = {"val_split_ratio": 0.25}
+    found = []
+    for peer in ("unsloth", None):
+        if peer is None:
+            monkeypatch.setitem(trl_options.CONFIGS, "sft", stand_in.Config)
+        overrides = {"backend": "trl", "output_dir": str(tmp_path / str(peer)), "report_to": "none"}
+        spec = ArmSpec("b", "b", 0, config, overrides, str(tmp_path), 7, peer=peer)
+        found.append(probe_rows(peers.build(spec, stand_in)))
+    assert found[0] == found[1] and len(found[0]) == 4
 
 
 def test_rows_with_tokens_that_are_not_learnt_keep_our_trainer_and_say_so(tmp_path: Path, stand_in: Any) -> None:
