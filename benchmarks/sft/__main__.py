@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,13 +38,15 @@ from benchmarks.ops.__main__ import commit
 from benchmarks.sft.workloads import MODELS, WORKLOADS, Workload, recipe, write_model, write_rows
 
 PLAIN, RECOMPUTE = {"gradient_checkpointing": False}, {"gradient_checkpointing": True}
+END_TO_END = {"UNSLOTH_PADDING_CHOICE": "padding_free"}
 ARMS: dict[str, Arm] = {arm.label: arm for arm in (
     Arm("trl", "trl", PLAIN), Arm("trl-gc", "trl", RECOMPUTE),
     Arm("liger", "trl", PLAIN, "liger"), Arm("liger-gc", "trl", RECOMPUTE, "liger"),
-    Arm("unsloth", "trl", PLAIN, "unsloth"),
-    Arm("unsloth-compiled", "trl", PLAIN | {"padding_free": False}, "unsloth",
-        environment={"UNSLOTH_PADDING_CHOICE": "padded"}),
-    Arm("unsloth-gc", "trl", {"gradient_checkpointing": "auto"}, "unsloth"),  # its offloading one
+    # Of rows end to end and padded, compiled ones it would choose by an estimate: both are measured.
+    Arm("unsloth", "trl", PLAIN, "unsloth", environment=END_TO_END),
+    Arm("unsloth-compiled", "trl", PLAIN, "unsloth", environment={"UNSLOTH_PADDING_CHOICE": "padded"}),
+    # Its offloading one.
+    Arm("unsloth-gc", "trl", {"gradient_checkpointing": "auto"}, "unsloth", environment=END_TO_END),
     Arm("fast", "fast", PLAIN), Arm("fast-gc", "fast", RECOMPUTE),
     Arm("fast-offload", "fast", {"gradient_checkpointing": "offload"}),
 )}
@@ -60,9 +63,13 @@ def missing(arm: Arm) -> str | None:
 
 def run_arms(
     workload: Workload, arms: Sequence[Arm], model: Path, rows: Path, folder: Path, *, precision: str, repeats: int,
-    runner: Runner,
+    runner: Runner, keep: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, list[dict[str, Any]] | str]:
-    """Results of each arm's runs by its label, or why there are none; A B C, C B A, ..."""
+    """Results of each arm's runs by its label, or why there are none; A B C, C B A, ...
+
+    Args:
+        keep: called with what there is after every run: a command that is cut loses the run at hand only.
+    """
     found: dict[str, Any] = {arm.label: missing(arm) or [] for arm in arms}
     config = recipe(workload, str(model), str(rows), precision)
     for repeat in range(repeats):
@@ -71,17 +78,24 @@ def run_arms(
                 continue
             settings = Settings("benchmark", config, {}, a=arm, b=arm)
             spec = spec_of(settings, Run("a", repeat, arm), folder / arm.label, seed=1, online=False, peft=False)
+            # All that draw adapters draw the same, also beside arms that do not make their own. Losses tell whether
+            # arms train alike; gradients and distributions would be kept for nobody.
+            spec = replace(spec, probe=False, gradient_steps=[], draw_adapters=workload.mode != "full")
+            begun, laps = time.monotonic(), ""
             try:
-                # All that draw adapters draw the same, also beside arms that do not make their own.
-                result = runner(replace(spec, probe=False, draw_adapters=workload.mode != "full"), arm)
+                result = runner(spec, arm)
             except ComparisonError as error:
+                result = {"status": "failed"}
                 found[arm.label] = f"failed: {str(error).splitlines()[-1].strip()[:300]}"
-                continue
-            if result["status"] == "ok":
-                found[arm.label].append(result)
             else:
-                found[arm.label] = f"failed: {result['kind']}: {result['message']}"[:300]
-            print(f"  {arm.label} {repeat + 1}: {result['status']}", flush=True)
+                laps = ", ".join(f"{part} {seconds:.1f}" for part, seconds in result.get("laps", {}).items())
+                if result["status"] == "ok":
+                    found[arm.label].append(result)
+                else:
+                    found[arm.label] = f"failed: {result['kind']}: {result['message']}"[:300]
+            print(f"  {arm.label} {repeat + 1}: {result['status']} in {time.monotonic() - begun:.1f} s"
+                  + (f" ({laps})" if laps else ""), flush=True)
+            keep(found)
     return found
 
 
@@ -100,8 +114,8 @@ def entry(
         "first_step_s": min(speed["cold_start"]), "loss_first": first["steps"][0]["loss"],
         "loss_last": first["steps"][-1]["loss"], "losses": [step["loss"] for step in first["steps"]],
         "mfu": speed["mfu"], "phases_s": speed["phases"], "trace": first["trace"],
-        "capture_s": speed["capture_seconds"], "attestation": first["attestation"],
-        "machine": [one["machine"] for one in runs],
+        "capture_s": speed["capture_seconds"], "laps_s": [one.get("laps") for one in runs],
+        "attestation": first["attestation"], "machine": [one["machine"] for one in runs],
         "versions": {"python": first["environment"]["python"], **{
             package: version for package in PACKAGES
             if (version := first["environment"]["packages"].get(package)) is not None}},
@@ -154,9 +168,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def of_row(name: str, arms: Sequence[Arm], folder: Path, args: argparse.Namespace, *, gpu: bool, runner: Runner
-           ) -> list[dict[str, Any]]:
-    """The entries of one row, in the order of the arms."""
+def of_row(name: str, arms: Sequence[Arm], folder: Path, args: argparse.Namespace, *, gpu: bool, runner: Runner,
+           keep: Callable[[list[dict[str, Any]]], None] = lambda entries: None) -> list[dict[str, Any]]:
+    """The entries of one row, in the order of the arms; `keep` gets those there are after every run."""
     from aligntune.builtin import load_tokenizer
 
     workload = WORKLOADS[name]
@@ -171,16 +185,19 @@ def of_row(name: str, arms: Sequence[Arm], folder: Path, args: argparse.Namespac
     write_rows(workload, rows)
     print(f"{name}: {workload}", flush=True)
     found = run_arms(workload, arms, model, rows, (args.keep or folder) / name, precision="bf16" if gpu else "fp32",
-                     repeats=args.repeats, runner=runner)
-    reference = found[arms[0].label]
-    entries = []
-    for arm in arms:
-        runs = found[arm.label]
-        entries.append({"row": name, "arm": arm.label, "why": runs} if isinstance(runs, str) else entry(
-            name, arm, runs, None if isinstance(reference, str) else reference,
-            warmup=workload.steps - workload.measured))
-        print(line(entries[-1]), flush=True)
+                     repeats=args.repeats, runner=runner, keep=lambda now: keep(entries_of(name, arms, now)))
+    entries = entries_of(name, arms, found)
+    for one in entries:
+        print(line(one), flush=True)
     return entries
+
+
+def entries_of(name: str, arms: Sequence[Arm], found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of the arms that ran, or will not."""
+    workload, reference = WORKLOADS[name], found[arms[0].label]
+    return [{"row": name, "arm": arm.label, "why": found[arm.label]} if isinstance(found[arm.label], str) else entry(
+        name, arm, found[arm.label], reference if isinstance(reference, list) and reference else None,
+        warmup=workload.steps - workload.measured) for arm in arms if found[arm.label]]
 
 
 def main(argv: list[str] | None = None, runner: Runner | None = None) -> int:
@@ -194,7 +211,7 @@ def main(argv: list[str] | None = None, runner: Runner | None = None) -> int:
     report: dict[str, Any] = {
         "command": " ".join(("python -m benchmarks.sft", *(sys.argv[1:] if argv is None else argv))),
         "commit": args.commit or commit(), "device": torch.cuda.get_device_name() if gpu else "cpu",
-        "repeats": args.repeats, "rows": [],
+        "repeats": args.repeats,
     }  # fmt: skip
     if gpu:
         from benchmarks.ops.bench import Ceilings
@@ -205,11 +222,18 @@ def main(argv: list[str] | None = None, runner: Runner | None = None) -> int:
     arms = [replace(ARMS[name], python=str(site) if (site := sites.get(ARMS[name].peer or "")) else None)
             for name in args.arms]
     runner = runner or functools.partial(in_a_fresh_process, limit=args.limit)
+    rows: list[dict[str, Any]] = []
+
+    def write(more: list[dict[str, Any]]) -> None:
+        if args.json:
+            aside = args.json.with_name(args.json.name + ".part")  # cut while writing, the one of before stays
+            aside.write_text(json.dumps({**report, "rows": [*rows, *more]}, indent=1) + "\n")
+            aside.replace(args.json)
+
     with tempfile.TemporaryDirectory() as folder:
         for name in args.rows:
-            report["rows"] += of_row(name, arms, Path(folder), args, gpu=gpu, runner=runner)
-            if args.json:
-                args.json.write_text(json.dumps(report, indent=1) + "\n")
+            rows += of_row(name, arms, Path(folder), args, gpu=gpu, runner=runner, keep=write)
+            write([])
     return 0
 
 

@@ -55,6 +55,36 @@ def test_orders_failures_and_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [one["card"] for one in rows["trl"]["machine"]] == ["a card", "a card"]
 
 
+def test_what_was_measured_is_on_disk_after_every_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    seen: list[list[tuple[str, bool]]] = []
+    inner = runner([], tmp_path)
+
+    def run(spec: Any, arm: Any) -> dict[str, Any]:
+        assert spec.probe is False and spec.gradient_steps == []
+        rows = json.loads(out.read_text())["rows"] if out.exists() else []
+        seen.append([(row["arm"], "over_this" in row) for row in rows])
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return inner(spec, arm) | {"laps": {"imports": 2.0, "train": 3.5}}
+
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main(["smoke", "--arms", "fast,fast-gc,trl", "--json", str(out)], run)
+    assert seen == [[], [("fast", False)], [("fast", False), ("fast-gc", False)],
+                    [("fast", False), ("fast-gc", False), ("trl", True)]]
+    rows = {row["arm"]: row for row in json.loads(out.read_text())["rows"]}
+    assert "why" in rows["fast-gc"] and rows["trl"]["laps_s"] == [{"imports": 2.0, "train": 3.5}]
+    assert not list(tmp_path.glob("*.part"))
+    printed = capsys.readouterr().out
+    assert "fast 1: ok in 0.0 s (imports 2.0, train 3.5)" in printed and "fast-gc 1: failed in 0.0 s\n" in printed
+
+
+def test_unsloth_s_two_layouts_are_forced() -> None:
+    for label, wanted in (("unsloth", "padding_free"), ("unsloth-gc", "padding_free"), ("unsloth-compiled", "padded")):
+        arm = benchmark.ARMS[label]
+        assert arm.environment == {"UNSLOTH_PADDING_CHOICE": wanted} and "padding_free" not in arm.options
+
+
 def test_only_the_steps_after_the_warm_up_are_measured(tmp_path: Path) -> None:
     runs = [made_up.result(tmp_path, repeat=repeat) for repeat in range(2)]
     for one in runs:
