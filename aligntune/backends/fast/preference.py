@@ -45,7 +45,6 @@ class FlatPreference:
     capture = False
     graphed: GraphedModel | None = None
     memory: MemoryPlan | None = None
-    _first_step: int | None = None
     _counted = 0
     _uncounted: torch.Tensor | None = None
 
@@ -153,10 +152,7 @@ class FlatPreference:
         step = super().training_step  # type: ignore[misc]
         if self.memory is None or not self.rows_end_to_end:
             return step(model, inputs, num_items_in_batch)
-        if self._first_step is None:
-            self._first_step = self.state.global_step
-        number = self.state.global_step - self._first_step
-        with self.memory.step(inputs["input_ids"].numel(), number=number):
+        with self.memory.step(inputs["input_ids"].numel(), number=self.state.global_step):
             return step(model, inputs, num_items_in_batch)
 
     def _precompute_ref_logps(self: Any, dataset: Any, name: str, batch_size: int) -> Any:
