@@ -52,6 +52,10 @@ class ModelSection:
         "auto", "'nf4' loads the frozen base in 4 bits (QLoRA); null never; auto keeps what the checkpoint says.",
         choices=("auto", "nf4"),
     )
+    base_precision: str | None = option(
+        None, "'fp8': on fast under LoRA, the frozen base is multiplied in e4m3; auto: where the machine can; null: as "
+        "loaded.", choices=("auto", "fp8"),
+    )
     attn_implementation: str | None = option(
         None, "Attention of transformers ('eager', 'sdpa', 'flash_attention_2', ...); null is transformers' choice."
     )

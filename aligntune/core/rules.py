@@ -68,6 +68,12 @@ def _lora(values: Values, origin: Origin, faults: list[str], notices: list[str])
         else:
             values["use_peft"] = True
             notices.append("quantization 'nf4': LoRA is turned on (a 4-bit base cannot be trained whole)")
+    if values["base_precision"] == "fp8" and not values["use_peft"]:
+        faults.append("model.base_precision = 'fp8': only a frozen base is quantised: pass use_peft=True, or null for "
+                      "weights that train")
+    if values["base_precision"] == "fp8" and values["quantization"] == "nf4":
+        faults.append("model.base_precision = 'fp8' with quantization = 'nf4': a 4-bit base is not quantised again; "
+                      "leave one out")
     targets = values["lora_target_modules"]
     whole = [name for name in ("embed_tokens", "lm_head") if isinstance(targets, list) and name in targets]
     if values["use_peft"] and whole:

@@ -61,7 +61,7 @@ def two_values(row: OptionInfo) -> tuple:
 
 def around(name: str) -> dict:
     """What must stand beside an option for it to be valid."""
-    if name.startswith("lora_") or name in ("modules_to_save", "use_dora", "use_rslora"):
+    if name.startswith("lora_") or name in ("modules_to_save", "use_dora", "use_rslora", "base_precision"):
         return {"use_peft": True}
     if name == "eval_steps":
         return {"val_split_ratio": 0.1}

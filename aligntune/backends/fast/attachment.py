@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from aligntune.backends.fast import head, plan, recompute
+from aligntune.backends.fast import fp8_base, head, plan, recompute
 from aligntune.backends.fast.forwards import KEY, Spec
 from aligntune.backends.fast.lora import slot
 from aligntune.backends.fast.ops._runtime import interpreting
@@ -120,6 +120,7 @@ class Attachment:
         """Undo every patch. The forward that TRL put on the instance stays where TRL put it."""
         self._reset()
         recompute.remove(self.model)
+        fp8_base.remove(self.model)
 
     def _reset(self) -> None:
         for patch in reversed(self.patches):
@@ -177,7 +178,7 @@ def attach(model: nn.Module, *, strict: bool = False) -> Attachment:
     _require_backend()
     base = base_model(model)
     record: Attachment = base.__dict__.get(RECORD) or Attachment(base, strict)
-    record._reset()  # how layers are recomputed is the trainer's business, and stays
+    record._reset()  # how layers are recomputed, and a base in fp8, are the trainer's business, and stay
     record.strict = strict
     for path, module in base.named_modules():
         if path.endswith(".base_layer"):  # the adapter around it is what is called

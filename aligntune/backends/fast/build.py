@@ -11,6 +11,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from aligntune.backends.base import Built, Prepared
 from aligntune.backends.fast.attachment import Attachment, attachment_of
 from aligntune.backends.fast.attestation import attest, report_of
+from aligntune.backends.fast.fp8_base import quantize_base
 from aligntune.backends.fast.graphs import eager_because
 from aligntune.backends.fast.memory import GIB, MemoryPlan
 from aligntune.backends.fast.online import FlatLogProbs
@@ -43,17 +44,20 @@ def build(job: Job, prepared: Prepared) -> Built:
 
     Raises:
         ConfigError: `strict=True` and a module would run eager; every such module is named. Or the rollout engine that
-            was asked for cannot run. Or `embedding_learning_rate` is given and no embedding trains.
+            was asked for cannot run. Or `embedding_learning_rate` is given and no embedding trains. Or
+            `base_precision="fp8"` cannot be had.
         UnsupportedAlgorithmError: `trainer_options` ask for ratios of whole sequences.
     """
     built = build_trl(job, prepared, trainers=FAST_TRAINERS)
     _refuse_sequence_ratios(built.trainer.args)
     if job.options.embedding_learning_rate is not None:
         built.notices.append(built.trainer.train_embeddings_at(job.options.embedding_learning_rate))
+    base = quantize_base(built.trainer, job.options.base_precision)
     attachment = attach_trainer(built.trainer, strict=job.options.strict)
     recomputed = recompute_layers(built.trainer, attachment, wanted=job.options.gradient_checkpointing,
                                   budget_gib=job.options.memory_budget_gib)
     layout = lay_rows(built.trainer, attachment, vars(job.options).get("padding_free", "auto")) + f"; {recomputed}"
+    layout += f"; {base}" if base else ""
     beside, values = _beside(built.trainer, strict=job.options.strict)
     layout += f"; {values}" if values else ""
     if isinstance(built.trainer, TokenGradients) and built.trainer.makes_token_gradients():

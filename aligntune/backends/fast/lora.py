@@ -1,4 +1,4 @@
-"""Linear layers as the ops see them: plain, NF4, or under PEFT adapters; alone, or several on one input.
+"""Linear layers as the ops see them: plain, NF4, fp8, or under PEFT adapters; alone, or several on one input.
 
 What PEFT's state says is read at every call: adapters are switched, disabled (the reference pass of DPO and GRPO),
 merged and added while a model is attached.
@@ -14,12 +14,14 @@ import torch
 from torch import nn
 
 from aligntune.backends.fast.ledger import promise
+from aligntune.backends.fast.ops.fp8 import Fp8Weight
 from aligntune.backends.fast.ops.glu import glu
 from aligntune.backends.fast.ops.lora import Adapter, LoraLinear, lora_linear_group, lora_mlp
 from aligntune.backends.fast.ops.nf4 import NF4Weight
 
 KEY = "_aligntune"  # where `attach` leaves a module's spec
 STEP = "_aligntune_step"  # where a rollout leaves what runs in the place of layers, for as long as a decode step runs
+FP8 = "_aligntune_fp8"  # where `fp8_base` leaves the copies of a base layer that has adapters around it
 
 # (module, qualified name) of the forward that a linear layer's class runs -> what it is.
 _KINDS = {
@@ -71,11 +73,14 @@ def _moves_weights(module: nn.Module) -> bool:
     return hook is not None and (type(hook).__name__ != "AlignDevicesHook" or hook.offload)
 
 
-def read(module: nn.Module) -> LoraLinear | str:
-    """The layer as it stands now, or why an op may not take its place (hooks on `module` itself are not looked at)."""
+def read(module: nn.Module, *, fp8: bool = True) -> LoraLinear | str:
+    """The layer as it stands now, or why an op may not take its place (hooks on `module` itself are not looked at).
+
+    `fp8`: a base layer that has e4m3 copies is read as these, unless adapters are merged into it.
+    """
     kind = kind_of(module)
     if kind == "lora":
-        return _read_adapters(module)
+        return _read_adapters(module, fp8)
     if kind == "plain":
         weight = module._parameters["weight"]
         if weight.layout != torch.strided or not weight.is_floating_point():
@@ -98,7 +103,7 @@ def _read_nf4(module: nn.Module) -> LoraLinear | str:
     return LoraLinear(NF4Weight.from_param(weight), module.bias)
 
 
-def _read_adapters(module: Any) -> LoraLinear | str:
+def _read_adapters(module: Any, fp8: bool) -> LoraLinear | str:
     if module.lora_variant:
         return f"{type(next(iter(module.lora_variant.values()))).__name__.removesuffix('LinearVariant')} has no kernel"
     if module.fan_in_fan_out:
@@ -115,6 +120,8 @@ def _read_adapters(module: Any) -> LoraLinear | str:
     if isinstance(base, str) or module.merged_adapters:
         # Merged adapters are in the base weight; merged and disabled, PEFT takes them out again, in its own forward.
         return "adapters are merged and disabled" if module.merged_adapters and module.disable_adapters else base
+    if fp8 and FP8 in base_layer.__dict__:
+        base = LoraLinear(base_layer.__dict__[FP8].current(base.weight), base.bias)
     if module.disable_adapters:
         return base
     adapters = []
@@ -134,7 +141,7 @@ def _read_adapters(module: Any) -> LoraLinear | str:
 
 
 def _tensors(linear: LoraLinear) -> list[torch.Tensor | None]:
-    weight = None if isinstance(linear.weight, NF4Weight) else linear.weight
+    weight = linear.weight if isinstance(linear.weight, torch.Tensor) else None
     return [weight, linear.bias, *(t for one in linear.adapters for t in (one.a, one.b, one.bias))]
 
 
@@ -146,7 +153,7 @@ def _compute_dtype(module: nn.Module) -> torch.dtype | None:
 
 def _gains(linears: Sequence[LoraLinear], x: torch.Tensor) -> bool:
     """Whether the op does better than the modules: plain layers outside training are the same GEMMs either way."""
-    if any(linear.adapters or isinstance(linear.weight, NF4Weight) for linear in linears):
+    if any(linear.adapters or not isinstance(linear.weight, torch.Tensor) for linear in linears):
         return True
     if not torch.is_grad_enabled():
         return False
@@ -171,10 +178,10 @@ def _group(parent: nn.Module, names: tuple[str, ...], note: Callable[[str], None
 
 
 def ready_to_read(module: nn.Module) -> LoraLinear | None:
-    """The layer as it stands now, or None where it must be called."""
+    """The layer as it stands now, its base as it was loaded; None where it must be called."""
     if hooked(module) or _foreign(module):
         return None
-    found = read(module)
+    found = read(module, fp8=False)
     return None if isinstance(found, str) else found
 
 
@@ -194,6 +201,10 @@ def _promise_linears(parent: nn.Module, linears: Sequence[LoraLinear], x: torch.
     for linear in linears:
         if isinstance(linear.weight, NF4Weight):
             promise(parent, "nf4", *to_x)
+        elif isinstance(linear.weight, Fp8Weight):
+            promise(parent, "fp8 base, input gradient", *to_x)
+    if any(isinstance(linear.weight, Fp8Weight) for linear in linears):
+        promise(parent, "fp8 base")
     if any(one.dropout for linear in linears for one in linear.adapters):
         promise(parent, "lora dropout", *factors)
         promise(parent, "lora dropout, input gradient", *to_x)

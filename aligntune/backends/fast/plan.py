@@ -12,6 +12,7 @@ from torch import nn
 from aligntune.backends.fast import families, forwards, lora
 from aligntune.backends.fast.families import Family
 from aligntune.backends.fast.forwards import AttentionSpec, LayerSpec, MlpSpec, NormSpec, Spec
+from aligntune.backends.fast.ops.fp8 import Fp8Weight
 from aligntune.backends.fast.ops.rms_norm import MAX_WIDTH
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -129,7 +130,8 @@ def _linear(module: nn.Module) -> Decision:
         return eager(op, found)
     base = module.base_layer if adapted else module
     nf4 = " on nf4" if adapted and lora.kind_of(base) == "nf4" else ""
-    return Decision(f"{op}{nf4}", lora.linear_forward, Spec(op))
+    fp8 = ", fp8 base" if isinstance(found.weight, Fp8Weight) else ""
+    return Decision(f"{op}{nf4}{fp8}", lora.linear_forward, Spec(op))
 
 
 _BY_PART: dict[str, Callable[[Any, Family], Decision | None]] = {

@@ -26,6 +26,7 @@ class TRLBackend:
         Gate("rollout_memory_gib", None, "TRL's engines size their own memory"),
         Gate("gradient_checkpointing", ("offload",), "TRL recomputes (True) or keeps (False) activations"),
         Gate("memory_budget_gib", None, "TRL does not plan recompute by memory"),
+        Gate("base_precision", ("fp8",), "TRL multiplies the base as it is loaded"),
         Gate("embedding_learning_rate", None, "TRL trains every parameter at learning_rate"),
     )
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from aligntune.backends.fast.ops._lora_dropout import Dropout, padded_rank
+from aligntune.backends.fast.ops.fp8 import Fp8Weight, fp8_mm, quantize_rows
 from aligntune.backends.fast.ops.nf4 import NF4Weight, dequantize_nf4
 
 
@@ -25,9 +26,9 @@ class Adapter(NamedTuple):
 
 
 class LoraLinear(NamedTuple):
-    """A linear layer: `weight (N, H)`, a tensor or NF4, `bias (N,)`, and the adapters that are active on it."""
+    """A linear layer: `weight (N, H)`, a tensor, NF4 or fp8, `bias (N,)`, and the adapters that are active on it."""
 
-    weight: torch.Tensor | NF4Weight
+    weight: torch.Tensor | NF4Weight | Fp8Weight
     bias: torch.Tensor | None = None
     adapters: tuple[Adapter, ...] = ()
 
@@ -37,7 +38,7 @@ def flatten(linears: Sequence[LoraLinear]) -> tuple[tuple[LoraLinear, ...], list
     bare: list[LoraLinear] = []
     tensors: list[torch.Tensor | None] = []
     for weight, bias, adapters in linears:
-        quantised = isinstance(weight, NF4Weight)
+        quantised = isinstance(weight, (NF4Weight, Fp8Weight))
         tensors += (None if quantised else weight, bias)
         for adapter in adapters:
             tensors += (adapter.a, adapter.b, adapter.bias)
@@ -69,6 +70,7 @@ def _weight(linear: LoraLinear, dtype: torch.dtype) -> torch.Tensor:
     if isinstance(linear.weight, NF4Weight):
         # A fresh buffer each time is the same block of the allocator's, and safe under several streams and graphs.
         return dequantize_nf4(linear.weight, dtype=dtype)
+    assert isinstance(linear.weight, torch.Tensor)
     return linear.weight.to(dtype)
 
 
@@ -114,12 +116,18 @@ def forward(
     if adapters:
         stack, ups, rank = _factors(adapters, dtype)
         s = dropout.down(x, stack) if dropout else torch.mm(x, stack.t())
+    eight = quantize_rows(x) if any(isinstance(linear.weight, Fp8Weight) for linear in linears) else None
     outs: list[torch.Tensor] = []
     j = 0
     for linear in linears:
-        bias, weight = _bias(linear, dtype), _weight(linear, dtype)
-        out = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
-        del weight  # before the next one is dequantised
+        bias = _bias(linear, dtype)
+        if isinstance(linear.weight, Fp8Weight):
+            assert eight is not None
+            out = fp8_mm(*eight, linear.weight.rows, linear.weight.row_scale, dtype, bias)
+        else:
+            weight = _weight(linear, dtype)
+            out = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+            del weight  # before the next one is dequantised
         for adapter in linear.adapters:
             assert s is not None
             out.addmm_(s[:, j * rank : j * rank + adapter.a.shape[0]], ups[j].t(), alpha=adapter.scaling)
@@ -148,7 +156,10 @@ def input_grad(
                 part = ds[:, j * rank : j * rank + adapter.a.shape[0]]
                 part.addmm_(dout, ups[j], beta=0, alpha=adapter.scaling)
             j += 1
-        if want_dx and dout is not None:
+        if want_dx and dout is not None and isinstance(linear.weight, Fp8Weight):
+            part = fp8_mm(*quantize_rows(dout), linear.weight.columns, linear.weight.column_scale, dtype)
+            dx = part if dx is None else dx.add_(part)
+        elif want_dx and dout is not None:
             weight = _weight(linear, dtype)
             dx = torch.mm(dout, weight) if dx is None else dx.addmm_(dout, weight)
             del weight
@@ -211,6 +222,7 @@ def _grads_of_one(
     """Gradients of one layer's weight, bias and, for each adapter, a, b and bias; `parts` are its columns of S."""
     grads: list[torch.Tensor | None] = [None] * len(wanted)
     if wanted[0]:
+        assert isinstance(linear.weight, torch.Tensor)
         grads[0] = _mm_as(dout.t(), x, linear.weight.dtype)
     # Every third place from 1 on is a bias: the layer's, then the adapters'.
     columns = dout.sum(0, dtype=torch.float32) if any(wanted[1::3]) else None

@@ -117,9 +117,9 @@ def quantize_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x (T, H) in fp32, bf16 or fp16 as e4m3 (T, H) and scales (T,) in fp32, in one launch.
 
-    Rows may lie any stride apart. A row with a NaN or an infinity has that for its scale, so all it is used for shows it. `out`:
-    the two contiguous tensors to write into. Raises ConfigError for other shapes and dtypes, BackendUnavailableError
-    off the GPU.
+    Rows may lie any stride apart. A row with a NaN or an infinity has that for its scale, so that products
+    show it. `out`: the two contiguous tensors to write into. Raises ConfigError for other shapes and dtypes,
+    BackendUnavailableError off the GPU.
     """
     values, scale = _outputs(x, out)
     require_device(x, values, scale)

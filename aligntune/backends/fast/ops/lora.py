@@ -9,7 +9,11 @@ Hu et al., LoRA (arXiv 2106.09685), eq. 3. For linear layers i on X (T, H), each
 All A_j are stacked, so S (T, n R) takes one read of X and all input gradients end in one dX buffer. R is the largest
 rank padded to 16, 32 or a multiple of 64. rsLoRA (arXiv 2312.03732) changes s_j only. Matrix products are cuBLAS's: at
 rank 16 they are bound by reading X and dout, as a fused kernel would be. Triton kernels do what cuBLAS cannot: dropout
-(`_lora_dropout`), NF4 (`nf4`), GLU (`glu`).
+(`_lora_dropout`), NF4 (`nf4`), GLU (`glu`), e4m3 rows (`fp8`).
+
+With an fp8 weight, X is quantised by rows once for all layers of the group that have one, and each dout_i for its
+product with W_i. Only these two products change: adapters, dropout and every gradient but dX's base part read X and
+dout as they are. dX is rounded once more for each layer after the first.
 
 Saved for backward, bytes a token in 16 bits: a group 2H (its input, which the layer before often keeps anyway) and
 2nR; the MLP 2H + 4F + 6R, where eager keeps 2H + 8F + 6R. act(gate) and the product are made again by the GLU's
@@ -50,6 +54,7 @@ from aligntune.backends.fast.ops._lora_core import (
 )
 from aligntune.backends.fast.ops._lora_dropout import STEPS, keep_reference, threshold_of
 from aligntune.backends.fast.ops._runtime import as_rows, require_device
+from aligntune.backends.fast.ops.fp8 import Fp8Weight
 from aligntune.backends.fast.ops.glu import ACTIVATIONS, glu_backward_, glu_forward_, glu_reference
 from aligntune.backends.fast.ops.nf4 import NF4Weight, dequantize_nf4_reference
 from aligntune.errors import ConfigError, unknown
@@ -169,13 +174,13 @@ def _check(x: torch.Tensor, linears: Sequence[LoraLinear], where: str) -> None:
 
 
 def _compute(x: torch.Tensor, linears: Sequence[LoraLinear], compute_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype that products are taken in: autocast's, or for NF4 the one asked for, or x's."""
+    """The dtype that products are taken in: autocast's, or for NF4 and fp8 the one asked for, or x's."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     dtype = compute_dtype or x.dtype
     for linear in linears:
-        if not isinstance(linear.weight, NF4Weight) and linear.weight.dtype != dtype:
+        if isinstance(linear.weight, torch.Tensor) and linear.weight.dtype != dtype:
             raise ConfigError(f"x is {dtype} and the weight {linear.weight.dtype}: cast one, or use autocast")
     return dtype
 
@@ -196,7 +201,7 @@ def lora_linear_group(
 ) -> tuple[torch.Tensor, ...]:
     """The outputs (..., N_i) of linear layers on one input x (..., H), adapters included; one autograd node.
 
-    Products are taken in autocast's dtype where it is on, else in `compute_dtype` (for NF4 weights), else in x's; the
+    Products are taken in autocast's dtype where it is on, else in `compute_dtype` (for NF4 and fp8), else in x's; the
     outputs are in autocast's dtype or x's. Gradients go to x, to factors and biases in their own dtypes, and to base
     weights that require one. Each adapter with dropout draws its own mask from `seed` (int64 scalar on the device); by
     default the seed comes from torch's generator of x's device.
@@ -269,6 +274,8 @@ def lora_linear_group_reference(
     for linear in linears:
         if isinstance(linear.weight, NF4Weight):
             weight = dequantize_nf4_reference(linear.weight, dtype=dtype)
+        elif isinstance(linear.weight, Fp8Weight):
+            raise ConfigError("an fp8 weight is multiplied with rounded inputs; its reference is `fp8_mm_reference`")
         else:
             weight = linear.weight.to(dtype)
         out = torch.nn.functional.linear(rows, weight, None if linear.bias is None else linear.bias.to(dtype))

@@ -61,6 +61,7 @@ class Projection:
             weight = linear.weight
             if isinstance(weight, NF4Weight):
                 weight = dequantize_nf4(weight, dtype=rows.dtype)
+            assert isinstance(weight, torch.Tensor)  # `ready_to_read` gives no fp8 copies
             if linear.bias is None:
                 torch.mm(rows, weight.t(), out=part)
             else:
@@ -100,7 +101,7 @@ class Projections:
             if any(adapter.bias is not None for linear in linears for adapter in linear.adapters):
                 return
             # 4-bit weights come out in any type; the others are multiplied as they are.
-            plain = {linear.weight.dtype for linear in linears if not isinstance(linear.weight, NF4Weight)}
+            plain = {linear.weight.dtype for linear in linears if isinstance(linear.weight, torch.Tensor)}
             if plain - {self._dtype}:
                 return
             made[names] = Projection(linears, self._dtype)

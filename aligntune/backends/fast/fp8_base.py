@@ -1,0 +1,122 @@
+"""The frozen base under LoRA in e4m3: where its copies live, when they are used, and when they are made again.
+
+A copy is beside the weight, not in its place: two bytes more for each of its numbers. The weight itself is what is
+saved, merged, and multiplied in the decode steps of a rollout. Training, evaluation and the reference (adapters off)
+go through the copy, so that policy and reference are rounded alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from aligntune.backends.fast import lora
+from aligntune.backends.fast.ops.fp8 import Fp8Weight, fits
+from aligntune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+LEAST_CAPABILITY = (8, 9)  # tensor cores that multiply e4m3: Ada and Hopper
+
+
+@dataclass
+class Copies:
+    """The e4m3 copies of one base layer's weight, and what that weight was when they were made."""
+
+    weight: Fp8Weight
+    pointer: int
+    version: int
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Copies:
+        return cls(Fp8Weight.of(weight), weight.data_ptr(), weight._version)
+
+    def current(self, weight: torch.Tensor) -> Fp8Weight | torch.Tensor:
+        """What stands for `weight` in a product: the copies, made again where it was written or replaced since.
+
+        They are made again in place, where captured graphs read them. A weight that trains, or that changed its shape,
+        stands for itself. Writes through `.data` leave no trace: PEFT merges so, and a merged layer is never asked for
+        its copies.
+        """
+        if weight.requires_grad or weight.shape != self.weight.shape:
+            return weight
+        if weight.data_ptr() != self.pointer or weight._version != self.version:
+            if weight.device == self.weight.rows.device:
+                self.weight.renew_(weight)
+            else:
+                self.weight = Fp8Weight.of(weight)
+            self.pointer, self.version = weight.data_ptr(), weight._version
+        return self.weight
+
+
+def install(model: nn.Module) -> tuple[int, int]:
+    """Give every frozen linear layer under adapters its copies; returns how many have them, and how many cannot.
+
+    Layers that have copies keep them. A layer cannot whose weight trains or has a side that is no multiple of 16.
+    """
+    have = cannot = 0
+    for module in model.modules():
+        if lora.kind_of(module) != "lora":
+            continue
+        base: Any = module.base_layer
+        weight = base._parameters.get("weight")
+        if lora.kind_of(base) != "plain" or weight.requires_grad or not fits(weight.shape):
+            cannot += 1
+            continue
+        if lora.FP8 not in base.__dict__:
+            base.__dict__[lora.FP8] = Copies.of(weight)
+        have += 1
+    return have, cannot
+
+
+def remove(model: nn.Module) -> None:
+    """Take all copies away."""
+    for module in model.modules():
+        module.__dict__.pop(lora.FP8, None)
+
+
+def quantize_base(trainer: Trainer, wanted: str | None) -> str | None:
+    """Give a trainer's model its copies before it is attached; returns what became of it, None where nothing was asked.
+
+    Args:
+        wanted: "fp8" must be had, "auto" is had where it can be, None is not wanted.
+    Raises:
+        ConfigError: "fp8", and it cannot be.
+    """
+    if wanted is None:
+        return None
+    why = unsupported_because(trainer)
+    if why is None:
+        have, cannot = install(trainer.model)
+        if have:
+            rest = f", {cannot} as loaded (a side that is no multiple of 16, or weights that train)" if cannot else ""
+            return f"base: e4m3 by rows in {have} linear layers{rest}"
+        why = "no linear layer under adapters is frozen and has sides that are multiples of 16"
+    if wanted == "fp8":
+        raise ConfigError(f"model.base_precision = 'fp8': {why}; null leaves the base as it is loaded, 'auto' takes "
+                          "fp8 where it can be had")
+    return f"base: as loaded, {why}"
+
+
+def unsupported_because(trainer: Trainer) -> str | None:
+    """Why the base of this trainer's model cannot be multiplied in fp8, or None."""
+    layers = [module for module in trainer.model.modules() if lora.kind_of(module) == "lora"]
+    if not layers:
+        return "it needs LoRA (use_peft=True): only a frozen base is quantised"
+    if any(lora.kind_of(layer.base_layer) == "nf4" for layer in layers):
+        return "the base is quantised to 4 bits already"
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return "the model is sharded"
+    weight: Any = layers[0].base_layer.weight
+    if weight.is_cuda:
+        capability = torch.cuda.get_device_capability(weight.device)
+        if capability < LEAST_CAPABILITY:
+            name = torch.cuda.get_device_name(weight.device)
+            return f"{name} has compute capability {capability[0]}.{capability[1]}, and e4m3 products need 8.9 or later"
+        if weight.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16):
+            return "precision is fp32, and fp8 products come out in bf16"
+    return None

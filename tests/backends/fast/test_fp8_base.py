@@ -1,0 +1,304 @@
+"""A frozen base in e4m3 under LoRA: what is multiplied, when copies are made again, and who is told."""
+
+from __future__ import annotations
+
+import copy
+from types import MethodType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from aligntune.backends.base import require
+from aligntune.backends.fast import attach, detach, fp8_base, lora
+from aligntune.backends.fast.fp8_base import install, quantize_base
+from aligntune.backends.fast.ops.fp8 import Fp8Weight, quantize_rows_reference
+from aligntune.backends.fast.ops.lora import LoraLinear, lora_linear_group, lora_linear_group_reference, lora_mlp
+from aligntune.backends.trl.support import BACKEND as TRL
+from aligntune.core.resolve import resolve
+from aligntune.errors import ConfigError, UnsupportedAlgorithmError
+from tests.backends.fast.minis import batch, build
+from tests.backends.fast.ops.lora_cases import Maker, assert_same, gradients
+from tests.backends.fast.test_adapters import ALL, draw_b
+
+SIDES = {"hidden_size": 48, "intermediate_size": 80, "head_dim": 16, "num_hidden_layers": 1}
+
+
+class Rounded(torch.autograd.Function):
+    """x W^T with rounded rows of x and W, and dout W with rounded rows of dout and W^T: written from the definition."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.weight = weight
+        return _rounded(x) @ _rounded(weight).t()
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> Any:
+        return _rounded(dout) @ _rounded(ctx.weight.t()).t(), None
+
+
+def _rounded(x: torch.Tensor) -> torch.Tensor:
+    rows = x.detach().reshape(-1, x.shape[-1])
+    scale = rows.abs().amax(1, keepdim=True) / 448
+    return ((rows / torch.where(scale == 0, 1, scale)).to(torch.float8_e4m3fn).float() * scale).view(x.shape)
+
+
+def by_hand(model: Any) -> Any:
+    """The model with the forward of every base layer under adapters replaced by torch's own operations."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        out = Rounded.apply(x, self.weight.detach())
+        return out if self.bias is None else out + self.bias
+
+    for module in model.modules():
+        if lora.kind_of(module) == "lora":
+            module.base_layer.forward = MethodType(forward, module.base_layer)
+    return model
+
+
+def adapted(device: str = "cpu", **settings: Any) -> Any:
+    torch.manual_seed(7)
+    model = get_peft_model(build("llama", **SIDES), LoraConfig(**{"r": 3, "lora_alpha": 8, "target_modules": ALL}
+                                                               | settings))
+    draw_b(model)
+    return model.train().to(device)
+
+
+def bases(model: Any) -> dict[str, Any]:
+    return {name: m.base_layer for name, m in model.named_modules() if lora.kind_of(m) == "lora"}
+
+
+def step(model: Any, **extra: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(**batch(), **extra).loss
+    loss.backward()
+    return float(loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def eight(linear: LoraLinear) -> LoraLinear:
+    return linear._replace(weight=Fp8Weight.of(linear.weight))
+
+
+def rounded_group(x: torch.Tensor, linears: Any) -> list[torch.Tensor]:
+    outs = []
+    for linear in linears:
+        out = Rounded.apply(x, linear.weight.detach())
+        if linear.bias is not None:
+            out = out + linear.bias
+        for one in linear.adapters:
+            out = out + one.scaling * (x @ one.a.t() @ one.b.t())
+        outs.append(out)
+    return outs
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_group_is_the_definition(bias, device):
+    results = []
+    for ours in (True, False):
+        maker = Maker(device, seed=3)
+        x = maker.tensor("x", 5, 48)
+        linears = [maker.linear("q", 64, 48, bias=bias), maker.linear("k", 16, 48, ranks=(2, 4)),
+                   maker.linear("v", 32, 48, ranks=())]
+        if ours:
+            outs = lora_linear_group(x, [eight(one) for one in linears])
+        else:
+            outs = rounded_group(x, linears)
+            exact = lora_linear_group_reference(x, linears)
+            assert all((out - one).abs().max() > 1e-2 for out, one in zip(outs, exact, strict=True))
+        results.append((outs, gradients(outs, maker, x)))
+    for one, other in zip(results[0][0], results[1][0], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert_same(results[0][1], results[1][1])
+
+
+def test_one_layer_of_a_group_may_be_fp8(device):
+    """And an output that nothing is asked of takes no part."""
+    maker, other = Maker(device, seed=4), Maker(device, seed=4)
+    x, y = maker.tensor("x", 4, 32), other.tensor("x", 4, 32)
+    ours = [maker.linear("a", 16, 32), eight(maker.linear("b", 32, 32)), eight(maker.linear("c", 16, 32))]
+    theirs = [other.linear("a", 16, 32), other.linear("b", 32, 32), other.linear("c", 16, 32)]
+    outs = lora_linear_group(x, ours)
+    wanted = [*lora_linear_group_reference(y, theirs[:1]), *rounded_group(y, theirs[1:])]
+    assert_same(gradients(outs, maker, x, skip=(2,)), gradients(wanted, other, y, skip=(2,)))
+
+
+def test_the_gated_mlp_is_the_definition(device):
+    results = []
+    for ours in (True, False):
+        maker = Maker(device, seed=5)
+        x = maker.tensor("x", 6, 32)
+        gate, up, down = maker.linear("gate", 48, 32), maker.linear("up", 48, 32), maker.linear("down", 32, 48)
+        if ours:
+            out = lora_mlp(x, eight(gate), eight(up), eight(down))
+        else:
+            g, u = rounded_group(x, [gate, up])
+            (out,) = rounded_group(torch.nn.functional.silu(g) * u, [down])
+        results.append((out, gradients([out], maker, x)))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-5)
+    assert_same(results[0][1], results[1][1])
+
+
+def test_the_twin_in_plain_torch_refuses(device):
+    maker = Maker(device)
+    with pytest.raises(ConfigError, match="fp8 weight"):
+        lora_linear_group_reference(maker.tensor("x", 2, 32), [eight(maker.linear("a", 16, 32))])
+
+
+def test_a_model_is_the_one_made_by_hand(device):
+    ours = adapted(device)
+    theirs, exact = by_hand(copy.deepcopy(ours)), copy.deepcopy(ours)
+    assert install(ours) == (7, 0)
+    attachment = attach(ours)
+    loss, grads = step(ours, output_logits=False)
+    wanted, wanted_grads = step(theirs)
+    plain, plain_grads = step(exact)
+    assert loss == pytest.approx(wanted, abs=1e-4)
+    assert grads.keys() == wanted_grads.keys() and len(grads) == 14
+    for name, grad in wanted_grads.items():
+        # A number that lies on the border of two e4m3 numbers may fall to either side: what rounding does is bounded.
+        off, rounding = float((grads[name] - grad).norm()), float((plain_grads[name] - grad).norm())
+        assert rounding > 0 and off < 0.1 * rounding, (name, off, rounding)
+    assert abs(wanted - plain) > 1e-4
+    lines = [str(line) for line in attachment.report if "lora" in line.op]
+    assert len(lines) == 7 and all("lora, fp8 base" in line for line in lines), lines
+
+
+def test_the_witness_is_promised_what_runs(device):
+    model = adapted(device)
+    install(model)
+    attestation = attach(model, strict=False).attest(lambda: step(model, output_logits=False))
+    assert attestation.ok, attestation.problems
+    # q, k, v share an input, o has its own, gate and up share one, down has its own. Backward: one for each output, but
+    # q, k, v, whose input is an embedding that does not train.
+    assert attestation.kernels["quantize_rows_kernel"] == attestation.promised["quantize_rows_kernel"] == 4 + 4
+
+
+def test_adapters_off_go_through_the_copies_and_merged_ones_do_not(device):
+    model = adapted(device)
+    twin = by_hand(copy.deepcopy(model))
+    plain = copy.deepcopy(model)
+    install(model)
+    attach(model)
+
+    def logits(one: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return one(**batch()).logits
+
+    with model.disable_adapter(), twin.disable_adapter(), plain.disable_adapter():
+        assert torch.allclose(logits(model), logits(twin), atol=1e-3)
+        assert not torch.allclose(logits(model), logits(plain), atol=1e-3)
+    for safe in (False, True):
+        before = logits(model)
+        model.merge_adapter(safe_merge=safe)
+        plain.merge_adapter(safe_merge=safe)
+        assert torch.allclose(logits(model), logits(plain), atol=1e-5)
+        model.unmerge_adapter()
+        plain.unmerge_adapter()
+        assert torch.allclose(logits(model), before, atol=1e-3)
+    whole = model.merge_and_unload()
+    assert torch.allclose(logits(whole), logits(plain.merge_and_unload()), atol=1e-5)
+
+
+def test_a_weight_that_was_written_is_quantised_again_in_place(device):
+    model = adapted(device)
+    install(model)
+    attach(model)
+    base = next(iter(bases(model).values()))
+    held = base.__dict__[lora.FP8]
+    memory, before = held.weight.rows.data_ptr(), held.weight.dequantized()
+    with torch.no_grad():
+        base.weight.mul_(-2)
+    step(model, output_logits=False)
+    assert held.weight.rows.data_ptr() == memory
+    torch.testing.assert_close(held.weight.dequantized(), before * -2)
+    # Another tensor in the parameter's place, as loading by assignment leaves it.
+    base.weight.data = base.weight.detach() * 3
+    assert held.current(base.weight) is held.weight and held.weight.rows.data_ptr() == memory
+    torch.testing.assert_close(held.weight.dequantized(), before * -6)
+    version = held.weight.row_scale._version
+    held.current(base.weight)
+    assert held.weight.row_scale._version == version
+    base.weight.requires_grad_(True)
+    assert held.current(base.weight) is base.weight
+
+
+def test_detaching_takes_the_copies_and_attaching_again_keeps_them(device):
+    model = adapted(device)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    install(model)
+    held = [base.__dict__[lora.FP8] for base in bases(model).values()]
+    attach(model)
+    attach(model)
+    assert [base.__dict__[lora.FP8] for base in bases(model).values()] == held
+    assert install(model) == (7, 0) and [base.__dict__[lora.FP8] for base in bases(model).values()] == held
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    detach(model)
+    assert not any(lora.FP8 in module.__dict__ for module in model.modules())
+
+
+def test_layers_that_cannot_stay_as_loaded(device):
+    model = adapted(device, target_modules=["q_proj", "lm_head"])  # lm_head makes 101 numbers
+    assert install(model) == (1, 1)
+    report = attach(model).report
+    assert [line.op for line in report if "q_proj" in line.modules] == ["lora, fp8 base"]
+    assert lora.FP8 not in model.base_model.model.lm_head.base_layer.__dict__
+    assert isinstance(lora.ready_to_read(model.base_model.model.model.layers[0].self_attn.q_proj).weight, torch.Tensor)
+
+
+def trainer(model: Any, **settings: Any) -> Any:
+    return SimpleNamespace(**{"model": model, "is_fsdp_enabled": False, "is_deepspeed_enabled": False,
+                              "args": SimpleNamespace(bf16=True, fp16=False)} | settings)
+
+
+def test_what_is_asked_for_is_had_or_refused(device):
+    assert quantize_base(trainer(adapted(device)), None) is None
+    assert quantize_base(trainer(adapted(device)), "fp8") == "base: e4m3 by rows in 7 linear layers"
+    bare = build("llama", **SIDES)
+    odd = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))
+    for given, reason in ((trainer(bare), "needs LoRA"), (trainer(odd), "multiples of 16"),
+                          (trainer(adapted(), is_fsdp_enabled=True), "sharded")):
+        with pytest.raises(ConfigError, match=f"base_precision = 'fp8'.*{reason}"):
+            quantize_base(given, "fp8")
+        assert reason in quantize_base(given, "auto")
+        assert not any(lora.FP8 in module.__dict__ for module in given.model.modules())
+
+
+def test_the_card_must_multiply_e4m3(monkeypatch):
+    weight = SimpleNamespace(is_cuda=True, device="cuda:0", dtype=torch.bfloat16)
+    layer = SimpleNamespace(base_layer=SimpleNamespace(weight=weight))
+    monkeypatch.setattr(fp8_base.lora, "kind_of", lambda module: "lora" if module is layer else "plain")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "An A100")
+    given = trainer(SimpleNamespace(modules=lambda: [layer]))
+    for capability, reason in (((8, 0), "An A100 has compute capability 8.0.*8.9"), ((8, 9), None), ((9, 0), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        if reason is None:
+            assert fp8_base.unsupported_because(given) is None
+        else:
+            with pytest.raises(ConfigError, match=reason):
+                quantize_base(given, "fp8")
+    weight.dtype, given.args.bf16 = torch.float32, False
+    assert "precision is fp32" in fp8_base.unsupported_because(given)
+
+
+def test_the_option():
+    asked = {"algorithm": "sft", "model_name": "m", "dataset_name": "d", "base_precision": "fp8"}
+    assert resolve({**asked, "use_peft": True}).options.base_precision == "fp8"
+    assert resolve({**asked, "base_precision": "auto"}).options.base_precision == "auto"
+    with pytest.raises(ConfigError, match="base_precision = 'fp8'.*use_peft=True"):
+        resolve(asked)
+    with pytest.raises(ConfigError, match="base_precision = 'fp8' with quantization = 'nf4'"):
+        resolve({**asked, "quantization": "nf4"})
+    with pytest.raises(ConfigError, match="base_precision.*'e4m3'"):
+        resolve({**asked, "base_precision": "e4m3", "use_peft": True})
+    with pytest.raises(UnsupportedAlgorithmError, match="base_precision='fp8': TRL multiplies the base as it is"):
+        require(TRL, "sft", {"base_precision": "fp8"})
+    require(TRL, "sft", {"base_precision": "auto"})
+
+
+def test_rounding_by_hand_is_the_ops():
+    x = torch.randn(9, 64)
+    values, scale = quantize_rows_reference(x)
+    assert (_rounded(x) - values.float() * scale[:, None]).abs().max() < 2e-2 * x.abs().max()
+    assert ((_rounded(x) - values.float() * scale[:, None]).abs() > 1e-6).float().mean() < 0.01
