@@ -53,6 +53,8 @@ def build(job: Job, prepared: Prepared) -> Built:
     if job.options.embedding_learning_rate is not None:
         built.notices.append(built.trainer.train_embeddings_at(job.options.embedding_learning_rate))
     base = quantize_base(built.trainer, job.options.base_precision)
+    if base:
+        built.notices.append(base)
     attachment = attach_trainer(built.trainer, strict=job.options.strict)
     recomputed = recompute_layers(built.trainer, attachment, wanted=job.options.gradient_checkpointing,
                                   budget_gib=job.options.memory_budget_gib)

@@ -10,17 +10,20 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from aligntune import create_sft_trainer
 from aligntune.backends.base import require
-from aligntune.backends.fast import attach, detach, fp8_base, lora
+from aligntune.backends.fast import attach, detach, fp8_base, graphs, lora
 from aligntune.backends.fast.fp8_base import install, quantize_base
 from aligntune.backends.fast.ops.fp8 import Fp8Weight, quantize_rows_reference
 from aligntune.backends.fast.ops.lora import LoraLinear, lora_linear_group, lora_linear_group_reference, lora_mlp
 from aligntune.backends.trl.support import BACKEND as TRL
 from aligntune.core.resolve import resolve
 from aligntune.errors import ConfigError, UnsupportedAlgorithmError
+from tests.backends.fast import test_graphs
 from tests.backends.fast.minis import batch, build
 from tests.backends.fast.ops.lora_cases import Maker, assert_same, gradients
 from tests.backends.fast.test_adapters import ALL, draw_b
+from tests.core import tiny
 
 SIDES = {"hidden_size": 48, "intermediate_size": 80, "head_dim": 16, "num_hidden_layers": 1}
 
@@ -302,3 +305,73 @@ def test_rounding_by_hand_is_the_ops():
     values, scale = quantize_rows_reference(x)
     assert (_rounded(x) - values.float() * scale[:, None]).abs().max() < 2e-2 * x.abs().max()
     assert ((_rounded(x) - values.float() * scale[:, None]).abs() > 1e-6).float().mean() < 0.01
+
+
+def test_a_run_says_so_and_learns(tmp_path):
+    """Through the factory: copies are there before the model is attached, and what is saved holds none of them."""
+    run = create_sft_trainer(
+        tiny.llama(num_hidden_layers=1, hidden_size=32, intermediate_size=48), [{"text": "one two three"}] * 8,
+        backend="fast", tokenizer_name=tiny.tokenizer(), use_peft=True, lora_r=4, max_steps=2,
+        batch_size=2, learning_rate=1e-2, output_dir=str(tmp_path), base_precision="fp8", logging_steps=1,
+        progress=False, max_seq_length=32, precision="fp32",
+    )  # fmt: skip
+    run.train()
+    found = run.attestation()
+    assert "base: e4m3 by rows in 7 linear layers" in found["layout"]
+    assert any("lora, fp8 base" in line for line in found["modules"])
+    assert not found["step"]["problems"] and found["step"]["kernels"]["quantize_rows_kernel"] >= 8
+    assert sum(lora.FP8 in base.__dict__ for base in bases(run.model).values()) == 7
+    detach(run.model)
+    assert not any(lora.FP8 in base.__dict__ for base in bases(run.model).values())
+
+
+# ------------------------------------------------------------------------------------------------------------- the card
+
+
+def _relative(x: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((x.double() - truth.double()).norm() / truth.double().norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [4096, 999])
+def test_outputs_and_input_gradients_on_the_gpu(tokens):
+    """bf16 with an fp8 base against fp64: no farther than the definition in fp32 with the same rounding of rows."""
+    maker = Maker("cuda", seed=1)
+    linears = [maker.linear(name, n, 1024, ranks=(16,)) for name, n in (("q", 1024), ("k", 256), ("v", 256))]
+    x = maker.tensor("x", tokens, 1024)
+    douts = [torch.randn(tokens, one.weight.shape[0], device="cuda") for one in linears]
+
+    def run(outs: Any, at: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        (grad,) = torch.autograd.grad(outs, [at], [dout.to(out.dtype) for dout, out in zip(douts, outs, strict=True)])
+        return list(outs), grad
+
+    low = x.detach().bfloat16().requires_grad_()
+    half = [one._replace(weight=Fp8Weight.of(one.weight.detach().bfloat16())) for one in linears]
+    wide = x.detach().double().requires_grad_()
+    double = [LoraLinear(one.weight.detach().double(), None, tuple(
+        a._replace(a=a.a.double(), b=a.b.double()) for a in one.adapters)) for one in linears]
+    truth, truth_dx = run(lora_linear_group_reference(wide, double), wide)
+    wanted, wanted_dx = run(rounded_group(x, linears), x)
+    ours, dx = run(lora_linear_group(low, half), low)
+    for one, other, true in zip([*ours, dx], [*wanted, wanted_dx], [*truth, truth_dx], strict=True):
+        assert 0.005 < _relative(one, true) < 1.1 * _relative(other, true) + 2**-9
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(60,), (3, 5, 40, 60)], ids=["equal", "ragged"])
+def test_replayed_steps_with_an_fp8_base(lengths, tmp_path, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_FILLING", 0)
+    data = test_graphs.rows(lengths)
+    captured = test_graphs.train(tmp_path / "captured", data, base_precision="fp8")
+    assert captured.trainer.graphed.pairs
+    attested = captured.attestation()["step"]
+    assert not attested["problems"], attested["problems"]
+    # Three layers: four inputs each; seven gradients each, less those of the first q, k, v.
+    assert attested["kernels"]["quantize_rows_kernel"] >= 3 * 4 + 3 * 7 - 3
+    bf16 = test_graphs.train(tmp_path / "bf16", data)
+    losses, wanted = test_graphs.history(captured, "loss"), test_graphs.history(bf16, "loss")
+    assert losses != wanted and losses == pytest.approx(wanted, rel=5e-2)
+    monkeypatch.setattr("aligntune.backends.fast.build.eager_because", lambda _: "a test asked for it")
+    launched = test_graphs.train(tmp_path / "launched", data, base_precision="fp8")
+    assert launched.trainer.graphed is None
+    test_graphs.assert_same_run(captured, launched)

@@ -144,7 +144,7 @@ def quantize_rows_reference(
     values, scale = _outputs(x, out)
     wide = x.float()
     amax = wide.abs().amax(1) if x.numel() else wide.new_zeros(x.shape[0])
-    quotient = amax / LARGEST
+    quotient = amax / torch.full_like(amax, LARGEST)  # by a number, CUDA multiplies with its inverse
     quotient = torch.where(quotient < TINY, TINY, quotient)
     scale.copy_(torch.where(amax == 0, 1.0, quotient))
     values.copy_((wide * (1 / scale)[:, None]).to(E4M3))
