@@ -49,6 +49,8 @@ ARMS: dict[str, Arm] = {arm.label: arm for arm in (
     Arm("unsloth-gc", "trl", {"gradient_checkpointing": "auto"}, "unsloth", environment=END_TO_END),
     Arm("fast", "fast", PLAIN), Arm("fast-gc", "fast", RECOMPUTE),
     Arm("fast-offload", "fast", {"gradient_checkpointing": "offload"}),
+    # Of LoRA alone: on other rows it fails, and says why.
+    Arm("fast-fp8", "fast", {**PLAIN, "base_precision": "fp8"}),
 )}
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "liger-kernel", "unsloth")
 Runner = Callable[[ArmSpec, Arm], dict[str, Any]]

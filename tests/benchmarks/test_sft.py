@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from aligntune.compare.protocol import in_a_fresh_process
-from aligntune.errors import ComparisonError
+from aligntune.errors import ComparisonError, ConfigError
 from benchmarks.sft import __main__ as benchmark
 from benchmarks.sft.workloads import WORKLOADS, recipe
 from tests.compare import made_up
@@ -115,6 +115,10 @@ def test_every_arm_resolves(tmp_path: Path) -> None:
         for arm in benchmark.ARMS.values():
             spec = spec_of(Settings("x", config, {}, a=arm, b=arm), Run("a", 0, arm), tmp_path, seed=1, online=False,
                            peft=False)
+            if arm.label == "fast-fp8" and workload.mode != "lora":
+                with pytest.raises(ConfigError, match="base_precision"):
+                    resolve(spec.overrides, spec.config)
+                continue
             job = resolve(spec.overrides, spec.config)
             assert job.options.max_steps == workload.steps and job.options.packing is workload.packing
             checkpointing = {"unsloth-gc": "auto", "fast-offload": "offload"}.get(arm.label, arm.label.endswith("-gc"))
