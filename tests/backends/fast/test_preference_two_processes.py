@@ -29,6 +29,7 @@ for algorithm in ("dpo", "kto", "simpo", "reward"):
         found[f"{algorithm} {backend}"] = trainer.state.log_history[:2]
 if os.environ["RANK"] == "0":
     (folder / "found.json").write_text(json.dumps(found))
+dist.barrier()  # a process that leaves while the other still speaks to it is aborted by gloo
 dist.destroy_process_group()
 """
 
