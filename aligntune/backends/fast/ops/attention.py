@@ -13,9 +13,12 @@ import inspect
 from itertools import pairwise
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from aligntune.errors import ConfigError
+
+_HEAD_MULTIPLE = 8
+"""What FlashAttention-2 wants a head dimension to be a multiple of."""
 
 
 def attention(
@@ -68,11 +71,15 @@ def _varlen(
 
     # torch 2.11 takes grouped heads as they are; later versions want to be told.
     grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    # Zeros add nothing to a score, and what they make of v is cut off again.
+    head_dim = v.shape[3]
+    if short := -head_dim % _HEAD_MULTIPLE:
+        q, k, v = (pad(x, (0, short)) for x in (q, k, v))
     q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (q, k, v))
     back = -1 if window is None else window - 1
     out = varlen_attn(q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale,
                       window_size=(back, 0), **grouped)
-    return out.unsqueeze(0)
+    return (out[..., :head_dim].contiguous() if short else out).unsqueeze(0)
 
 
 def attention_reference(
