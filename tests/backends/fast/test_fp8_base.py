@@ -370,7 +370,10 @@ def test_replayed_steps_with_an_fp8_base(lengths, tmp_path, monkeypatch):
     assert attested["kernels"]["quantize_rows_kernel"] >= 3 * 4 + 3 * 7 - 3
     bf16 = test_graphs.train(tmp_path / "bf16", data)
     losses, wanted = test_graphs.history(captured, "loss"), test_graphs.history(bf16, "loss")
-    assert losses != wanted and losses == pytest.approx(wanted, rel=5e-2)
+    # The first loss is of the same weights, so that what differs is the rounding. Where the rows are learnt by heart,
+    # rounding is a large share of what is left of a loss.
+    assert losses[0] != wanted[0] and sum(loss > 0.5 for loss in wanted) >= 3
+    assert losses == pytest.approx(wanted, rel=5e-2, abs=2e-2)
     monkeypatch.setattr("aligntune.backends.fast.build.eager_because", lambda _: "a test asked for it")
     launched = test_graphs.train(tmp_path / "launched", data, base_precision="fp8")
     assert launched.trainer.graphed is None

@@ -138,7 +138,11 @@ def test_a_product_of_dequantised_factors(device):
     torch.testing.assert_close(found, truth.float(), rtol=1e-5, atol=1e-5)
     if device == "cpu":
         assert torch.equal(fp8_mm(x8, sx, w8, sw, torch.float32, bias), found)
-    assert fp8_mm(x8, sx, w8, sw, torch.bfloat16).dtype == torch.bfloat16
+    low = fp8_mm(x8, sx, w8, sw, torch.bfloat16)
+    assert low.dtype == torch.bfloat16
+    # The product is rounded, and then the sum.
+    twice, once = fp8_mm(x8, sx, w8, sw, torch.bfloat16, bias.bfloat16()), (truth - bias + bias.bfloat16()).bfloat16()
+    assert torch.equal(twice, low + bias.bfloat16()) and not torch.equal(twice, once)
     assert fp8_mm(x8[:0], sx[:0], w8, sw, torch.bfloat16).shape == (0, 48)
     # Each element is off by about 2^-5.3 of itself, and so is a product of random factors by sqrt(2) of that.
     assert 0.01 < relative_error(found - bias, x @ w.t()) < 0.06
@@ -216,4 +220,5 @@ def test_products_on_the_gpu(rows, n, h):
         assert relative_error(ours, truth) < 1.1 * relative_error(reference, truth) < 0.06
     x8, sx = quantize_rows(x)
     biased = fp8_mm(x8, sx, weight.rows, weight.row_scale, torch.bfloat16, bias)
+    assert torch.equal(biased, fp8_mm(x8, sx, weight.rows, weight.row_scale, torch.bfloat16) + bias)
     assert relative_error(biased, x.double() @ w.double().t() + bias) < 0.06
