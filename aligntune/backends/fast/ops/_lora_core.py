@@ -9,6 +9,7 @@ import torch
 
 from aligntune.backends.fast.ops._lora_dropout import Dropout, padded_rank
 from aligntune.backends.fast.ops.fp8 import Fp8Weight, fp8_mm, quantize_rows
+from aligntune.backends.fast.ops.glu import MAX_RANK, Update
 from aligntune.backends.fast.ops.nf4 import NF4Weight, dequantize_nf4
 
 
@@ -83,8 +84,19 @@ def _bias(linear: LoraLinear, dtype: torch.dtype) -> torch.Tensor | None:
     return torch.stack(biases).sum(0).to(dtype)
 
 
-def _factors(adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor], int]:
-    """All A stacked as (n R, H), every B (N, r), both in `dtype`, and R; cast in one launch."""
+class Factors(NamedTuple):
+    """All A of a group stacked as `stack` (n R, H) and every B (N, r) in `ups`, in the compute dtype; `rank` is R."""
+
+    stack: torch.Tensor
+    ups: tuple[torch.Tensor, ...]
+    rank: int
+
+
+def factors_of(linears: Sequence[LoraLinear], dtype: torch.dtype) -> Factors | None:
+    """The factors cast in one launch; None without adapters."""
+    adapters = adapters_of(linears)
+    if not adapters:
+        return None
     rank = padded_rank(max(adapter.a.shape[0] for adapter in adapters))
     first = adapters[0].a
     padded = any(adapter.a.shape[0] != rank for adapter in adapters)
@@ -95,11 +107,33 @@ def _factors(adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[torch.Ten
         new = torch.zeros if padded else torch.empty
         stack = new((len(adapters) * rank, first.shape[1]), dtype=dtype, device=first.device)
         copies = [(stack[j * rank : j * rank + one.a.shape[0]], one.a) for j, one in enumerate(adapters)]
-    ups = [adapter.b if adapter.b.dtype == dtype else torch.empty_like(adapter.b, dtype=dtype) for adapter in adapters]
+    ups = tuple(one.b if one.b.dtype == dtype else torch.empty_like(one.b, dtype=dtype) for one in adapters)
     copies += [(up, one.b) for up, one in zip(ups, adapters, strict=True) if up is not one.b]
     if copies:
         torch._foreach_copy_([target for target, _ in copies], [source for _, source in copies])
-    return stack, ups, rank
+    return Factors(stack, ups, rank)
+
+
+def fusable(linears: Sequence[LoraLinear]) -> bool:
+    """Whether what the adapters add can be a GLU's updates: one adapter a layer at most, of a rank that fits."""
+    adapters = adapters_of(linears)
+    return (bool(adapters) and all(len(linear.adapters) <= 1 for linear in linears)
+            and all(adapter.a.shape[0] <= MAX_RANK for adapter in adapters))
+
+
+def updates_of(
+    linears: Sequence[LoraLinear], s: torch.Tensor, factors: Factors
+) -> list[Update | None]:
+    """What the one adapter of each layer adds to its output, None where it has none."""
+    updates: list[Update | None] = []
+    j = 0
+    for linear in linears:
+        updates.append(None)
+        for adapter in linear.adapters:
+            part = s[:, j * factors.rank : j * factors.rank + adapter.a.shape[0]]
+            updates[-1] = Update(part, factors.ups[j].t(), adapter.scaling)
+            j += 1
+    return updates
 
 
 def dropout_of(linears: Sequence[LoraLinear], seed: torch.Tensor | None, first: int = 0) -> Dropout | None:
@@ -108,14 +142,21 @@ def dropout_of(linears: Sequence[LoraLinear], seed: torch.Tensor | None, first: 
 
 
 def forward(
-    x: torch.Tensor, linears: Sequence[LoraLinear], dropout: Dropout | None
+    x: torch.Tensor,
+    linears: Sequence[LoraLinear],
+    dropout: Dropout | None,
+    factors: Factors | None,
+    *,
+    base_only: bool = False,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """Outputs (T, N_i) and S (T, n R), None without adapters."""
-    adapters, dtype = adapters_of(linears), x.dtype
+    """Outputs (T, N_i) and S (T, n R), None without adapters.
+
+    `base_only`: outputs are the base layers' alone, and `updates_of` says what is still to be added.
+    """
+    dtype = x.dtype
     s = None
-    if adapters:
-        stack, ups, rank = _factors(adapters, dtype)
-        s = dropout.down(x, stack) if dropout else torch.mm(x, stack.t())
+    if factors is not None:
+        s = dropout.down(x, factors.stack) if dropout else torch.mm(x, factors.stack.t())
     eight = quantize_rows(x) if any(isinstance(linear.weight, Fp8Weight) for linear in linears) else None
     outs: list[torch.Tensor] = []
     j = 0
@@ -128,33 +169,43 @@ def forward(
             weight = _weight(linear, dtype)
             out = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
             del weight  # before the next one is dequantised
-        for adapter in linear.adapters:
-            assert s is not None
-            out.addmm_(s[:, j * rank : j * rank + adapter.a.shape[0]], ups[j].t(), alpha=adapter.scaling)
+        for adapter in () if base_only else linear.adapters:
+            assert s is not None and factors is not None
+            part = s[:, j * factors.rank : j * factors.rank + adapter.a.shape[0]]
+            out.addmm_(part, factors.ups[j].t(), alpha=adapter.scaling)
             j += 1
         outs.append(out)
     return outs, s
 
 
 def input_grad(
-    douts: Sequence[torch.Tensor | None], linears: Sequence[LoraLinear], dropout: Dropout | None, want_dx: bool
+    douts: Sequence[torch.Tensor | None],
+    linears: Sequence[LoraLinear],
+    dropout: Dropout | None,
+    factors: Factors | None,
+    want_dx: bool,
+    *,
+    base_only: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """dX (T, H) if wanted, and dS (T, n R), from the gradients of the outputs; at least one of these is not None."""
+    """dX (T, H) if wanted, and dS (T, n R), from the gradients of the outputs; at least one of these is not None.
+
+    `base_only`: dX is the base layers' alone; dS A is still to be added to it.
+    """
     given = next(dout for dout in douts if dout is not None)
-    adapters, dtype = adapters_of(linears), given.dtype
+    dtype = given.dtype
     ds: torch.Tensor | None = None
     dx: torch.Tensor | None = None
     j = 0
-    if adapters:
-        stack, ups, rank = _factors(adapters, dtype)
-        whole = all(adapter.a.shape[0] == rank for adapter in adapters) and all(dout is not None for dout in douts)
+    if factors is not None:
+        adapters = adapters_of(linears)
+        whole = all(one.a.shape[0] == factors.rank for one in adapters) and all(dout is not None for dout in douts)
         new = torch.empty if whole else torch.zeros
-        ds = new((given.shape[0], len(adapters) * rank), dtype=dtype, device=given.device)
+        ds = new((given.shape[0], len(adapters) * factors.rank), dtype=dtype, device=given.device)
     for dout, linear in zip(douts, linears, strict=True):
         for adapter in linear.adapters:
-            if dout is not None and ds is not None:
-                part = ds[:, j * rank : j * rank + adapter.a.shape[0]]
-                part.addmm_(dout, ups[j], beta=0, alpha=adapter.scaling)
+            if dout is not None and ds is not None and factors is not None:
+                part = ds[:, j * factors.rank : j * factors.rank + adapter.a.shape[0]]
+                part.addmm_(dout, factors.ups[j], beta=0, alpha=adapter.scaling)
             j += 1
         if want_dx and dout is not None and isinstance(linear.weight, Fp8Weight):
             part = fp8_mm(*quantize_rows(dout), linear.weight.columns, linear.weight.column_scale, dtype)
@@ -163,11 +214,11 @@ def input_grad(
             weight = _weight(linear, dtype)
             dx = torch.mm(dout, weight) if dx is None else dx.addmm_(dout, weight)
             del weight
-    if dx is not None and ds is not None:
+    if dx is not None and ds is not None and factors is not None and not base_only:
         if dropout:
-            dropout.add_grad_x_(dx, ds, stack)
+            dropout.add_grad_x_(dx, ds, factors.stack)
         else:
-            dx.addmm_(ds, stack)
+            dx.addmm_(ds, factors.stack)
     return dx, ds
 
 

@@ -9,13 +9,17 @@
 
 act(gate) is rounded to gate's dtype before the product, as transformers does. Nothing is saved but the inputs.
 
-Bytes that must move, T rows of F elements of b bytes: forward 3bTF, backward 5bTF (6bTF with the product).
+Gate, up and dy may be base products that LoRA has still to change: `Update`s add s S B to them on the way (S and B of
+rank r), in fp32, rounded once, as `addmm` does. Apart, each of them reads and writes a tensor for no more than that.
+
+Bytes that must move, T rows of F elements of b bytes: forward 3bTF, backward 5bTF (6bTF with the product), with or
+without updates; an update's own addmm moves 2bTF.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,25 +30,39 @@ from aligntune.backends.fast.ops import _runtime
 from aligntune.errors import unknown
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+MAX_RANK = 64  # of an update: its tiles of S and B are held in registers beside those of the operands
+
+
+class Update(NamedTuple):
+    """`scaling * s @ b`, to be added to an operand (T, F): `s` (T, r) rows, `b` (r, F), any strides, r <= MAX_RANK."""
+
+    s: torch.Tensor
+    b: torch.Tensor
+    scaling: float
 
 
 @dataclass(frozen=True)
 class GluLaunch:
-    """One program for each `block` columns of a row."""
+    """One program for each tile of `rows` x `block` elements."""
 
+    rows: int
     block: int
     num_warps: int
     programs: int
 
 
-def launch_for(n_rows: int, width: int) -> GluLaunch:
-    """16 elements a thread, two 16-byte loads of each input: elementwise work is bound by bytes in flight alone.
+def launch_for(n_rows: int, width: int, *, updates: bool = False) -> GluLaunch:
+    """A piece of one row, 16 elements a thread, two 16-byte loads of each input: work that bytes in flight alone bound.
 
-    4 where rows are not aligned: 16 scalar loads and stores each, with their masks, spill.
+    4 elements where rows are not aligned: 16 scalar loads and stores each, with their masks, spill. Updates are
+    products of tensor cores, which want tiles.
     """
+    if updates:
+        rows, block = 32, min(128, max(16, _runtime.next_power_of_2(width)))
+        return GluLaunch(rows, block, 4, _runtime.cdiv(n_rows, rows) * _runtime.cdiv(width, block))
     largest, per_thread = (2048, 16) if width % 16 == 0 else (512, 4)
     block = min(largest, max(32, _runtime.next_power_of_2(width)))
-    return GluLaunch(block, max(1, block // (32 * per_thread)), n_rows * _runtime.cdiv(width, block))
+    return GluLaunch(1, block, max(1, block // (32 * per_thread)), n_rows * _runtime.cdiv(width, block))
 
 
 @triton.jit
@@ -65,43 +83,88 @@ def _act_and_slope(g, ACTIVATION: tl.constexpr):
     return act, slope
 
 
-@_runtime.kernel
+@triton.jit
+def _updated(
+    base, s_ptr, s_row, b_ptr, b_rank, b_col, scaling, row, cols, in_rows, in_cols,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """base + scaling * s b, rounded to base's dtype."""
+    rank = tl.arange(0, BLOCK_R)
+    in_rank = rank < RANK
+    s = tl.load(s_ptr + row[:, None] * s_row + rank[None, :], in_rows & in_rank[None, :], other=0.0)
+    b = tl.load(b_ptr + rank[:, None] * b_rank + cols[None, :] * b_col, in_rank[:, None] & in_cols, other=0.0)
+    if UPCAST:  # the interpreter multiplies bf16 as integers
+        s, b = s.to(tl.float32), b.to(tl.float32)
+    product = tl.dot(s, b, input_precision="tf32x3")
+    return (base.to(tl.float32) + scaling * product).to(base.dtype)
+
+
+@_runtime.kernel(do_not_specialize=["n_rows"])
 def glu_forward(
-    gate_ptr, gate_row, up_ptr, up_row, y_ptr,
-    F: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+    gate_ptr, gate_row, up_ptr, up_row, y_ptr, n_rows,
+    sg_ptr, sg_row, bg_ptr, bg_rank, bg_col, g_scaling, su_ptr, su_row, bu_ptr, bu_rank, bu_col, u_scaling,
+    F: tl.constexpr, ACTIVATION: tl.constexpr, RANK_G: tl.constexpr, RANK_U: tl.constexpr,
+    BLOCK_R: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     blocks = (F + BLOCK - 1) // BLOCK
-    row = pid // blocks
+    row = pid // blocks * ROWS + tl.arange(0, ROWS)
     cols = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
-    keep = cols < F
-    gate = tl.load(gate_ptr + row * gate_row + cols, keep, other=0.0)
-    up = tl.load(up_ptr + row * up_row + cols, keep, other=0.0).to(tl.float32)
+    in_rows, in_cols = (row < n_rows)[:, None], (cols < F)[None, :]
+    keep = in_rows & in_cols
+    at = cols[None, :]
+    gate = tl.load(gate_ptr + row[:, None] * gate_row + at, keep, other=0.0)
+    up = tl.load(up_ptr + row[:, None] * up_row + at, keep, other=0.0)
+    if RANK_G > 0:
+        gate = _updated(gate, sg_ptr, sg_row, bg_ptr, bg_rank, bg_col, g_scaling, row, cols, in_rows, in_cols,
+                        RANK_G, BLOCK_R, UPCAST)  # fmt: skip
+    if RANK_U > 0:
+        up = _updated(up, su_ptr, su_row, bu_ptr, bu_rank, bu_col, u_scaling, row, cols, in_rows, in_cols,
+                      RANK_U, BLOCK_R, UPCAST)  # fmt: skip
     act, _ = _act_and_slope(gate.to(tl.float32), ACTIVATION)
-    y = act.to(gate_ptr.dtype.element_ty).to(tl.float32) * up
-    tl.store(y_ptr + row * F + cols, y.to(y_ptr.dtype.element_ty), keep)
+    y = act.to(gate_ptr.dtype.element_ty).to(tl.float32) * up.to(tl.float32)
+    tl.store(y_ptr + row[:, None] * F + at, y.to(y_ptr.dtype.element_ty), keep)
 
 
-@_runtime.kernel
+@_runtime.kernel(do_not_specialize=["n_rows"])
 def glu_backward(
-    dy_ptr, dy_row, gate_ptr, gate_row, up_ptr, up_row, dgate_ptr, dgate_row, dup_ptr, dup_row, y_ptr, y_row,
-    F: tl.constexpr, ACTIVATION: tl.constexpr, HAS_Y: tl.constexpr, BLOCK: tl.constexpr,
+    dy_ptr, dy_row, gate_ptr, gate_row, up_ptr, up_row, dgate_ptr, dgate_row, dup_ptr, dup_row, y_ptr, y_row, n_rows,
+    sd_ptr, sd_row, bd_ptr, bd_rank, bd_col, d_scaling,
+    sg_ptr, sg_row, bg_ptr, bg_rank, bg_col, g_scaling, su_ptr, su_row, bu_ptr, bu_rank, bu_col, u_scaling,
+    F: tl.constexpr, ACTIVATION: tl.constexpr, HAS_Y: tl.constexpr,
+    RANK_D: tl.constexpr, RANK_G: tl.constexpr, RANK_U: tl.constexpr,
+    BLOCK_R: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     blocks = (F + BLOCK - 1) // BLOCK
-    row = pid // blocks
+    row = pid // blocks * ROWS + tl.arange(0, ROWS)
     cols = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
-    keep = cols < F
-    dy = tl.load(dy_ptr + row * dy_row + cols, keep, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + row * gate_row + cols, keep, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * up_row + cols, keep, other=0.0).to(tl.float32)
+    in_rows, in_cols = (row < n_rows)[:, None], (cols < F)[None, :]
+    keep = in_rows & in_cols
+    at = cols[None, :]
+    dy = tl.load(dy_ptr + row[:, None] * dy_row + at, keep, other=0.0)
+    gate = tl.load(gate_ptr + row[:, None] * gate_row + at, keep, other=0.0)
+    up = tl.load(up_ptr + row[:, None] * up_row + at, keep, other=0.0)
+    if RANK_D > 0:
+        dy = _updated(dy, sd_ptr, sd_row, bd_ptr, bd_rank, bd_col, d_scaling, row, cols, in_rows, in_cols,
+                      RANK_D, BLOCK_R, UPCAST)  # fmt: skip
+    if RANK_G > 0:
+        gate = _updated(gate, sg_ptr, sg_row, bg_ptr, bg_rank, bg_col, g_scaling, row, cols, in_rows, in_cols,
+                        RANK_G, BLOCK_R, UPCAST)  # fmt: skip
+    if RANK_U > 0:
+        up = _updated(up, su_ptr, su_row, bu_ptr, bu_rank, bu_col, u_scaling, row, cols, in_rows, in_cols,
+                      RANK_U, BLOCK_R, UPCAST)  # fmt: skip
+    dy, gate, up = dy.to(tl.float32), gate.to(tl.float32), up.to(tl.float32)
     act, slope = _act_and_slope(gate, ACTIVATION)
-    # Every load is above every store, and element i reads only element i: an output may be any of the inputs.
-    tl.store(dup_ptr + row * dup_row + cols, (dy * act).to(dup_ptr.dtype.element_ty), keep)
-    tl.store(dgate_ptr + row * dgate_row + cols, (dy * up * slope).to(dgate_ptr.dtype.element_ty), keep)
+    # Every load is above every store, and element i reads only element i: an output may be any of the inputs. Products
+    # of tensor cores hand elements from thread to thread, so all threads have loaded before one of them stores.
+    if RANK_D + RANK_G + RANK_U > 0:
+        tl.debug_barrier()
+    tl.store(dup_ptr + row[:, None] * dup_row + at, (dy * act).to(dup_ptr.dtype.element_ty), keep)
+    tl.store(dgate_ptr + row[:, None] * dgate_row + at, (dy * up * slope).to(dgate_ptr.dtype.element_ty), keep)
     if HAS_Y:
         y = act.to(gate_ptr.dtype.element_ty).to(tl.float32) * up
-        tl.store(y_ptr + row * y_row + cols, y.to(y_ptr.dtype.element_ty), keep)
+        tl.store(y_ptr + row[:, None] * y_row + at, y.to(y_ptr.dtype.element_ty), keep)
 
 
 def _check(gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
@@ -111,19 +174,52 @@ def _check(gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
         raise ValueError(f"glu: gate {tuple(gate.shape)} and up {tuple(up.shape)} differ in shape")
 
 
-def glu_forward_(gate: torch.Tensor, up: torch.Tensor, *, activation: str = "silu") -> torch.Tensor:
-    """act(gate) * up outside autograd: same arguments and result as `glu`."""
+def _arguments(name: str, update: Update | None, rows: torch.Tensor) -> tuple[tuple[Any, ...], int]:
+    """What the kernels want of an update of `rows` (T, F), and its rank: 0 for None."""
+    if update is None:
+        return (rows, 0, rows, 0, 0, 0.0), 0
+    s, b, scaling = update
+    rank = b.shape[0]
+    if s.shape != (rows.shape[0], rank) or b.shape != (rank, rows.shape[1]) or not 0 < rank <= MAX_RANK:
+        raise ValueError(f"glu: the update of {name}, {tuple(s.shape)} and {tuple(b.shape)}, does not fit "
+                         f"{tuple(rows.shape)} with a rank of 1 to {MAX_RANK}")  # fmt: skip
+    if s.dtype != rows.dtype or b.dtype != rows.dtype or not _runtime.has_rows(s):
+        raise ValueError(f"glu: the update of {name} is {s.dtype} and {b.dtype}, strides {s.stride()}: it wants rows "
+                         f"in {rows.dtype}")  # fmt: skip
+    _runtime.require_device(s, b)
+    return (s, s.stride(0), b, b.stride(0), b.stride(1), float(scaling)), rank
+
+
+def _block_r(*ranks: int) -> int:
+    return max(16, _runtime.next_power_of_2(max(ranks)))  # tensor cores multiply no less than 16
+
+
+def glu_forward_(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    *,
+    activation: str = "silu",
+    gate_update: Update | None = None,
+    up_update: Update | None = None,
+) -> torch.Tensor:
+    """act(gate) * up outside autograd: same arguments and result as `glu`, and what is still to be added to each.
+
+    Raises ValueError for updates that do not fit (T, F).
+    """
     _check(gate, up, activation)
     _runtime.require_device(gate, up)
     gate_rows, up_rows = _runtime.as_rows(gate), _runtime.as_rows(up)
+    for_gate, rank_g = _arguments("gate", gate_update, gate_rows)
+    for_up, rank_u = _arguments("up", up_update, up_rows)
     y = torch.empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
     if y.numel():
         n_rows, width = gate_rows.shape
-        launch = launch_for(n_rows, width)
+        launch = launch_for(n_rows, width, updates=rank_g + rank_u > 0)
         with _runtime.on_device(gate):
             glu_forward[(launch.programs,)](
-                gate_rows, gate_rows.stride(0), up_rows, up_rows.stride(0), y,
-                width, activation, launch.block, num_warps=launch.num_warps,
+                gate_rows, gate_rows.stride(0), up_rows, up_rows.stride(0), y, n_rows, *for_gate, *for_up,
+                width, activation, rank_g, rank_u, _block_r(rank_g, rank_u), _runtime.interpreting(),
+                launch.rows, launch.block, num_warps=launch.num_warps,
             )  # fmt: skip
     return y
 
@@ -148,11 +244,15 @@ def glu_backward_(
     out_gate: torch.Tensor,
     out_up: torch.Tensor,
     out_product: torch.Tensor | None = None,
+    dy_update: Update | None = None,
+    gate_update: Update | None = None,
+    up_update: Update | None = None,
 ) -> None:
     """Write the gradients of `gate` and `up` into `out_gate` and `out_up`, and act(gate) * up into `out_product`.
 
     All are (..., F) with any row strides. An output may be the very buffer of an input (`out_gate=gate`,
-    `out_up=up`); one that overlaps an input in any other way gives wrong numbers.
+    `out_up=up`); one that overlaps an input in any other way gives wrong numbers. Updates are what is still to be
+    added to the inputs.
     Raises ValueError for shapes that differ or an output whose rows cannot be written in place.
     """
     _check(gate, up, activation)
@@ -164,13 +264,16 @@ def glu_backward_(
     if not gate.numel():
         return
     dy_rows, gate_rows, up_rows = _runtime.as_rows(dy), _runtime.as_rows(gate), _runtime.as_rows(up)
+    updates = zip(("dy", "gate", "up"), (dy_update, gate_update, up_update), (dy_rows, gate_rows, up_rows), strict=True)
+    (for_dy, rank_d), (for_gate, rank_g), (for_up, rank_u) = (_arguments(*each) for each in updates)
     n_rows, width = gate_rows.shape
-    launch = launch_for(n_rows, width)
+    launch = launch_for(n_rows, width, updates=rank_d + rank_g + rank_u > 0)
     with _runtime.on_device(gate):
         glu_backward[(launch.programs,)](
             dy_rows, dy_rows.stride(0), gate_rows, gate_rows.stride(0), up_rows, up_rows.stride(0),
-            dgate, dgate.stride(0), dup, dup.stride(0), y, y.stride(0),
-            width, activation, out_product is not None, launch.block, num_warps=launch.num_warps,
+            dgate, dgate.stride(0), dup, dup.stride(0), y, y.stride(0), n_rows, *for_dy, *for_gate, *for_up,
+            width, activation, out_product is not None, rank_d, rank_g, rank_u, _block_r(rank_d, rank_g, rank_u),
+            _runtime.interpreting(), launch.rows, launch.block, num_warps=launch.num_warps,
         )  # fmt: skip
 
 

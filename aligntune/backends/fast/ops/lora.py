@@ -16,13 +16,17 @@ product with W_i. Only these two products change: adapters, dropout and every gr
 dout as they are. dX is rounded once more for each layer after the first.
 
 Saved for backward, bytes a token in 16 bits: a group 2H (its input, which the layer before often keeps anyway) and
-2nR; the MLP 2H + 4F + 6R, where eager keeps 2H + 8F + 6R. act(gate) and the product are made again by the GLU's
-backward, which writes them and the gradients over what the forward saved. Dropout masks are never stored.
+2nR; the MLP 2H + 4F + 6R, where eager keeps 2H + 8F + 6R; and the cast factors. act(gate) and the product are made
+again by the GLU's backward, which writes them and the gradients over what the forward saved. Dropout masks are never
+stored.
 
 Work, T tokens, N outputs in all: 2THN flops forward, 2THN backward (a frozen weight has no dW). LoRA adds per linear
-layer 2T(H + 2N) bytes forward (X read for S, out read and written) and 2T(3H + 2N) backward.
+layer 2T(H + 2N) bytes forward (X read for S, out read and written) and 2T(3H + 2N) backward. In the MLP the GLU reads
+gate, up and the product's gradient anyway, and adds to each of them what LoRA adds: 12TF bytes less forward and
+backward together, where every layer has one adapter of a rank up to 64 (and down no dropout).
 
-Rounding. Factors are cast from their fp32 masters once a call, in one launch. The cast is not kept between calls:
+Rounding. Factors are cast from their fp32 masters once a call, in one launch, and the backward takes the same. The
+cast is not kept between calls:
 `.data` writes and optimizers that write through raw pointers (bitsandbytes', ours) do not advance a version counter,
 and a stale factor would train in silence. The base product is rounded to the compute dtype, S is rounded, and their
 sum with s S B^T is formed in fp32 and rounded once. PEFT under autocast rounds these too and, before the sum, S B^T
@@ -42,20 +46,24 @@ from torch.autograd.function import once_differentiable
 
 from aligntune.backends.fast.ops._lora_core import (
     Adapter,
+    Factors,
     LoraLinear,
     adapters_of,
     bind,
     dropout_of,
+    factors_of,
     flatten,
     forward,
+    fusable,
     gradient_rows,
     input_grad,
     param_grads,
+    updates_of,
 )
 from aligntune.backends.fast.ops._lora_dropout import STEPS, keep_reference, threshold_of
 from aligntune.backends.fast.ops._runtime import as_rows, require_device
 from aligntune.backends.fast.ops.fp8 import Fp8Weight
-from aligntune.backends.fast.ops.glu import ACTIVATIONS, glu_backward_, glu_forward_, glu_reference
+from aligntune.backends.fast.ops.glu import ACTIVATIONS, Update, glu_backward_, glu_forward_, glu_reference
 from aligntune.backends.fast.ops.nf4 import NF4Weight, dequantize_nf4_reference
 from aligntune.errors import ConfigError, unknown
 
@@ -75,47 +83,59 @@ class LoraLinearGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, bare: Any, seed: torch.Tensor | None, *tensors: torch.Tensor | None) -> Any:
         linears = bind(bare, tensors)
-        outs, s = forward(x, linears, dropout_of(linears, seed))
+        factors = factors_of(linears, x.dtype)
+        outs, s = forward(x, linears, dropout_of(linears, seed), factors)
         ctx.bare = bare
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, s, seed, *tensors)
+        kept = _keep(ctx, factors)
+        ctx.save_for_backward(x, s, seed, *kept, *tensors)
         return tuple(outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *douts: torch.Tensor | None) -> Any:
-        x, s, seed, *tensors = ctx.saved_tensors
+        x, s, seed, *rest = ctx.saved_tensors
+        (factors,), tensors = _kept(ctx, rest)
         if all(dout is None for dout in douts):
             return (None,) * (3 + len(tensors))
         linears = bind(ctx.bare, tensors)
         dropout = dropout_of(linears, seed)
         rows = [gradient_rows(dout) for dout in douts]
         with torch.autocast(x.device.type, enabled=False):
-            dx, ds = input_grad(rows, linears, dropout, ctx.needs_input_grad[0])
+            dx, ds = input_grad(rows, linears, dropout, factors, ctx.needs_input_grad[0])
             grads = param_grads(x, rows, linears, s, ds, dropout, ctx.needs_input_grad[3:])
         return dx, None, None, *grads
 
 
 class LoraMLP(torch.autograd.Function):
-    """down(act(gate(x)) * up(x)) on (T, H); gate and up are two layers or one that makes both halves."""
+    """down(act(gate(x)) * up(x)) on (T, H); gate and up are two layers or one that makes both halves.
+
+    Where each layer has one adapter, gate and up are saved as the base layers made them, and the GLU adds the rest.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, bare: Any, activation: str, seed: torch.Tensor | None, *tensors: torch.Tensor | None
     ) -> torch.Tensor:
         *wide, down = bind(bare, tensors)
-        outs, s_wide = forward(x, wide, dropout_of(wide, seed))
-        product = glu_forward_(*_halves(outs), activation=activation)
-        (y,), s_down = forward(product, [down], dropout_of([down], seed, len(adapters_of(wide))))
+        of_wide, of_down = factors_of(wide, x.dtype), factors_of([down], x.dtype)
+        fused = fusable(wide)
+        outs, s_wide = forward(x, wide, dropout_of(wide, seed), of_wide, base_only=fused)
+        for_gate, for_up = _updates(wide, s_wide, of_wide) if fused else (None, None)
+        gate, up = _halves(outs)
+        product = glu_forward_(gate, up, activation=activation, gate_update=for_gate, up_update=for_up)
+        (y,), s_down = forward(product, [down], dropout_of([down], seed, len(adapters_of(wide))), of_down)
         ctx.bare, ctx.activation, ctx.num_outs = bare, activation, len(outs)
-        ctx.save_for_backward(x, s_wide, s_down, seed, *outs, *tensors)
+        kept = _keep(ctx, of_wide, of_down)
+        ctx.save_for_backward(x, s_wide, s_down, seed, *outs, *kept, *tensors)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         x, s_wide, s_down, seed, *rest = ctx.saved_tensors
-        outs, tensors = rest[: ctx.num_outs], rest[ctx.num_outs :]
+        outs = rest[: ctx.num_outs]
+        (of_wide, of_down), tensors = _kept(ctx, rest[ctx.num_outs :])
         *wide, down = bind(ctx.bare, tensors)
         wanted = ctx.needs_input_grad[4:]
         for_down = len(wanted) - (2 + 3 * len(down.adapters))
@@ -123,17 +143,63 @@ class LoraMLP(torch.autograd.Function):
         dropout_down = dropout_of([down], seed, len(adapters_of(wide)))
         dy = gradient_rows(dy)
         with torch.autocast(x.device.type, enabled=False):
-            buffer, ds = input_grad([dy], [down], dropout_down, True)
+            fused = fusable([down]) and dropout_down is None
+            buffer, ds = input_grad([dy], [down], dropout_down, of_down, True, base_only=fused)
+            for_gate, for_up = _updates(wide, s_wide, of_wide) if fusable(wide) else (None, None)
             gate, up = _halves(outs)
             # dgate and dup take the places of gate and up, the product that of its gradient: nothing is allocated.
-            glu_backward_(buffer, gate, up, activation=ctx.activation, out_gate=gate, out_up=up, out_product=buffer)
+            glu_backward_(
+                buffer, gate, up, activation=ctx.activation, out_gate=gate, out_up=up, out_product=buffer,
+                dy_update=_input_update(down, ds, of_down) if fused else None, gate_update=for_gate, up_update=for_up,
+            )  # fmt: skip
             # A second backward through this node would read gradients as activations: this makes autograd refuse it.
             torch.autograd.graph.increment_version(outs)
             grads = param_grads(buffer, [dy], [down], s_down, ds, dropout_down, wanted[for_down:])
             del buffer
-            dx, ds = input_grad(outs, wide, dropout, ctx.needs_input_grad[0])
+            dx, ds = input_grad(outs, wide, dropout, of_wide, ctx.needs_input_grad[0])
             grads = param_grads(x, outs, wide, s_wide, ds, dropout, wanted[:for_down]) + grads
         return dx, None, None, None, *grads
+
+
+def _keep(ctx: Any, *groups: Factors | None) -> list[torch.Tensor]:
+    """The cast factors as tensors to save: the backward needs not cast them again."""
+    ctx.groups = [None if one is None else (1 + len(one.ups), one.rank) for one in groups]
+    return [tensor for one in groups if one is not None for tensor in (one.stack, *one.ups)]
+
+
+def _kept(ctx: Any, tensors: Sequence[Any]) -> tuple[list[Factors | None], Sequence[Any]]:
+    """What `_keep` saved, and the tensors after it."""
+    groups: list[Factors | None] = []
+    for group in ctx.groups:
+        if group is None:
+            groups.append(None)
+            continue
+        count, rank = group
+        stack, *ups = tensors[:count]
+        groups.append(Factors(stack, tuple(ups), rank))
+        tensors = tensors[count:]
+    return groups, tensors
+
+
+def _updates(
+    wide: Sequence[LoraLinear], s: torch.Tensor | None, factors: Factors | None
+) -> tuple[Update | None, Update | None]:
+    """What the adapters add to gate and to up; of one layer that makes both, each half of its B."""
+    assert s is not None and factors is not None
+    updates = updates_of(wide, s, factors)
+    if len(updates) == 2:
+        return updates[0], updates[1]
+    (both,) = updates
+    assert both is not None
+    gate, up = both.b.chunk(2, dim=1)
+    return both._replace(b=gate), both._replace(b=up)
+
+
+def _input_update(linear: LoraLinear, ds: torch.Tensor | None, factors: Factors | None) -> Update:
+    """What the one adapter adds to the gradient of the layer's input: dS A; dS holds the scaling."""
+    assert ds is not None and factors is not None
+    rank = linear.adapters[0].a.shape[0]
+    return Update(ds[:, :rank], factors.stack[:rank], 1.0)
 
 
 def _halves(outs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

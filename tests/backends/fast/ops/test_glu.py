@@ -143,6 +143,74 @@ def test_the_backward_writes_where_it_is_told(in_place, device):
         torch.testing.assert_close(ours, eager)
 
 
+def updated(shape, dtype, device, rank):
+    """Operands with updates, and the operands that they make, summed in float64."""
+    gate, up, dy = (t.detach() for t in make(shape, dtype, device))
+    made, updates = [], []
+    for number, base in enumerate((gate, up, dy)):
+        wide = torch.randn(base.shape[0], 2 * rank).to(device, dtype)
+        s = wide[:, rank:]  # a slice, as S of several adapters is
+        factor = (torch.randn(rank, shape[-1]) * 0.2).to(device, dtype)
+        b = factor if number == 2 else factor.t().contiguous().t()
+        updates.append(op.Update(s, b, 0.5 + number))
+        made.append(base.double() + (0.5 + number) * s.double() @ b.double())
+    return (gate, up, dy), updates, made
+
+
+def through_updates(operands, updates, activation="silu"):
+    """y, dgate and dup, the way LoRA's MLP comes by them; the backward over the very operands."""
+    gate, up, dy = (t.clone() for t in operands)
+    for_gate, for_up, for_dy = updates
+    y = glu_forward_(gate, up, activation=activation, gate_update=for_gate, up_update=for_up)
+    glu_backward_(dy, gate, up, activation=activation, out_gate=gate, out_up=up, out_product=dy, dy_update=for_dy,
+                  gate_update=for_gate, up_update=for_up)
+    assert torch.equal(dy, y)
+    return y, gate, up
+
+
+def compare_updated(shape, dtype, device, rank, *, only=(0, 1, 2), eps=1e-6):
+    operands, updates, made = updated(shape, dtype, device, rank)
+    updates = [update if number in only else None for number, update in enumerate(updates)]
+    made = [wide if number in only else operands[number].double() for number, wide in enumerate(made)]
+    rounded = [wide.to(dtype) for wide in made]
+    truth = run(glu_reference, *(t.clone().requires_grad_() for t in made[:2]), made[2], "silu")
+    eager = run(glu_reference, *(t.clone().requires_grad_() for t in rounded[:2]), rounded[2], "silu")
+    for name, a, b, c in zip(("y", "dgate", "dup"), through_updates(operands, updates), eager, truth, strict=True):
+        assert_close_to_truth(a, b, c, eps=eps, what=f"{name} {shape} {rank}")
+
+
+@pytest.mark.parametrize("rank", [1, 7, 16, 33])
+@pytest.mark.parametrize("shape", [(3, 255), (33, 40), (1, 1), (65, 130)])
+def test_updates_are_added_on_the_way(shape, rank, device):
+    compare_updated(shape, torch.float32, device, rank)
+
+
+@pytest.mark.parametrize("only", [(0,), (1,), (2,), (0, 1), (0, 2)])
+def test_any_operand_may_have_an_update(only, device):
+    compare_updated((5, 48), torch.float32, device, 4, only=only)
+
+
+def test_updates_in_half_precision(device):
+    compare_updated((5, 48), torch.bfloat16, device, 8, eps=2**-7 if _runtime.interpreting() else 1e-6)
+    compare_updated((5, 48), torch.float16, device, 8)
+
+
+def test_an_update_is_no_launch_of_its_own(device):
+    operands, updates, _ = updated((4, 64), torch.float32, device, 4)
+    assert launches(lambda: through_updates(operands, updates)) == {"glu_forward": 1, "glu_backward": 1}
+
+
+def test_updates_that_do_not_fit_are_refused(device):
+    x, s, b = torch.zeros(4, 6, device=device), torch.zeros(4, 3, device=device), torch.zeros(3, 6, device=device)
+    for bad in (op.Update(s, b[:, :5], 1.0), op.Update(s[:3], b, 1.0), op.Update(s[:, :2], b, 1.0),
+                op.Update(torch.zeros(4, 65, device=device), torch.zeros(65, 6, device=device), 1.0)):  # fmt: skip
+        with pytest.raises(ValueError, match="update of up.*does not fit"):
+            glu_forward_(x, x, up_update=bad)
+    for bad in (op.Update(s.half(), b, 1.0), op.Update(torch.zeros(3, 4, device=device).t(), b, 1.0)):
+        with pytest.raises(ValueError, match="update of dy.*wants rows in torch.float32"):
+            glu_backward_(x, x, x, out_gate=x.clone(), out_up=x.clone(), dy_update=bad)
+
+
 def test_outputs_that_cannot_be_written_are_refused(device):
     x = torch.zeros(4, 6, device=device)
     with pytest.raises(ValueError, match=r"out_up has shape \(4, 5\)"):
@@ -194,29 +262,47 @@ def test_what_does_not_fit_is_refused(device):
 # ------------------------------------------------------------------------------------------------------------ compile
 
 
-def cases(width, dtype, activation):
-    """Forward and backward, as the autograd function launches them."""
-    launch = op.launch_for(8192, width)
+def cases(width, dtype, activation, *, rank=0):
+    """Forward and backward, as the autograd function launches them; with a `rank`, as LoRA's MLP does."""
+    launch = op.launch_for(8192, width, updates=rank > 0)
     rows = {"gate_ptr": dtype, "gate_row": width, "up_ptr": dtype, "up_row": width}
-    constants = {"F": width, "ACTIVATION": activation, "BLOCK": launch.block}
+    constants = {"F": width, "ACTIVATION": activation, "BLOCK": launch.block, "ROWS": launch.rows,
+                 "BLOCK_R": op._block_r(rank), "UPCAST": False, "RANK_G": rank, "RANK_U": rank}  # fmt: skip
     out = {
         f"{name}_{part}": value for name in ("dgate", "dup", "y") for part, value in (("ptr", dtype), ("row", width))
     }
+
+    def update(name, by_column):
+        strides = (width, 1) if by_column else (1, rank)
+        return {f"s{name}_ptr": dtype, f"s{name}_row": 2 * rank, f"b{name}_ptr": dtype,
+                f"b{name}_rank": strides[0] if rank else 0, f"b{name}_col": strides[1] if rank else 0,
+                f"{name}_scaling": "fp32"}  # fmt: skip
+
+    wide = {**update("g", False), **update("u", False)}
     return (
-        sm90_case(op.glu_forward, {**rows, "y_ptr": dtype}, constants, launch.num_warps),
-        sm90_case(op.glu_backward, {"dy_ptr": dtype, "dy_row": width, **rows, **out}, {**constants, "HAS_Y": True},
-                  launch.num_warps),
+        sm90_case(op.glu_forward, {**rows, "y_ptr": dtype, "n_rows": "i32", **wide}, constants, launch.num_warps),
+        sm90_case(op.glu_backward, {"dy_ptr": dtype, "dy_row": width, **rows, **out, "n_rows": "i32",
+                                    **update("d", True), **wide},
+                  {**constants, "HAS_Y": True, "RANK_D": rank}, launch.num_warps),
     )  # fmt: skip
 
 
 LARGEST = {name: cases(14336, "*bf16", name) for name in op.ACTIVATIONS}
+UPDATED = {rank: cases(14336, "*bf16", "silu", rank=rank) for rank in (16, 64)}
 
 
 @pytest.mark.parametrize("activation", op.ACTIVATIONS)
 def test_compiles_for_sm90(activation):
     for case in LARGEST[activation]:
         found = assert_fits(case, load_bits=128)
-        assert found.loads.keys() == {128} and found.registers <= 128
+        assert found.loads.keys() == {128} and found.registers <= 128 and found.mma == 0
+
+
+@pytest.mark.parametrize("rank", UPDATED)
+def test_updates_compile_for_sm90(rank):
+    for case in UPDATED[rank]:
+        found = assert_fits(case, load_bits=128)
+        assert found.loads.keys() <= {64, 128} and found.mma > 0  # S and B of rank 16: 4 elements a thread
 
 
 @pytest.mark.slow
@@ -226,6 +312,10 @@ def test_every_class_compiles_for_sm90():
     for width, pair in table:
         for case in pair:
             assert_fits(case, load_bits=128 if width % 16 == 0 and width > 500 else None)
+    for width, dtype in ((255, "*bf16"), (8192, "*fp16"), (8192, "*fp32")):
+        for rank in (7, 16, 32, 64):
+            for case in cases(width, dtype, "gelu_tanh", rank=rank):
+                assert_fits(case)
 
 
 # ---------------------------------------------------------------------------------------------------------------- GPU
@@ -245,3 +335,11 @@ def test_gpu_against_the_truth(width, activation, dtype):
 def test_gpu_rounds_where_transformers_does(activation, dtype):
     gate, up, _ = make((1000, 2048), dtype, "cuda")
     assert_rounds_as_transformers(gate, up, activation)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("rank", [8, 16, 64])
+@pytest.mark.parametrize("shape", [(1023, 255), (1000, 8192)])
+def test_gpu_updates_against_the_truth(shape, rank, dtype):
+    compare_updated(shape, dtype, "cuda", rank)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from aligntune.backends.fast.ops import lora
 from aligntune.backends.fast.ops.lora import Adapter, LoraLinear, lora_mlp, lora_mlp_reference
 from aligntune.backends.fast.ops.nf4 import NF4Weight
 from aligntune.errors import ConfigError
@@ -28,6 +29,7 @@ CASES = {
     "trainable weights": {"train_weight": True, "bias": True},
     "no adapters, trainable": {"ranks": (), "train_weight": True},
     "two adapters": {"ranks": (4, 3)},
+    "too large a rank for the GLU": {"ranks": (65,)},
 }
 
 
@@ -82,6 +84,29 @@ def test_strides_and_stride_0_gradients(device):
     assert_same(once(lora_mlp), once(lora_mlp_reference))
 
 
+def test_the_glu_adds_what_one_adapter_a_layer_adds(monkeypatch, device):
+    """And what it cannot add (two adapters, dropout before down's, a rank too large) is added apart."""
+    seen = []
+    for name in ("glu_forward_", "glu_backward_"):
+        real = getattr(lora, name)
+
+        def spy(*args, real=real, **kwargs):
+            seen.append([key for key in ("gate_update", "up_update", "dy_update") if kwargs.get(key) is not None])
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(lora, name, spy)
+
+    def updates(**options):
+        seen.clear()
+        run(lora_mlp, lambda maker: layers(maker, **options), device, shape=(5, 24))
+        return seen
+
+    both = ["gate_update", "up_update"]
+    assert updates() == updates(packed=True) == [both, [*both, "dy_update"]]
+    assert updates(p=0.5) == [both, both]
+    assert updates(ranks=(4, 3)) == updates(ranks=(65,)) == updates(ranks=(), train_weight=True) == [[], []]
+
+
 def test_a_second_backward_is_refused_not_wrong(device):
     maker = Maker(device)
     x = torch.randn(5, 24, device=device, requires_grad=True)
@@ -107,8 +132,9 @@ def test_saves_4f_a_token(device):
     made = layers(maker, h=24, f=40)
     x = torch.randn(64, 24, device=device, requires_grad=True)
     leaves = [*maker.leaves.values(), x]
-    # gate and up, and S: three adapters, ranks padded to 16; 4 bytes each.
-    assert saved_bytes(lambda: lora_mlp(x, *made), not_counting=leaves) == 64 * 4 * (2 * 40 + 3 * 16)
+    # gate and up, and S: three adapters, ranks padded to 16; 4 bytes each. The padded A are copies.
+    factors = 4 * 16 * (2 * 24 + 40)
+    assert saved_bytes(lambda: lora_mlp(x, *made), not_counting=leaves) == 64 * 4 * (2 * 40 + 3 * 16) + factors
     eager = saved_bytes(lambda: lora_mlp_reference(x, *made), not_counting=leaves)
     assert eager > 64 * 4 * (4 * 40)
 
