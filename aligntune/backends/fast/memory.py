@@ -12,6 +12,7 @@ by its own length: a long one recomputes more layers than a short one.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ class MemoryPlan:
         measuring = self._first is None
         self.recompute.choose(None)
         self.recompute.measure = measuring
+        if measuring:
+            gc.collect()  # an earlier trainer's tensors, let go of halfway through, would be missing from the peak
         before = torch.cuda.memory_allocated()
         yield
         if measuring and self.recompute.measured is not None:

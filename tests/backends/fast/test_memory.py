@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -105,6 +107,22 @@ def test_without_a_budget_what_is_free_is_planned_with(gpu: dict[str, int]) -> N
     with planned.step(1000, number=1):
         left = 2000 * MIB * (1 - memory.SPARE) - 1200 * MIB - 20 * MIB - MEMORY_BUDGET - 300 * MIB
         assert flags(planned).count(False) == max(0, int(left / (50 * MIB))) < 10
+
+
+def test_what_is_let_go_of_halfway_through_is_not_the_steps(gpu: dict[str, int]) -> None:
+    """An earlier trainer in a cycle: 200 MiB that Python frees when it comes to it."""
+    earlier = Layer()
+    earlier.__dict__["itself"] = earlier
+    weakref.finalize(earlier, lambda: gpu.__setitem__("allocated", gpu["allocated"] - 200 * MIB))
+    del earlier
+    planned = plan(None)
+    with planned.step(1000, number=0):
+        gc.collect()
+        planned.recompute.measure, planned.recompute.measured = False, 50 * MIB
+        gpu["peak"] = gpu["allocated"] + 320 * MIB
+    with planned.step(1000, number=1):
+        assert planned.costs is not None and planned.costs.base == 800 * MIB
+        assert planned.costs.step == pytest.approx(0.3 * MIB)
 
 
 def test_a_step_that_fails_measures_nothing(gpu: dict[str, int]) -> None:
