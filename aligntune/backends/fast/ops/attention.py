@@ -57,7 +57,7 @@ def _dense(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: int, length: int, scale: float
 ) -> torch.Tensor:
     def batch(x: torch.Tensor) -> torch.Tensor:
-        return x[0].unflatten(1, (rows, length)).transpose(0, 1)
+        return x.squeeze(0).unflatten(1, (rows, length)).transpose(0, 1)
 
     out = scaled_dot_product_attention(batch(q), batch(k), batch(v), is_causal=True, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).reshape(1, rows * length, q.shape[1], v.shape[3])
@@ -75,7 +75,7 @@ def _varlen(
     head_dim = v.shape[3]
     if short := -head_dim % _HEAD_MULTIPLE:
         q, k, v = (pad(x, (0, short)) for x in (q, k, v))
-    q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (q, k, v))
+    q_THD, k_THD, v_THD = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
     back = -1 if window is None else window - 1
     out = varlen_attn(q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale,
                       window_size=(back, 0), **grouped)

@@ -76,3 +76,18 @@ def test_heads_of_any_width_on_the_gpu(head_dim: int, window: int | None) -> Non
     assert found[0].shape == (1, 64, 4, head_dim) and found[0].is_contiguous()
     for one, other in zip(found, wanted, strict=True):
         assert 0 < float((one.double() - other).norm() / other.norm()) < 2e-2
+
+
+def test_the_backward_copies_nothing():
+    """Views all the way: an index would make a tensor of zeros for each gradient, and copy into it."""
+    rows, length, heads, dim = 4, 8, 4, 16
+    flat = [torch.randn(1, rows * length, n * dim, requires_grad=True) for n in (heads, 2, 2)]
+    q, k, v = (x.view(1, rows * length, -1, dim).transpose(1, 2) for x in flat)
+    cu_seqlens = torch.arange(0, rows * length + 1, length, dtype=torch.int32)
+    out = attention(q, k, v, cu_seqlens, max_seqlen=length, scale=0.1).reshape(1, rows * length, -1)
+    gradient = torch.randn(out.shape)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as trace:
+        out.backward(gradient)
+    copied = [event.input_shapes[0] for event in trace.events() if event.name == "aten::copy_" and event.input_shapes[0]]
+    assert copied == [] and any("scaled_dot_product" in event.name for event in trace.events())
+    assert all(float(x.grad.norm()) > 0 for x in flat)
