@@ -1,0 +1,363 @@
+"""Does backend "fast" train the same model as backend "trl"? Runs of both, and every difference beside its bound.
+
+python -m benchmarks.parity --json benchmarks/results/parity.json     about two minutes on a card
+python -m benchmarks.parity --device cpu --steps 3                    toy lengths, any machine; needs TRITON_INTERPRET=1
+
+Runs go through the factories, from one checkpoint whose weights are numbers of bf16 (what is judged is arithmetic, not
+the rounding of weights), with LoRA whose B is drawn N(0, 0.02): at 0 no gradient of A could be compared.
+
+* Yardstick: two trl runs in fp32 that differ in their attention alone (sdpa, eager): one function, rounded in two ways.
+* Distance of a run in lower precision: root mean square, over all steps and seeds, of its loss less that of the fp32
+  run on the same batches; of gradients, for each parameter, the norm of the difference over the norm, over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from transformers import TrainerCallback
+
+from aligntune import create_rl_trainer, create_sft_trainer
+from benchmarks.ops.__main__ import commit
+
+Losses: TypeAlias = torch.Tensor
+"""(steps,), fp64."""
+Gradients: TypeAlias = dict[str, torch.Tensor]
+
+YARD, BF16, FP8, FIRST = 2.0, 1.25, 1.5, 1e-6
+"""Bounds: times the yardstick; times trl's own distance; times bf16's; relative, of one step."""
+PACKAGES = ("torch", "triton", "transformers", "trl", "peft")
+SPREAD = 0.02
+"""Standard deviation of the drawn B."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A backend with the options that make it this arm."""
+
+    backend: str
+    options: Mapping[str, Any]
+
+
+ARMS = {
+    "trl": Arm("trl", {"precision": "fp32", "attn_implementation": "sdpa"}),
+    "trl-eager": Arm("trl", {"precision": "fp32", "attn_implementation": "eager"}),
+    "fast": Arm("fast", {"precision": "fp32"}),
+    "trl-bf16": Arm("trl", {"precision": "bf16", "attn_implementation": "sdpa"}),
+    "fast-bf16": Arm("fast", {"precision": "bf16"}),
+    "fast-fp8": Arm("fast", {"precision": "bf16", "base_precision": "fp8"}),
+}
+LORA: dict[str, Any] = {"use_peft": True, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
+COMMON: dict[str, Any] = {
+    "logging_steps": 1, "report_to": "none", "progress": False, "lr_scheduler": "constant", "overwrite": True,
+    "gradient_checkpointing": False, "max_grad_norm": 0.0,
+}  # fmt: skip
+LEARNS: dict[str, Any] = {"batch_size": 16, "max_seq_length": 128, "learning_rate": 3e-3, "max_samples": 256}
+"""`builtin:tiny-instruct` on few enough rows to know them after 300 steps."""
+ONLINE: dict[str, dict[str, Any]] = {
+    "grpo": {"num_iterations": 2}, "dr_grpo": {"num_iterations": 2, "beta": 0.04}, "dapo": {"num_iterations": 2},
+    "rloo": {"num_iterations": 2}, "ppo": {"num_generations": 1, "num_ppo_epochs": 2, "num_mini_batches": 1},
+}  # fmt: skip
+"""Two passes over each rollout: on the first the ratio is 1, and a loss may be near 0."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One bound. `own` is what it is a multiple of: the yardstick, or the distance of another run."""
+
+    part: str
+    what: str
+    value: float
+    own: float | None
+    bound: float
+    steps: int
+    seeds: int
+
+    @property
+    def holds(self) -> bool:
+        return self.own != 0 and self.value <= self.bound  # False of NaN, and of two runs that are one
+
+
+class FirstGradients(TrainerCallback):
+    """Keeps the gradients that the first optimizer steps are taken with, not clipped."""
+
+    def __init__(self, steps: int = 1) -> None:
+        self.steps = steps
+        self.found: list[Gradients] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if len(self.found) < self.steps:
+            self.found.append({name.removeprefix("module."): p.grad.detach().double().cpu()
+                               for name, p in model.named_parameters() if p.grad is not None})
+
+
+def draw_adapters(model: Any, spread: float = SPREAD) -> int:
+    """Draws every B from N(0, spread), by the parameter's name alone; returns how many."""
+    drawn = 0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                generator = torch.Generator().manual_seed(zlib.crc32(name.removeprefix("module.").encode()))
+                parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
+                drawn += 1
+    return drawn
+
+
+def write_model(folder: Path, model: Any = None) -> str:
+    """`builtin:tiny-instruct`, or `model`, in fp32 with every weight a number of bf16; beside its tokenizer."""
+    from aligntune.builtin import load_model, load_tokenizer
+
+    model = load_model("tiny-instruct") if model is None else model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    model.save_pretrained(folder)
+    load_tokenizer("tiny").save_pretrained(folder)
+    return str(folder)
+
+
+@contextmanager
+def no_tf32() -> Iterator[None]:
+    """Products of fp32 in fp32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def losses_of(run: Any, key: str = "loss") -> Losses:
+    """What the run logged of each step."""
+    logged = [entry[key] for entry in run.trainer.state.log_history if key in entry]
+    return torch.tensor(logged, dtype=torch.float64)
+
+
+def sft(
+    arm: Arm, source: Any, rows: Any, *, steps: int, seed: int = 1, kept: int = 1, **options: Any
+) -> tuple[Losses, list[Gradients], Any]:
+    """Losses of each step, gradients of the first `kept`, and the trainer, of one SFT run."""
+    gradients = FirstGradients(kept)
+    given = {**COMMON, **LEARNS, **LORA, "max_steps": steps, "seed": seed, **arm.options, **options}
+    with tempfile.TemporaryDirectory() as folder, no_tf32():
+        run = create_sft_trainer(source, rows, backend=arm.backend, output_dir=folder, callbacks=[gradients], **given)
+        draw_adapters(run.model)
+        run.train()
+        witnessed(run)
+    return losses_of(run), gradients.found, run
+
+
+def witnessed(run: Any) -> None:
+    """A fast run whose kernels did not run proves nothing."""
+    if run.config["backend"] == "fast":
+        step = run.attestation()["step"]
+        assert step is not None and not step["problems"], step
+
+
+def letters(completions: list[Any], **_: Any) -> list[float]:
+    """A reward that tells nearly all completions apart."""
+    return [float(len(set(str(text)))) + 0.01 * len(str(text)) for text in completions]
+
+
+def forced(
+    algorithm: str, source: Any, rows: Any, arms: Sequence[Arm], *, steps: int, seed: int = 1, **options: Any
+) -> list[Any]:
+    """Runs of an online method on one set of rollouts: the first arm's engine draws them, the others are given them."""
+    drawn: list[Any] = []
+    runs: list[Any] = []
+    for number, arm in enumerate(arms):
+        given = {**COMMON, **LORA, "batch_size": 8, "num_generations": 4, "max_completion_length": 24,
+                 "max_seq_length": 96, "learning_rate": 1e-3, "gradient_accumulation_steps": 1, "seed": seed,
+                 "max_steps": steps, **ONLINE[algorithm], **arm.options, **options}  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder, no_tf32():
+            run = create_rl_trainer(source, rows, algorithm=algorithm, backend=arm.backend, output_dir=folder,
+                                    reward_functions=[letters], **given)
+            draw_adapters(run.trainer.model)
+            generate = run.trainer._generate_single_turn
+            rest = iter(drawn) if number else None
+
+            def turn(*args: Any, generate: Any = generate, rest: Any = rest) -> Any:
+                if rest is not None:
+                    return next(rest)
+                drawn.append(generate(*args))
+                return drawn[-1]
+
+            run.trainer._generate_single_turn = turn
+            run.train()
+            witnessed(run)
+        assert rest is None or next(rest, None) is None, "as many rollouts on both"
+        runs.append(run)
+    return runs
+
+
+# bounds
+
+
+def within_yardstick(part: str, trl: Sequence[Losses], other: Sequence[Losses], fast: Sequence[Losses]) -> list[Check]:
+    """Largest and mean signed difference of the losses over the seeds, each against twice that of two trl runs."""
+    yard = [y - x for x, y in zip(trl, other, strict=True)]
+    ours = [y - x for x, y in zip(trl, fast, strict=True)]
+    steps, seeds = len(trl[0]), len(trl)
+    found = []
+    for what, measure in (("max |loss difference|", lambda d: float(d.abs().max())),
+                          ("|mean signed difference|", lambda d: float(d.mean().abs()))):
+        own, value = max(map(measure, yard)), max(map(measure, ours))
+        found.append(Check(part, what, value, own, YARD * own, steps, seeds))
+    return found
+
+
+def first_loss(part: str, trl: Sequence[Losses], fast: Sequence[Losses], bound: float = FIRST) -> Check:
+    """The first step's loss, relative to its size."""
+    value = max(float((y[0] - x[0]).abs() / x[0].abs()) for x, y in zip(trl, fast, strict=True))
+    return Check(part, "loss of one step, relative", value, None, bound, 1, len(trl))
+
+
+def rms(apart: Sequence[Losses]) -> float:
+    return float(torch.cat(list(apart)).pow(2).mean().sqrt())
+
+
+def distance(part: str, truth: Sequence[Losses], own: Sequence[Losses], found: Sequence[Losses], times: float) -> Check:
+    """How far losses are from those in fp32, against how far another run's are."""
+    theirs, ours = (rms([x - t for x, t in zip(run, truth, strict=True)]) for run in (own, found))
+    return Check(part, "rms of loss - fp32 loss", ours, theirs, times * theirs, len(truth[0]), len(truth))
+
+
+def gradient_distances(truth: Sequence[Gradients], found: Sequence[Gradients]) -> dict[str, float]:
+    """Of each parameter: the norm of (gradient - true gradient) over the true one's, over the batches."""
+    distances = {}
+    assert truth[0]
+    for name in truth[0]:
+        size = math.sqrt(sum(float(batch[name].pow(2).sum()) for batch in truth))
+        assert size > 1e-7, f"the reference gradient of {name} is 0"
+        apart = sum(float((x[name] - t[name]).pow(2).sum()) for x, t in zip(found, truth, strict=True))
+        distances[name] = math.sqrt(apart) / size
+    assert all(x.keys() == truth[0].keys() for x in (*found, *truth))
+    return distances
+
+
+def gradients_apart(
+    part: str, truth: Sequence[Gradients], own: Sequence[Gradients], found: Sequence[Gradients], times: float = BF16
+) -> list[Check]:
+    """Every parameter's gradient; the check that is reported first is the one with the least room."""
+    theirs, ours = gradient_distances(truth, own), gradient_distances(truth, found)
+    checks = [Check(part, f"first-step gradient of {name}", ours[name], theirs[name], times * theirs[name], 1,
+                    len(truth)) for name in truth[0]]
+    return sorted(checks, key=lambda check: -check.value / check.bound)
+
+
+# the report
+
+
+def sft_checks(
+    source: str, *, seeds: int, yard_steps: int, learn_steps: int, rows: Any = "builtin:pydoc", say: Any = print,
+    device: str = "auto", **options: Any
+) -> tuple[list[Check], dict[str, Any]]:
+    """The yardstick over seeds; then one learning run in fp32, bf16 and with a base in fp8."""
+    given = {"device": device, **options}
+    lost: dict[str, list[Losses]] = {name: [] for name in ARMS}
+    grads: dict[str, list[Gradients]] = {name: [] for name in ARMS}
+    layouts = {}
+    for seed in range(1, seeds + 1):
+        for name, arm in ARMS.items():
+            learns = name not in ("trl-eager", "fast")
+            if name == "fast-fp8" and seed > 1:
+                continue
+            # Of further seeds the low precisions are run for their gradients, over as many steps as the yardstick.
+            steps = learn_steps if learns and seed == 1 else yard_steps
+            losses, gradients, run = sft(arm, source, rows, steps=steps, seed=seed, **given)
+            assert len(losses) == steps
+            lost[name].append(losses)
+            grads[name] += gradients
+            if arm.backend == "fast":
+                layouts[name] = run.attestation()["layout"]
+            say(f"  {name}, seed {seed}: {float(losses[0]):.4f} -> {float(losses[-1]):.4f}")
+    short = {name: [x[:yard_steps] for x in found] for name, found in lost.items()}
+    learnt = {name: found[:1] for name, found in lost.items()}
+    checks = [
+        first_loss("sft, fp32", lost["trl"], lost["fast"]),
+        *within_yardstick("sft, fp32", short["trl"], short["trl-eager"], short["fast"]),
+        distance("sft, bf16", short["trl"], short["trl-bf16"], short["fast-bf16"], BF16),
+        distance("sft, bf16", learnt["trl"], learnt["trl-bf16"], learnt["fast-bf16"], BF16),
+        gradients_apart("sft, bf16", grads["trl"], grads["trl-bf16"], grads["fast-bf16"])[0],
+        distance("sft, fp8 base", learnt["trl"], learnt["fast-bf16"], learnt["fast-fp8"], FP8),
+    ]
+    curves = {name: [round(float(x), 6) for x in found[0]] for name, found in lost.items()}
+    return checks, {"losses": curves, "layouts": layouts, "parameters": len(grads["trl"][0])}
+
+
+def rl_checks(
+    source: str, *, steps: int, algorithms: Iterable[str] = tuple(ONLINE), say: Any = print, **options: Any
+) -> list[Check]:
+    """Forced rollouts: losses of fast within the yardstick of two trl runs on the completions that fast drew."""
+    rows = [{"prompt": f"What is {i} plus {3 * i % 7}?"} for i in range(64)]
+    checks = []
+    for algorithm in algorithms:
+        arms = [ARMS["fast"], ARMS["trl"], ARMS["trl-eager"]]
+        fast, trl, other = (losses_of(run) for run in forced(algorithm, source, rows, arms, steps=steps, **options))
+        assert len(fast) == len(trl) == steps and float(trl.abs().max()) > 1e-4
+        checks += within_yardstick(f"{algorithm}, fp32, forced rollouts", [trl], [other], [fast])
+        say(f"  {algorithm}: losses up to {float(trl.abs().max()):.4f}")
+    return checks
+
+
+def report(checks: Sequence[Check], more: Mapping[str, Any], command: str, at: str | None) -> dict[str, Any]:
+    return {
+        "command": command, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "commit": at or commit(),
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        "rows": [{**asdict(check), "holds": check.holds} for check in checks], **more,
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write versions, card, commit, command, figures and bounds here")
+    parser.add_argument("--steps", type=int, default=300, help="of the learning run; the yardstick takes 100 at most")
+    parser.add_argument("--seeds", type=int, default=3, help="of the yardstick and of the first-step gradients")
+    parser.add_argument("--parts", default=f"sft,{','.join(ONLINE)}", help="some of the default")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--commit", help="the commit, where this tree is not a checkout")
+    args = parser.parse_args(argv)
+    parts = args.parts.split(",")
+    if strange := sorted(set(parts) - {"sft", *ONLINE}):
+        parser.error(f"unknown: {', '.join(strange)}; there are sft, {', '.join(ONLINE)}")
+    folder = Path(tempfile.mkdtemp())
+    checks: list[Check] = []
+    more: dict[str, Any] = {}
+    try:
+        source = write_model(folder / "model")
+        toy = {"batch_size": 2, "max_seq_length": 48} if args.steps < 10 else {}
+        if "sft" in parts:
+            checks, more = sft_checks(source, seeds=args.seeds, yard_steps=min(100, args.steps),
+                                      learn_steps=args.steps, device=args.device, **toy)  # fmt: skip
+        checks += rl_checks(source, steps=min(50, args.steps), device=args.device,
+                            algorithms=[name for name in ONLINE if name in parts])  # fmt: skip
+    finally:
+        shutil.rmtree(folder)
+    for check in checks:
+        own = "-" if check.own is None else f"{check.own:.2e}"
+        print(f"{'ok  ' if check.holds else 'OVER'} {check.part}: {check.what} {check.value:.2e}, own {own}, "
+              f"bound {check.bound:.2e}; {check.steps} steps, {check.seeds} seeds")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        command = " ".join(["python -m benchmarks.parity", *(argv if argv is not None else sys.argv[1:])])
+        args.json.write_text(json.dumps(report(checks, more, command, args.commit), indent=1) + "\n")
+    return 0 if all(check.holds for check in checks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
