@@ -211,14 +211,15 @@ def _backward(
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, eps: float, convention: str
-    ) -> Any:
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, eps: float, convention: str,
+        keep: bool,
+    ) -> Any:  # fmt: skip
         y, h, rstd = _forward(x, weight, residual, eps, convention)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h, weight, rstd)
         ctx.convention = convention
         ctx.x_like, ctx.residual_dtype = (x.shape, x.dtype), None if residual is None else residual.dtype
-        return y.view(x.shape) if residual is None else (y.view(x.shape), h.view(x.shape))
+        return (y.view(x.shape), h.view(x.shape)) if keep or residual is not None else y.view(x.shape)
 
     @staticmethod
     @once_differentiable
@@ -232,9 +233,9 @@ class _RMSNorm(torch.autograd.Function):
             rows, dw = _backward(dy, dh, h, weight, rstd, ctx.convention, need_dw)
             grad = rows.view(shape)
         if grad is None:
-            return None, dw, None, None, None
+            return None, dw, None, None, None, None
         residual_grad = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
-        return grad.to(dtype), dw, residual_grad, None, None
+        return grad.to(dtype), dw, residual_grad, None, None, None
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, convention: str) -> None:
@@ -255,11 +256,13 @@ def rms_norm(
     eps: float,
     convention: str = "llama",
     residual: torch.Tensor | None = None,
+    keep: bool = False,
 ) -> Any:
     """RMSNorm of `x` over its last dimension, or of `x + residual`.
 
     `x` and `residual`: (..., H), bf16, fp16 or fp32, any row strides; `weight`: (H,), any of these dtypes.
-    Returns y, (..., H); with `residual` (y, x + residual), and the gradient of the sum joins inside the backward.
+    Returns y, (..., H); with `residual` (y, x + residual), and the gradient of the sum joins inside the backward; with
+    `keep` (y, x) in the same way: whoever goes on with this x spares autograd the addition of two gradients.
     y has the dtype that transformers gives it: "llama" the promoted one of the input and the weight, "gemma" and
     "olmo2" the input's. A weight that needs no gradient gets none computed.
 
@@ -267,7 +270,7 @@ def rms_norm(
     """
     _check(x, weight, residual, convention)
     _runtime.require_device(x, weight, residual)
-    return _RMSNorm.apply(x, weight.contiguous(), residual, float(eps), convention)
+    return _RMSNorm.apply(x, weight.contiguous(), residual, float(eps), convention, keep)
 
 
 def rms_norm_reference(
@@ -277,6 +280,7 @@ def rms_norm_reference(
     eps: float,
     convention: str = "llama",
     residual: torch.Tensor | None = None,
+    keep: bool = False,
 ) -> Any:
     """What transformers computes, in torch: same arguments and results as `rms_norm`; float64 stays float64."""
     _check(x, weight, residual, convention)
@@ -288,4 +292,4 @@ def rms_norm_reference(
         y = weight * n.to(h.dtype)
     else:
         y = (n * (offset + weight.to(wide.dtype))).to(h.dtype)
-    return y if residual is None else (y, h)
+    return (y, h) if keep or residual is not None else y

@@ -110,6 +110,29 @@ def test_rounds_where_transformers_does(convention, device):
     assert_rounds_as_transformers(convention, *make((40, 255), torch.float16, device)[:2])
 
 
+@pytest.mark.parametrize("convention", list(op.CONVENTIONS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_input_goes_on_and_both_gradients_meet_inside(dtype, convention, device):
+    def through(fn, x, weight):
+        y, same = fn(x, weight, eps=EPS, convention=convention, keep=True)
+        torch.testing.assert_close(same, x, rtol=0, atol=0)
+        # What goes on is used twice, as a residual and by another branch.
+        return [y.detach(), *torch.autograd.grad((y, same * 2, same), (x, weight), (dy.to(y), dh.to(y), dh.to(y)))]
+
+    x, weight, _ = make((4, 6, 255), dtype, device)
+    dy, dh = torch.randn_like(x), torch.randn_like(x)
+    ours, eager = through(rms_norm, x, weight), through(rms_norm_reference, x, weight)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    for name, a, b, c in zip(("y", "dx", "dw"), ours, eager, through(rms_norm_reference, *wide), strict=True):
+        assert_close_to_truth(a, b, c, what=f"{convention} {name}")
+    y, same = rms_norm(x, weight, eps=EPS, keep=True)
+    assert same.data_ptr() == x.data_ptr()
+    trace = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    with trace:
+        torch.autograd.backward((y, same), (dy.to(y), dh))
+    assert "aten::add" not in {event.name for event in trace.events()}
+
+
 def test_residual_of_another_dtype_is_promoted_as_the_sum_is(device):
     x, weight, residual = make((4, 32), torch.float16, device)
     residual = residual.detach().float().requires_grad_()
