@@ -207,6 +207,46 @@ def _interval(found: dict[str, Any]) -> str:
     return f"{ratio:.2f}x [{low:.2f}, {high:.2f}]" + ("" if found["significant"] else ", not significant")
 
 
+def learning(report: Report) -> str:
+    """Backends beside each other on the builtin recipes: rewards at the end, whether curves agree, seconds."""
+    rows = []
+    for row in report["rows"]:
+        found, by_backend = row["judgement"], {}
+        for run in row["runs"]:
+            by_backend.setdefault(run["backend"], []).append(run)
+        seconds = ["{:.0f}".format(sum(run["points"][-1][1] for run in runs) / len(runs))
+                   for runs in by_backend.values()]
+        if "why" in found:
+            rows.append([row["algorithm"], *["-"] * 3, found["why"], "-", ", ".join(seconds), str(row["at_once"])])
+            continue
+        last, windows = found["last_third"], found["windows"]
+        beyond = sum(one["apart"] > one["allowed"] for one in windows)
+        rows.append([
+            row["algorithm"], *("{:.3f} ± {:.3f}".format(*last[name]) for name in by_backend),
+            f"{last['apart']:.3f} ({last['allowed']:.3f})",
+            f"all {len(windows)}" if not beyond else f"{len(windows) - beyond} of {len(windows)}",
+            "no" if found["by_time"]["not_behind"] else "yes", ", ".join(seconds), str(row["at_once"]),
+        ])  # fmt: skip
+    head = ["last third of the steps", "trl, reward", "fast, reward", "apart (allowed)", "windows within",
+            "fast behind at equal seconds", "seconds of trl, fast", "runs at once"]  # fmt: skip
+    return markdown(head, rows) + "\n" + source(report)
+
+
+def learning_of(algorithm: str) -> Callable[[Report], str]:
+    """What an algorithm's page shows of `learning`: the image, and the table's row."""
+
+    def made(report: Report) -> str:
+        rows = [row for row in report["rows"] if row["algorithm"] == algorithm]
+        if not rows:
+            return ""
+        image = f"![{algorithm}-builtin on backends trl and fast](../assets/curves/learning-{algorithm}.svg)"
+        told = ("Both backends from one SFT model a seed, on the same prompts; lines are means over seeds, bands twice "
+                "their deviation. What is allowed: [Benchmarks](../benchmarks.md#learning).")
+        return f"{image}\n\n{told}\n\n" + learning({**report, **rows[0], "rows": rows})
+
+    return made
+
+
 def sft_summary(*reports: Report) -> str:
     """A row a workload: the quickest arm of fast and the quickest of its peers."""
     rows, cards = [], set()
@@ -235,6 +275,7 @@ RECIPES = ("sft", "reward", "dpo", "ipo", "kto", "orpo", "simpo", "cpo", "ppo", 
 SFT_ROWS = {"lora-1b": "LoRA, 4 x 2048", "lora-1b-ragged": "LoRA, 16 ragged rows",
             "lora-1b-packed": "LoRA, ragged rows packed", "full-1b": "all weights, 4 x 2048"}
 
+LEARNT = ("grpo", "ppo", "dapo", "rloo", "dr_grpo")
 RL_ROWS = ("dpo-1b", "grpo-1b", "ppo-1b", "dapo-1b", "grpo-4b")
 
 # name -> (files, separated by spaces, what makes the table of their reports)
@@ -249,8 +290,13 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "sft-summary": (" ".join(f"sft/{name}.json" for name in SFT_ROWS), sft_summary),
     "rollout": ("rollout.json", rollout),
     **{f"rl-{name}": (f"rl/{name}.json", rl) for name in RL_ROWS},
+    "learning": ("learning.json", learning),
+    **{f"learning-{name}": ("learning.json", learning_of(name)) for name in LEARNT},
     **{f"recipe-{name}": (f"recipes/{name}-builtin.json", recipe) for name in RECIPES},
 }
+
+QUIET = {f"learning-{name}" for name in LEARNT}
+"""Of these nothing is said before they are measured: the algorithm's page stands without them."""
 
 
 def table(name: str) -> str:
@@ -261,6 +307,8 @@ def table(name: str) -> str:
     """
     files, make = TABLES[name]
     found = [json.loads(path.read_text()) for file in files.split() if (path := RESULTS / file).exists()]
+    if not found and name in QUIET:
+        return ""
     return make(*found) if found else "Not measured yet.\n"
 
 

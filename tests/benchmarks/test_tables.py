@@ -46,7 +46,7 @@ def test_a_recipes_table_has_a_row_a_seed():
 def test_results_name_card_commit_command_and_versions(name):
     paths = [tables.RESULTS / file for file in tables.TABLES[name][0].split()]
     if not any(path.exists() for path in paths):
-        assert tables.table(name) == "Not measured yet.\n"
+        assert tables.table(name) == ("" if name in tables.QUIET else "Not measured yet.\n")
     for path in paths:
         if path.exists():
             report = json.loads(path.read_text())
