@@ -5,12 +5,15 @@ Launching a LoRA step of a 1B model takes the CPU about 120 ms; the GPU works on
 A shape is captured when it comes the second time; until then, and beyond `MOST_GRAPHS` shapes, the step runs as it is.
 All pairs share one memory pool: a forward is always followed by its own backward before another forward runs, so what
 one pair keeps in between, another may write over later. Parameters are read where they are: the optimizer writes in
-place. Gradients are added to one set of buffers, which `param.grad` names while it holds a gradient. A pass without
-gradients (a reference's) is a forward alone; it has to come before the forward whose backward is still to run.
+place, and where they come to lie elsewhere all is captured anew. 4-bit weights are unpacked within the graph, each into
+the block of the pool that the one before it gave back. Gradients are added to one set of buffers, which `param.grad`
+names while it holds a gradient. A pass without gradients (a reference's) is a forward alone; it has to come before the
+forward whose backward is still to run.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +24,7 @@ import torch
 from aligntune.backends.fast import ledger
 from aligntune.backends.fast.attachment import base_model
 from aligntune.backends.fast.ledger import writing_to
+from aligntune.backends.fast.lora import kind_of, read
 from aligntune.backends.fast.packing import IGNORED
 from aligntune.backends.fast.recompute import recompute_of
 
@@ -51,13 +55,62 @@ def eager_because(trainer: Trainer) -> str | None:
     recomputed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
     if (args.gradient_checkpointing or recomputed) and recompute_of(base_model(model)) is None:
         return "torch's recomputation restores the generator's state, which waits for the GPU"
-    if sum(p.numel() for p in trained) * 8 > sum(p.numel() for p in model.parameters()):
+    if sum(_numbers(p) for p in trained) * 8 > sum(_numbers(p) for p in model.parameters()):
         return "more than an eighth of the parameters train: the GPU is busy for longer than the CPU"
-    if any(hasattr(p, "quant_state") for p in model.parameters()):
-        return "its 4-bit weights are unpacked into a buffer that other steps may move"
+    unread = _unread_four_bits(model)
+    if unread is not None:
+        return f"bitsandbytes multiplies 4-bit weights itself, {unread}"
     if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()):
         return "dropout under replay is not covered by the parity tests"
     return None
+
+
+def _numbers(parameter: torch.nn.Parameter) -> int:
+    """How many numbers a parameter holds; a 4-bit one stores several in an element."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
+
+
+def _unread_four_bits(model: torch.nn.Module) -> str | None:
+    """Why a layer with 4-bit weights is not computed by our op, or None where all are: no other has been captured."""
+    under_lora = {id(module.base_layer) for module in model.modules() if kind_of(module) == "lora"}
+    for path, module in model.named_modules():
+        if id(module) in under_lora:
+            continue
+        holder: Any = module.base_layer if kind_of(module) == "lora" else module
+        if not any(hasattr(p, "quant_state") for p in holder._parameters.values()):
+            continue
+        wrapped = path.endswith(".base_layer")  # by another adapter than LoRA
+        found = read(module) if kind_of(module) in ("lora", "nf4") and not wrapped else "its layer has no kernel"
+        if isinstance(found, str):
+            return found
+    return None
+
+
+class _Addresses:
+    """Where a model's tensors lie. A graph reads them there, also when a parameter has long got another place.
+
+    Places are read anew each time (a 4-bit parameter that moves is another object afterwards), modules are not: those
+    that come later are in no graph.
+    """
+
+    def __init__(self, model: Any) -> None:
+        held = [(tensors, name) for module in model.modules() for tensors in (module._parameters, module._buffers)
+                for name, tensor in tensors.items() if tensor is not None]
+        self._plain = [(tensors, name) for tensors, name in held if not hasattr(tensors[name], "quant_state")]
+        self._four_bits = [(tensors, name) for tensors, name in held if hasattr(tensors[name], "quant_state")]
+
+    def now(self) -> list[int]:
+        # Params4bit answers `data_ptr` through Python: ten times as long.
+        with torch._C.DisableTorchFunctionSubclass():
+            found = [tensors[name].data_ptr() for tensors, name in self._plain]
+            for tensors, name in self._four_bits:
+                state = tensors[name].quant_state
+                parts = [tensors[name], state.absmax, state.code]
+                if state.nested:
+                    parts += [state.offset, state.state2.absmax, state.state2.code]
+                found += [part.data_ptr() for part in parts]
+        return found
 
 
 @dataclass
@@ -125,6 +178,8 @@ class GraphedModel:
         # One stream for every capture: the allocator hands a block that one stream freed to no other, and each pair
         # would keep its own activations (72 GiB after nine shapes of a 1B model).
         self._side = torch.cuda.Stream()
+        self._addresses = _Addresses(self.model)
+        self._read_at: list[int] = []
         self.buffers = [torch.zeros_like(p) for p in self.parameters]
         self._anchor = torch.zeros((), device=self.parameters[0].device, requires_grad=True)
 
@@ -150,6 +205,7 @@ class GraphedModel:
 
     def _pair(self, kind: str, batch: Batch) -> _Pair | None:
         """What was captured of this kind that holds the batch, now or before; None where the step is to be launched."""
+        self._forget_moved()
         key = (kind, *sorted((name, tuple(value.shape) if isinstance(value, torch.Tensor) else value)
                              for name, value in batch.items()))
         if key not in self.pairs:
@@ -167,6 +223,17 @@ class GraphedModel:
             self.captures += 1
             self.capture_seconds += time.perf_counter() - started
         return self.pairs[key]
+
+    def _forget_moved(self) -> None:
+        """Let go of everything captured if a tensor of the model lies elsewhere than when it was."""
+        now = self._addresses.now()
+        if self.pairs and now != self._read_at:
+            torch.cuda.synchronize()
+            self.pairs.clear()
+            self.seen.clear()  # launched once before it is captured: copies in fp8 are then made anew
+            self._pool = torch.cuda.graph_pool_handle()
+            self.buffers = [torch.zeros_like(p) for p in self.parameters]  # `model.to` moves gradients as well
+        self._read_at = now
 
     def _make_room(self, tokens: int) -> None:
         """Before a capture: a larger shape than any before takes the pool anew, and what launched steps left goes.

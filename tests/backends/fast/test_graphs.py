@@ -34,12 +34,15 @@ def rows(lengths: tuple[int, ...], count: int = 64) -> list[dict[str, str]]:
     return [{"text": " ".join(draw.choices(words, k=draw.choice(lengths)))} for _ in range(count)]
 
 
-def train(tmp_path: Any, data: list[dict[str, str]], *, steps: int = 16, **options: Any) -> Any:
+def train(
+    tmp_path: Any, data: list[dict[str, str]], *, steps: int = 16, source: str | None = None, **options: Any
+) -> Any:
+    """A run of `model()`, or of the one in the folder `source`."""
     trainer = create_sft_trainer(
-        model(), data, backend="fast", tokenizer_name=load_tokenizer("builtin:tiny"), use_peft=True, lora_r=8,
+        source or model(), data, backend="fast", tokenizer_name=load_tokenizer("builtin:tiny"), use_peft=True,
         lora_dropout=0.0, max_steps=steps, learning_rate=3e-3, output_dir=str(tmp_path), overwrite=True,
         logging_steps=1, progress=False, lr_scheduler="constant",
-        **{"gradient_checkpointing": False, "batch_size": 4} | options,
+        **{"gradient_checkpointing": False, "batch_size": 4, "lora_r": 8} | options,
     )  # fmt: skip
     with torch.no_grad():
         torch.manual_seed(5)
