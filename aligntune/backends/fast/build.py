@@ -17,7 +17,7 @@ from aligntune.backends.fast.memory import GIB, MemoryPlan
 from aligntune.backends.fast.online import FlatLogProbs
 from aligntune.backends.fast.ppo import FastPPO, attach_critic
 from aligntune.backends.fast.preference import FlatPreference
-from aligntune.backends.fast.recompute import install
+from aligntune.backends.fast.recompute import install, recompute_of, remove
 from aligntune.backends.fast.rollout.serve import of_trainer
 from aligntune.backends.fast.rollout.trl import FastRollouts, engine_cannot_because
 from aligntune.backends.fast.scripts import attach_trainer
@@ -79,14 +79,14 @@ def build(job: Job, prepared: Prepared) -> Built:
 
 
 def recompute_layers(
-    trainer: Trainer, attachment: Attachment, *, wanted: bool | str = True, budget_gib: float | None = None
+    trainer: Trainer, attachment: Attachment, *, wanted: bool | str | None = None, budget_gib: float | None = None
 ) -> str:
     """Have our function recompute the layers of a trainer that recomputes; returns what is recomputed.
 
     Args:
         wanted: True recomputes every layer, "offload" keeps their inputs in host memory, "auto" plans by memory where
-            the trainer can (sft and preference methods on a GPU) and is True elsewhere. False, or a trainer that keeps
-            activations: nothing.
+            the trainer can (sft and preference methods on a GPU) and is True elsewhere. None: as the model was
+            made (`FastLanguageModel`). Nothing is recomputed where neither the trainer nor a layer of the model asks.
         budget_gib: what "auto" plans with, in GiB at the peak of a step; None is what is free.
     Raises:
         ConfigError: "offload" or a budget was asked for and cannot be had.
@@ -96,15 +96,19 @@ def recompute_layers(
     if budget_gib is not None and not plans:
         raise ConfigError(f"train.memory_budget_gib = {budget_gib:g}: gradient_checkpointing='auto' of sft and "
                           "of preference methods on a GPU plans with it; leave it out")
-    if not args.gradient_checkpointing:
+    made = recompute_of(model)
+    offload = wanted == "offload" or (wanted is None and made is not None and made.offload)
+    if not (args.gradient_checkpointing or any(getattr(part, "gradient_checkpointing", False)
+                                               for part in model.modules())):
         return "activations: kept"
     why = None
     if args.gradient_checkpointing_kwargs:
         why = "gradient_checkpointing_kwargs are given"
     elif trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         why = "the model is sharded"
-    recompute = install(model, offload=wanted == "offload") if why is None else None
+    recompute = install(model, offload=offload) if why is None else None
     if recompute is None:
+        remove(model)
         why = why or "the model has no layers that ask how to run"
         if wanted == "offload" or budget_gib is not None:
             raise ConfigError(f"train.gradient_checkpointing = {wanted!r}: {why}")

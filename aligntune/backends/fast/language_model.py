@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from aligntune.backends.fast.attachment import attach
+from aligntune.backends.fast.attachment import attach, base_model
+from aligntune.backends.fast.recompute import install
 from aligntune.backends.loading import keep_tied
 from aligntune.builtin import is_builtin, model_path
 from aligntune.errors import ConfigError
@@ -18,6 +19,7 @@ logger = logging.getLogger("aligntune")
 LINEARS = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj",
 )  # fmt: skip
+_OFFLOAD = ("offload", "unsloth")
 _WHOLE = ("embed_tokens", "lm_head")
 
 
@@ -96,15 +98,18 @@ class FastLanguageModel:
             r: rank. `lora_alpha`: the update is scaled by lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
             target_modules: names of linears; None is every projection of attention and MLP that the model has.
                 `embed_tokens` and `lm_head` among them are trained whole (`modules_to_save`), and it is said.
-            use_gradient_checkpointing: recompute activations in the backward. "unsloth" is taken as True.
+            use_gradient_checkpointing: recompute every layer in the backward. "offload", for which "unsloth" is another
+                name: the layers' inputs wait in pinned host memory, under any trainer.
             random_state: seed of the adapters' initial weights; the global random state is left as it was.
             kwargs: for `peft.LoraConfig`.
         """
         from peft import LoraConfig, get_peft_model
 
-        if isinstance(use_gradient_checkpointing, str) and use_gradient_checkpointing != "unsloth":
+        offload = isinstance(use_gradient_checkpointing, str)
+        if offload and use_gradient_checkpointing not in _OFFLOAD:
             raise ConfigError(
-                f"use_gradient_checkpointing={use_gradient_checkpointing!r}: valid are True, False and 'unsloth' (True)"
+                f"use_gradient_checkpointing={use_gradient_checkpointing!r}: valid are True, False and 'offload' "
+                "(or 'unsloth', the same)"
             )
         if target_modules is None:
             target_modules = _present_linears(model)
@@ -135,6 +140,9 @@ class FastLanguageModel:
             model.gradient_checkpointing_enable(  # type: ignore[operator]
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
+            if offload and install(base_model(model), offload=True) is None:
+                raise ConfigError(f"use_gradient_checkpointing={use_gradient_checkpointing!r}: {type(model).__name__} "
+                                  "has no layers that ask how to run; True recomputes with torch's function")
         attach(peft_model, strict=strict)
         return peft_model
 

@@ -107,7 +107,7 @@ class FastSFTTrainer(FastSFT):
         if rate is not None:
             logger.info(self.train_embeddings_at(rate))
         self.attachment = attach_trainer(self, strict=strict)
-        recomputed = recompute_layers(self, self.attachment, wanted=bool(config.gradient_checkpointing))
+        recomputed = recompute_layers(self, self.attachment)
         self.layout = f"{lay_rows(self, self.attachment)}; {recomputed}"
         logger.info(self.layout)
 

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, SFTTrainer
 
 from aligntune.backends.fast import FastLanguageModel, accelerate_trl, attach, attachment_of, detach, fast_train
+from aligntune.backends.fast.recompute import recompute_of
 from aligntune.errors import ConfigError
 from tests.core import tiny
 
@@ -214,12 +215,22 @@ def test_embeddings_among_the_targets_are_trained_whole(saved, caplog):
 
 def test_checkpointing_and_modes(saved):
     model, _ = FastLanguageModel.from_pretrained(saved, dtype=torch.float32)
-    peft_model = FastLanguageModel.get_peft_model(model, r=2, use_gradient_checkpointing="unsloth")
-    assert model.model.layers[0].gradient_checkpointing
+    peft_model = FastLanguageModel.get_peft_model(model, r=2, use_gradient_checkpointing=True)
+    assert model.model.layers[0].gradient_checkpointing and recompute_of(model) is None
     FastLanguageModel.for_inference(peft_model)
     assert not peft_model.training and peft_model.config.use_cache
     FastLanguageModel.for_training(peft_model)
     assert peft_model.training and not peft_model.config.use_cache and attachment_of(peft_model).attached
+
+
+@pytest.mark.parametrize("name", ["unsloth", "offload"])
+def test_inputs_of_layers_wait_in_host_memory_under_any_trainer(name, saved, tmp_path):
+    model, _ = FastLanguageModel.from_pretrained(saved, dtype=torch.float32)
+    peft_model = FastLanguageModel.get_peft_model(model, r=2, use_gradient_checkpointing=name)
+    recompute = recompute_of(model)
+    assert recompute.offload and recompute.on and not recompute.buffers.free
+    fast_train(tiny.sft(tmp_path, model=peft_model, max_steps=1))
+    assert recompute_of(model) is recompute and sum(map(len, recompute.buffers.free.values())) > 0
 
 
 def test_wrong_options_say_what_would_be_right(saved):

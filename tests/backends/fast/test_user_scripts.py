@@ -22,12 +22,14 @@ from aligntune.backends.fast import (
     attachment_of,
     fast_train,
 )
+from aligntune.backends.fast.recompute import recompute_of
 from aligntune.backends.fast.sft_trainer import _config
 from aligntune.errors import ConfigError
 from tests.core import tiny
 
 NEAR = 1e-4 if torch.cuda.is_available() else 0  # a GPU adds in no fixed order
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+HOST = "; activations: recomputed in every layer, their inputs in host memory"
 FLAT = "rows: end to end, one attention launch; step: "
 
 
@@ -101,7 +103,7 @@ def test_embedding_rates(saved, tmp_path):
     assert (second["learning_rate"], second["embedding_learning_rate"]) == (5e-5, 1e-5)
     # 4 rows of 8 letters and an end: the ids of the letters and the end took one step of AdamW, as long as the rate.
     assert (embedding.detach() - before).abs().max() == pytest.approx(1e-5, rel=0.05)
-    assert trainer.layout.startswith(FLAT + "launched one by one")
+    assert trainer.layout.startswith(FLAT + "launched one by one") and trainer.layout.endswith(HOST)
     assert "lora" in str(trainer.attachment) and not [line for line in trainer.attachment.report if line.eager]
 
 
@@ -166,6 +168,35 @@ def test_a_plain_trl_trainer_on_a_fast_model(saved, tmp_path):
     trainer = trl.SFTTrainer(model=model, args=asks, train_dataset=rows(), processing_class=tokenizer)
     with pytest.raises(ConfigError, match="a SFTTrainer trains every parameter at learning_rate; FastSFTTrainer takes"):
         fast_train(trainer)
+
+
+@pytest.mark.parametrize(("given", "arguments", "layout"), [
+    ("unsloth", {}, HOST),  # plain arguments do not recompute: the model does
+    ("unsloth", {"gradient_checkpointing": True}, HOST),
+    (True, {}, "; activations: recomputed in every layer"),
+    (False, {}, "; activations: kept"),
+    (False, {"gradient_checkpointing": True}, "; activations: recomputed in every layer"),
+    ("unsloth", {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+     "; activations: recomputed by torch's function, gradient_checkpointing_kwargs are given"),
+])
+def test_who_recomputes(given, arguments, layout, saved, tmp_path):
+    model, tokenizer = FastLanguageModel.from_pretrained(saved, max_seq_length=16, dtype=torch.float32)
+    base = model
+    model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=given)
+    trainer = FastSFTTrainer(
+        model=model, tokenizer=tokenizer, train_dataset=rows(), dataset_text_field="story",
+        args=TrainingArguments(str(tmp_path), per_device_train_batch_size=2, max_steps=1, report_to="none",
+                               save_strategy="no", **arguments),
+    )  # fmt: skip
+    assert trainer.layout.endswith(layout)
+    trainer.train()
+    function = getattr(base.model.layers[0], "_gradient_checkpointing_func", None)
+    ours = recompute_of(base)
+    assert base.model.layers[0].gradient_checkpointing == ("kept" not in layout)
+    if "every layer" in layout:
+        assert function.func == ours.run and ours.offload == (layout == HOST)
+    else:
+        assert ours is None
 
 
 def test_packing(saved, tmp_path):
