@@ -162,7 +162,7 @@ def test_a_graph_holds_one_unpacked_weight_at_a_time() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", [part for part in PARTS if not part.endswith("code")])  # all layers share those
 def test_a_weight_that_moves_is_read_where_it_lies(part: str) -> None:
     torch.manual_seed(1)
     model = Stack(2, 256)
@@ -173,6 +173,7 @@ def test_a_weight_that_moves_is_read_where_it_lies(part: str) -> None:
     assert graphed.captures == 1
     move(model.layers[0], part).zero_()
     wanted = launched(model, batch)
+    assert all(one.abs().max() > 0 for one in wanted)
     for _ in range(3):
         assert all(torch.equal(one, other) for one, other in zip(step_of(graphed, model, batch), wanted, strict=True))
     assert graphed.captures == 2
