@@ -10,7 +10,6 @@ that the op would pass by) it calls the modules and says so in `spec.eager`, whi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from aligntune.backends.fast import tiles
 from aligntune.backends.fast.families import Family, modeling_module
 from aligntune.backends.fast.ledger import WITH_ITS_NEIGHBOUR, promise
 from aligntune.backends.fast.lora import KEY, gated_mlp, hooked, instance_forward, linear_forward, project
@@ -213,23 +213,47 @@ def layer_forward(self: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
     if spec.checkpoints and self.gradient_checkpointing and self.training:
         # A cache would be written twice, by the forward and by its recomputation.
         kwargs.update({name: off for name, off in (("use_cache", False), ("past_key_values", None)) if name in kwargs})
-        return self._gradient_checkpointing_func(functools.partial(_layer, self, **kwargs), *args)
+        return self._gradient_checkpointing_func(_halves(self, kwargs), *args)
     return _layer(self, *args, **kwargs)
 
 
 def _layer(self: nn.Module, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return _second(self, _attend(self, self.input_layernorm(hidden_states), **kwargs), hidden_states)
+
+
+def _attend(self: nn.Module, normed: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """Attention's branch of a layer, as it is added."""
+    family: Family = self.__dict__[KEY].family
+    x, _ = self.self_attn(hidden_states=normed, **kwargs)
+    if family.layer == "sandwich":
+        x = self.post_attention_layernorm(x)
+    return _branch(self, family, x, 0)
+
+
+def _second(self: nn.Module, branch: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """The layer's output from attention's branch and the layer's input: each row from its own."""
     family: Family = self.__dict__[KEY].family
     sandwich = family.layer == "sandwich"
-    residual = hidden_states
-    x, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-    if sandwich:
-        x = self.post_attention_layernorm(x)
     second = self.pre_feedforward_layernorm if sandwich else self.post_attention_layernorm
-    x, residual = add_norm(second, _branch(self, family, x, 0), residual)
+    x, residual = add_norm(second, branch, residual)
+    del branch  # where nothing else keeps it, it is free while the MLP runs
     x = self.mlp(x)
     if sandwich:
         x = self.post_feedforward_layernorm(x)
     return residual + _branch(self, family, x, 1)
+
+
+def _halves(self: nn.Module, kwargs: dict[str, Any]) -> tiles.Halves:
+    """The layer's call, for whoever recomputes it; of width 0 where its MLP is not ours, or has hooks: these count."""
+    family: Family = self.__dict__[KEY].family
+    mlp, norm = self.mlp, self.input_layernorm
+    after = [self.post_attention_layernorm, self.post_feedforward_layernorm] if family.layer == "sandwich" else []
+    ours = isinstance(mlp.__dict__.get(KEY), MlpSpec) and not any(map(hooked, [*mlp.modules(), *after]))
+    down = getattr(mlp.down_proj, "base_layer", mlp.down_proj) if ours else None
+    return tiles.Halves(
+        self, norm, _attend, _second, kwargs, width=getattr(down, "in_features", 0),
+        unpacks=hasattr(getattr(down, "weight", None), "quant_state"),
+        norm_again=isinstance(norm.__dict__.get(KEY), NormSpec) and not passing_by_is_wrong(norm, norm_forward))
 
 
 def _branch(self: nn.Module, family: Family, x: torch.Tensor, which: int) -> torch.Tensor:

@@ -3,7 +3,8 @@
 transformers asks each layer's `_gradient_checkpointing_func` to run it. Ours keeps the layer's input, on the GPU or in
 pinned host memory, and nothing else; torch's own hooks every tensor that the layer would save (2,000 a step of a 1B
 model) and restores the random state with a wait, which no CUDA graph can hold. Numbers are the same: the backward runs
-the layer again from the same input, under the same autocast and, outside of a graph, the same random state.
+the layer again from the same input, under the same autocast and, outside of a graph, the same random state. Where rows
+are many, a layer whose halves are known runs by tiles of rows, in the forward and in its recomputation (`tiles`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -19,8 +21,35 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from aligntune.backends.fast import tiles
+
 KEY = "_aligntune_recompute"
 _METHODS = ("_set_gradient_checkpointing", "enable_input_require_grads")
+
+
+PIECE = 1 << 26
+"""Bytes of a pinned buffer at most: torch rounds each up to a power of two, a layer's 2.6 GiB to 4."""
+HOST_SHARE = 0.9
+"""Of the host memory that is free when the first input is kept, what inputs may take."""
+
+
+def host_room() -> int | None:
+    """Bytes of host memory that this process could still take, within its control group; None where nothing tells."""
+    def number(path: str, name: str | None = None) -> int | None:
+        try:
+            lines = Path(path).read_text(encoding="ascii").splitlines()
+        except OSError:
+            return None
+        words = [line.split() for line in lines]
+        found = next((line[-1 if name is None else 1] for line in words if name is None or line[0] == name), "")
+        return int(found) if found.isdigit() else None
+
+    available = number("/proc/meminfo", "MemAvailable:")
+    rooms = [] if available is None else [available << 10]
+    limit, used = number("/sys/fs/cgroup/memory.max"), number("/sys/fs/cgroup/memory.current")
+    if limit is not None and used is not None:
+        rooms.append(limit - used + (number("/sys/fs/cgroup/memory.stat", "inactive_file") or 0))
+    return max(0, min(rooms)) if rooms else None
 
 
 @dataclass
@@ -29,36 +58,53 @@ class HostBuffers:
 
     Two inputs at most are on their way out, and one on its way back: those are what the GPU holds besides the input of
     the layer at hand. Buffers are lent by size and used again. On a CPU, where there is nothing to move, an input is
-    cloned into one.
+    cloned into them. `room`: bytes that may still be allocated; None until the first is.
     """
 
     free: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     leaving: list[tuple[torch.Tensor, torch.cuda.Event]] = field(default_factory=list)
     stream: torch.cuda.Stream | None = None
+    room: float | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HostBuffers:
         return HostBuffers()
 
-    def out(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Start the copy of a contiguous `tensor`; returns the bytes' place, for `back`."""
-        size = 1 << (tensor.nbytes - 1).bit_length()
-        held = self.free.get(size)
-        host = held.pop() if held else torch.empty(size, dtype=torch.uint8, pin_memory=tensor.is_cuda)
-        place = host[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    def out(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
+        """Start the copy of a contiguous `tensor`; returns the bytes' places, for `back`. None: the host is full."""
+        hosts = self._lend(tensor)
+        if hosts is None:
+            return None
+        pairs = list(_pieces(hosts, tensor))
         if not tensor.is_cuda:
-            place.copy_(tensor)
-            return host
+            for place, piece in pairs:
+                place.copy_(piece)
+            return hosts
         if self.stream is None:
             self.stream = torch.cuda.Stream(tensor.device)
         self.settle(keep=1)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            place.copy_(tensor, non_blocking=True)
+            for place, piece in pairs:
+                place.copy_(piece, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
         # Held until the copy is over: the allocator knows of the other stream's reading by nothing else.
         self.leaving.append((tensor, event))
-        return host
+        return hosts
+
+    def _lend(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
+        """Buffers that hold the tensor's bytes together, all but the last of `PIECE`."""
+        whole, rest = divmod(tensor.nbytes, PIECE)
+        sizes = [PIECE] * whole + ([1 << (rest - 1).bit_length()] if rest else [])
+        new = sum(sizes) - sum(size * min(len(self.free.get(size, ())), sizes.count(size)) for size in set(sizes))
+        if self.room is None:
+            found = host_room()
+            self.room = float("inf") if found is None else HOST_SHARE * found
+        if new > self.room:
+            return None
+        self.room -= new
+        return [held.pop() if (held := self.free.get(size)) else
+                torch.empty(size, dtype=torch.uint8, pin_memory=tensor.is_cuda) for size in sizes]
 
     def settle(self, *, keep: int = 0) -> None:
         """Let the computing stream wait for all copies out but the last `keep`, and let go of what they read."""
@@ -66,50 +112,63 @@ class HostBuffers:
             _, event = self.leaving.pop(0)
             torch.cuda.current_stream().wait_event(event)
 
-    def back(self, host: torch.Tensor, like: Waiting) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    def back(self, hosts: list[torch.Tensor], like: Waiting) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         """Start the copy back; the tensor is there once the event, if any, has been waited for."""
-        place = host[: like.nbytes].view(like.dtype).view(like.shape)
         tensor = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         event = None
         if self.stream is None:
-            tensor.copy_(place)
+            for place, piece in _pieces(hosts, tensor):
+                piece.copy_(place)
         else:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                tensor.copy_(place, non_blocking=True)
+                for place, piece in _pieces(hosts, tensor):
+                    piece.copy_(place, non_blocking=True)
                 event = torch.cuda.Event()
                 event.record()
-        self.free.setdefault(host.nbytes, []).append(host)
+        for host in hosts:
+            self.free.setdefault(host.nbytes, []).append(host)
         return tensor, event
+
+
+def _pieces(hosts: list[torch.Tensor], tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each buffer's used bytes, and the bytes of the contiguous `tensor` that belong there."""
+    data, start = tensor.view(-1).view(torch.uint8), 0
+    for host in hosts:
+        piece = data[start : start + host.nbytes]
+        yield host[: piece.nbytes], piece
+        start += piece.nbytes
 
 
 @dataclass
 class Waiting:
-    """The input of a layer in host memory, and then on its way back. `before`: that of the layer before it."""
+    """The input of a layer in host memory, and then on its way back."""
 
-    host: torch.Tensor
+    hosts: list[torch.Tensor]
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    nbytes: int
-    before: Waiting | None
     fetched: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
+    taken: bool = False
 
     def fetch(self, buffers: HostBuffers) -> None:
         """Start the copy back, unless it was started."""
-        if self.fetched is None:
-            self.fetched = buffers.back(self.host, self)
+        if self.fetched is None and not self.taken:
+            self.fetched = buffers.back(self.hosts, self)
 
     def take(self, buffers: HostBuffers) -> torch.Tensor:
-        """The input; the one before it starts on its way, to arrive while this layer is computed."""
+        """The input, when it is there; its place in host memory is lent to others then.
+
+        Raises:
+            RuntimeError: it was taken before.
+        """
         self.fetch(buffers)
-        assert self.fetched is not None
+        if self.fetched is None:
+            raise RuntimeError("a second backward through an offloaded layer: its input is gone with the first")
         tensor, event = self.fetched
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
-        self.fetched = None
-        if self.before is not None:
-            self.before.fetch(buffers)
+        self.fetched, self.taken = None, True
         return tensor
 
 
@@ -145,7 +204,8 @@ class Recompute:
     def run(self, number: int, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`, layer `number` of the model, recomputed in the backward."""
         if not torch.is_grad_enabled():
-            return function(*args)
+            tiled = tiles.plan(function, args)
+            return function(*args) if tiled is None else tiles.forward(function, *args, tiled)
         if self.measure and number == len(self.layers) // 2:
             self.measure, self.measured = False, kept_bytes(function, args)
         if number == 0:
@@ -185,23 +245,26 @@ class _Layer(torch.autograd.Function):
         ctx.autocast = _autocast(hidden.device.type)
         ctx.random = _random_state(hidden)
         ctx.waiting = None
+        ctx.before = None
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         # The last layer's input is wanted first: it stays, and what is on its way out has arrived before it is.
         last = number == (len(owner.layers) if owner.first is None else owner.first) - 1
-        if owner.offload and not last and len(tensors) == 1 and hidden.is_contiguous():
-            ctx.waiting = owner.last_out = Waiting(
-                owner.buffers.out(hidden.detach()), hidden.shape, hidden.dtype, hidden.device, hidden.nbytes,
-                owner.last_out)
-            tensors = []
-        elif owner.offload:
-            if owner.buffers.stream is not None and last:
+        if owner.offload:
+            hosts = None
+            if not last and len(tensors) == 1 and hidden.is_contiguous():
+                hosts = owner.buffers.out(hidden.detach())
+            if hosts is not None:
+                ctx.waiting = Waiting(hosts, hidden.shape, hidden.dtype, hidden.device)
+                tensors = []
+            elif owner.buffers.stream is not None and last:
                 owner.buffers.settle()
-            ctx.before, owner.last_out = owner.last_out, None
+            ctx.before, owner.last_out = owner.last_out, ctx.waiting
         ctx.save_for_backward(*tensors, *inputs[count:])
         ctx.tensors = len(tensors)
         ctx.args = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
         ctx.are_tensors = [isinstance(arg, torch.Tensor) for arg in args]
-        return function(*args)
+        ctx.tiles = tiles.plan(function, args, inputs[count:])
+        return function(*args) if ctx.tiles is None else tiles.forward(function, hidden, ctx.tiles)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
@@ -209,9 +272,14 @@ class _Layer(torch.autograd.Function):
         tensors, parameters = list(saved[: ctx.tensors]), saved[ctx.tensors :]
         if ctx.waiting is not None:
             tensors = [ctx.waiting.take(ctx.owner.buffers)]
-        elif getattr(ctx, "before", None) is not None:
-            ctx.before.fetch(ctx.owner.buffers)
         needs = ctx.needs_input_grad[4:]
+        if ctx.tiles is not None:
+            (hidden,), (gradient,) = tensors, gradients
+            with _as_it_was(ctx.random), ctx.autocast():
+                to_hidden, found = tiles.backward(ctx.function, hidden, gradient, parameters, ctx.tiles,
+                                                  wanted=needs[0], fetch=functools.partial(_fetch, ctx))
+            return (None, None, None, None, to_hidden, *found)
+        _fetch(ctx)
         args, given = [], iter(tensors)
         for number, other in enumerate(ctx.args):
             args.append(next(given).detach().requires_grad_(needs[number]) if ctx.are_tensors[number] else other)
@@ -225,6 +293,12 @@ class _Layer(torch.autograd.Function):
                                          [gradient for _, gradient in outputs], allow_unused=True))
         to_args = [next(found) if need else None for need in needs[: len(args)]]
         return (None, None, None, None, *to_args, *found)
+
+
+def _fetch(ctx: Any) -> None:
+    """Start the input of the layer before on its way, to arrive while this layer is computed."""
+    if ctx.before is not None:
+        ctx.before.fetch(ctx.owner.buffers)
 
 
 def _autocast(device_type: str) -> Callable[[], Any]:
