@@ -1,0 +1,241 @@
+"""Linear layers with LoRA on one input of few rows, in one launch: what a decode step is made of.
+
+    out_i = X W_i^T + b_i + (X A_i^T) B_i^T          X (M, K), W_i (N_i, K), A_i (R, K), B_i (N_i, R)
+
+Hu et al. (arXiv 2106.09685), eq. 3, the scaling inside B. With M of a batch the products are bound by reading the
+weights once: 2 K N bytes in 16 bits. Apart, a group of n layers under adapters takes n + 2 launches, each of which
+costs a few microseconds whatever it reads; here a program that holds a tile of X takes its product with W_i and with
+A_i from the same loads. S_i is never stored.
+
+Few tiles of N do not fill a GPU: K is split among programs, each of which adds its own part of X A_i^T B_i^T; the last
+one of a tile to arrive adds all parts up, always in the same order, so that results repeat bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from aligntune.backends.fast.ops import _runtime
+from aligntune.errors import ConfigError
+
+MAX_LAYERS = 3
+MAX_RANK = 64
+MAX_ROWS = 256  # beyond, a product is bound by arithmetic, and cuBLAS has tiles for that
+
+
+@dataclass(frozen=True)
+class DecodeLaunch:
+    """Tiles of `rows` x `columns`, the inner dimension `depth` at a time and in `splits` parts."""
+
+    rows: int
+    columns: int
+    depth: int
+    splits: int
+    num_warps: int
+    stages: int
+
+
+def launch_for(rows: int, inner: int, widths: Sequence[int], sms: int) -> DecodeLaunch:
+    """As many programs as SMs, or a little more: with fewer some idle, and every split reads X and adds a part."""
+    block_m = min(64, max(16, _runtime.next_power_of_2(rows)))
+    columns, depth = 64, 128
+    tiles = sum(_runtime.cdiv(width, columns) for width in widths) * _runtime.cdiv(rows, block_m)
+    most = max(1, inner // (2 * depth))  # two loads at least to overlap
+    splits = 1
+    while splits < most and tiles * splits * 2 <= sms * 3 // 2:
+        splits *= 2
+    return DecodeLaunch(block_m, columns, depth, splits, 4, 4)
+
+
+@triton.jit
+def _operand(x, UPCAST: tl.constexpr):
+    """The interpreter multiplies bf16 as integers."""
+    return x.to(tl.float32) if UPCAST else x
+
+
+@_runtime.kernel(do_not_specialize=["m"])
+def decode_linear_kernel(
+    x_ptr, x_row, w0_ptr, w1_ptr, w2_ptr, w0_row, w1_row, w2_row, down_ptr, up_ptr, bias_ptr, out_ptr, out_row,
+    part_ptr, count_ptr, m,
+    K: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, RANK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    T0: tl.constexpr = (N0 + BLOCK_N - 1) // BLOCK_N
+    T1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
+    T2: tl.constexpr = (N2 + BLOCK_N - 1) // BLOCK_N
+    TILES: tl.constexpr = T0 + T1 + T2
+    program = tl.program_id(0)
+    # Neighbours share a tile of the weight, if there are several tiles of rows: the first reads it from memory.
+    blocks = tl.cdiv(m, BLOCK_M)
+    block = program % blocks
+    tile = program // blocks % TILES
+    split = program // blocks // TILES
+    w_ptr, w_row, n_layer, layer, first, start = w0_ptr, w0_row, N0, 0, 0, tile
+    if tile >= T0:
+        w_ptr, w_row, n_layer, layer, first, start = w1_ptr, w1_row, N1, 1, N0, tile - T0
+    if tile >= T0 + T1:
+        w_ptr, w_row, n_layer, layer, first, start = w2_ptr, w2_row, N2, 2, N0 + N1, tile - T0 - T1
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = start * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows, in_cols = (rows < m)[:, None], cols < n_layer
+    # Each split a whole number of blocks: 16-byte loads stay aligned.
+    PART: tl.constexpr = (K + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K
+    begin = split * PART
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    rank = tl.arange(0, max(RANK, 16))
+    s = tl.zeros((BLOCK_M, max(RANK, 16)), tl.float32)
+    x_rows = x_ptr + rows.to(tl.int64)[:, None] * x_row
+    w_rows = w_ptr + cols.to(tl.int64)[:, None] * w_row
+    down_rows = down_ptr + (layer * RANK + rank).to(tl.int64)[:, None] * K
+    for at in range(0, PART, BLOCK_K):
+        inner = begin + at + tl.arange(0, BLOCK_K)
+        in_k = (inner < K)[None, :]
+        x = _operand(tl.load(x_rows + inner[None, :], in_rows & in_k, other=0.0), UPCAST)
+        w = _operand(tl.load(w_rows + inner[None, :], in_cols[:, None] & in_k, other=0.0), UPCAST)
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="tf32x3")
+        if RANK > 0:
+            a = _operand(tl.load(down_rows + inner[None, :], in_k, other=0.0), UPCAST)
+            s = tl.dot(x, tl.trans(a), s, input_precision="tf32x3")
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    if RANK > 0:
+        b = tl.load(up_ptr + (first + cols).to(tl.int64)[:, None] * RANK + rank[None, :], in_cols[:, None], other=0.0)
+        acc = tl.dot(_operand(s.to(dtype), UPCAST), tl.trans(_operand(b, UPCAST)), acc, input_precision="tf32x3")
+    out_at = out_ptr + rows.to(tl.int64)[:, None] * out_row + (first + cols)[None, :]
+    keep = in_rows & in_cols[None, :]
+    if SPLITS == 1:
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + first + cols, in_cols, other=0.0).to(tl.float32)[None, :]
+        tl.store(out_at, acc.to(dtype), keep)
+    else:
+        place = tile * blocks + block
+        inside = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        parts = part_ptr + place.to(tl.int64) * SPLITS * BLOCK_M * BLOCK_N + inside
+        tl.store(parts + split * BLOCK_M * BLOCK_N, acc)
+        tl.debug_barrier()  # every thread's part is on its way before the count says so
+        if tl.atomic_add(count_ptr + place, 1, sem="acq_rel") == SPLITS - 1:
+            total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for each in range(SPLITS):
+                total += tl.load(parts + each * BLOCK_M * BLOCK_N, cache_modifier=".cg")
+            if HAS_BIAS:
+                total += tl.load(bias_ptr + first + cols, in_cols, other=0.0).to(tl.float32)[None, :]
+            tl.store(out_at, total.to(dtype), keep)
+            tl.store(count_ptr + place, 0)  # for the next launch
+
+
+def fits(x: torch.Tensor, weights: Sequence[torch.Tensor], rank: int) -> bool:
+    """Whether the kernel takes these: few rows, up to three layers, a rank it holds, one dtype, rows contiguous."""
+    return (0 < x.shape[0] <= MAX_ROWS and 0 < len(weights) <= MAX_LAYERS and rank <= MAX_RANK
+            and all(weight.dtype == x.dtype and _runtime.has_rows(weight) for weight in weights))
+
+
+def padded_rank(rank: int) -> int:
+    """Tensor cores multiply no less than 16."""
+    return max(16, _runtime.next_power_of_2(rank)) if rank else 0
+
+
+def _check(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], down: torch.Tensor | None, up: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> int:
+    """The rank R, 0 without adapters; raises ConfigError."""
+    total = sum(weight.shape[0] for weight in weights)
+    rank = 0 if up is None else up.shape[1]
+    faults = []
+    if x.dim() != 2 or not fits(x, weights, rank) or any(weight.shape[1:] != x.shape[1:] for weight in weights):
+        faults.append(f"x is {tuple(x.shape)} {x.dtype}, the weights {[tuple(weight.shape) for weight in weights]}")
+    if (down is None) != (up is None):
+        faults.append("A without B, or B without A")
+    elif down is not None and up is not None and (
+        up.shape != (total, rank) or down.shape != (len(weights) * rank, x.shape[1]) or rank != padded_rank(rank)
+    ):
+        faults.append(f"the factors are {tuple(down.shape)} and {tuple(up.shape)}")
+    if bias is not None and bias.shape != (total,):
+        faults.append(f"the bias is {tuple(bias.shape)}, and there are {total} columns")
+    if faults:
+        raise ConfigError.from_faults(faults, where="decode_linear")
+    return rank
+
+
+def decode_linear(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    *,
+    down: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Outputs of up to three layers side by side, (M, sum of N_i), outside autograd.
+
+    Args:
+        x: (M, K), 1 <= M <= 256; weights: (N_i, K) each, of x's dtype, any row strides.
+        down: A_i one below the other, (layers x R, K); up: B_i one below the other, scaling inside, (sum of N_i, R).
+            R is 16, 32 or 64; a smaller rank is padded with zeros.
+        bias: (sum of N_i,).
+        counts: int32 zeros, one a tile of the output, which every launch leaves zero; made anew by default.
+
+    Raises:
+        ConfigError: what does not fit; BackendUnavailableError: off the GPU.
+    """
+    rank = _check(x, weights, down, up, bias)
+    _runtime.require_device(x, *weights, down, up, bias)
+    x = _runtime.as_rows(x)
+    widths = [weight.shape[0] for weight in weights]
+    rows, inner = x.shape
+    out = torch.empty((rows, sum(widths)), dtype=x.dtype, device=x.device)
+    launch = launch_for(rows, inner, widths, _runtime.num_sms(x))
+    blocks = _runtime.cdiv(rows, launch.rows)
+    places = sum(_runtime.cdiv(width, launch.columns) for width in widths) * blocks
+    parts: Any = x
+    if launch.splits > 1:
+        size = places * launch.splits * launch.rows * launch.columns
+        parts = torch.empty(size, dtype=torch.float32, device=x.device)
+        if counts is None:
+            counts = torch.zeros(places, dtype=torch.int32, device=x.device)
+        if counts.numel() < places:
+            raise ConfigError(f"decode_linear: counts holds {counts.numel()} tiles of {places}")
+    three = [*weights, *[weights[0]] * (MAX_LAYERS - len(weights))]
+    sizes = [*widths, *[0] * (MAX_LAYERS - len(weights))]
+    with _runtime.on_device(x):
+        decode_linear_kernel[(places * launch.splits,)](
+            x, x.stride(0), *three, *(weight.stride(0) for weight in three), x if down is None else down,
+            x if up is None else up.contiguous(), x if bias is None else bias, out, out.stride(0), parts,
+            out if counts is None else counts, rows,
+            inner, *sizes, rank, bias is not None, launch.rows, launch.columns, launch.depth, launch.splits,
+            _runtime.interpreting(), num_warps=launch.num_warps, num_stages=launch.stages,
+        )  # fmt: skip
+    return out
+
+
+def places_of(rows: int, widths: Sequence[int]) -> int:
+    """How many counts a launch of up to `rows` rows takes."""
+    return sum(_runtime.cdiv(width, 64) for width in widths) * _runtime.cdiv(max(rows, 1), 16)
+
+
+def decode_linear_reference(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    *,
+    down: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`decode_linear` in plain torch: each product in x's dtype, S rounded as a stored tensor would be."""
+    rank = _check(x, weights, down, up, bias)
+    outs, column = [], 0
+    for number, weight in enumerate(weights):
+        out = torch.nn.functional.linear(x, weight, None if bias is None else bias[column : column + weight.shape[0]])
+        if down is not None and up is not None:
+            s = x @ down[number * rank : (number + 1) * rank].t()
+            out = out + s @ up[column : column + weight.shape[0]].t()
+        outs.append(out)
+        column += weight.shape[0]
+    return torch.cat(outs, dim=1)

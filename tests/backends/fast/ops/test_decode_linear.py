@@ -1,0 +1,150 @@
+"""Linear layers of a decode step in one launch: torch's twin, split sums, odd shapes, the compile check."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from aligntune.backends.fast.ops import _runtime
+from aligntune.backends.fast.ops import decode_linear as op
+from aligntune.backends.fast.ops.decode_linear import decode_linear, decode_linear_reference
+from aligntune.errors import ConfigError
+from tests.backends.fast.ops.harness import assert_close_to_truth, assert_fits, launches, sm90_case
+
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    """The same numbers in CI each time; fresh ones on a GPU."""
+    torch.manual_seed(0) if request.node.get_closest_marker("gpu") is None else torch.seed()
+
+
+def make(rows, inner, widths, dtype, device, *, rank=0, bias=False):
+    x = torch.randn(rows, inner).to(device, dtype)
+    weights = [(torch.randn(width, inner) * inner**-0.5).to(device, dtype) for width in widths]
+    options = {}
+    if rank:
+        options["down"] = (torch.randn(len(widths) * rank, inner) * inner**-0.5).to(device, dtype)
+        options["up"] = (torch.randn(sum(widths), rank) * 0.3).to(device, dtype)
+    if bias:
+        options["bias"] = torch.randn(sum(widths)).to(device, dtype)
+    return x, weights, options
+
+
+def compare(rows, inner, widths, dtype, device, *, eps=1e-6, **kind):
+    x, weights, options = make(rows, inner, widths, dtype, device, **kind)
+    wide = {name: tensor.double() for name, tensor in options.items()}
+    truth = decode_linear_reference(x.double(), [weight.double() for weight in weights], **wide)
+    eager = decode_linear_reference(x, weights, **options)
+    ours = decode_linear(x, weights, **options)
+    assert_close_to_truth(ours, eager, truth, eps=eps, what=f"{rows} x {inner} x {widths} {kind}")
+
+
+@pytest.mark.parametrize("kind", [{}, {"rank": 16}, {"rank": 32, "bias": True}, {"bias": True}], ids=str)
+@pytest.mark.parametrize("shape", [(1, 64, (48,)), (3, 520, (40, 9)), (17, 255, (70, 16, 16)), (65, 1030, (64,))],
+                         ids=str)  # fmt: skip
+def test_fp32_against_the_truth(shape, kind, device):
+    compare(*shape, torch.float32, device, **kind)
+
+
+def test_the_cases_split_the_inner_dimension_and_do_not(device):
+    splits = {op.launch_for(rows, inner, widths, 132).splits for rows, inner, widths in
+              ((1, 64, (48,)), (3, 520, (40, 9)), (65, 1030, (64,)))}  # fmt: skip
+    assert 1 in splits and max(splits) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, device):
+    eps = 2**-7 if dtype == torch.bfloat16 and _runtime.interpreting() else 1e-6
+    compare(5, 520, (40, 24), dtype, device, rank=16, bias=True, eps=eps)
+
+
+def test_every_layer_has_its_own_adapter(device):
+    """A factor of one layer changes the columns of no other."""
+    x, weights, options = make(4, 520, (40, 9, 30), torch.float32, device, rank=16)
+    before = decode_linear(x, weights, **options)
+    options["down"][16:32] += 1
+    changed = (decode_linear(x, weights, **options) != before).any(0)
+    assert changed[40:49].all() and not changed[:40].any() and not changed[49:].any()
+
+
+def test_counts_are_left_as_they_were_found_and_results_repeat(device):
+    x, weights, options = make(20, 1030, (64, 40), torch.float32, device, rank=16)
+    counts = torch.zeros(op.places_of(20, (64, 40)), dtype=torch.int32, device=device)
+    first, second = (decode_linear(x, weights, counts=counts, **options) for _ in range(2))
+    assert torch.equal(first, second) and not counts.any()
+    with pytest.raises(ConfigError, match="counts holds 1 tiles of"):
+        decode_linear(x, weights, counts=counts[:1], **options)
+
+
+def test_one_launch(device):
+    x, weights, options = make(4, 520, (40, 9), torch.float32, device, rank=16)
+    assert launches(lambda: decode_linear(x, weights, **options)) == {"decode_linear_kernel": 1}
+
+
+def test_rows_of_any_stride(device):
+    x, weights, options = make(4, 200, (40,), torch.float32, device, rank=16)
+    wide = torch.randn(4, 300, device=device)
+    wide[:, 50:250] = x
+    padded = torch.randn(40, 210, device=device)
+    padded[:, :200] = weights[0]
+    ours = decode_linear(wide[:, 50:250], [padded[:, :200]], **options)
+    torch.testing.assert_close(ours, decode_linear_reference(x, weights, **options))
+
+
+def test_what_it_refuses(device):
+    x, weights, options = make(4, 64, (40, 9), torch.float32, device, rank=16)
+    for bad in (x[:, :63], x.half(), x[:0], x.expand(4, 4, 64)):
+        with pytest.raises(ConfigError, match="x is"):
+            decode_linear(bad, weights, **options)
+    with pytest.raises(ConfigError, match="A without B"):
+        decode_linear(x, weights, down=options["down"])
+    for name, tensor in (("down", options["down"][:16]), ("up", options["up"][:, :15]), ("up", options["up"][1:])):
+        with pytest.raises(ConfigError, match="the factors are"):
+            decode_linear(x, weights, **{**options, name: tensor})
+    with pytest.raises(ConfigError, match="the bias is"):
+        decode_linear(x, weights, bias=torch.zeros(3, device=device))
+    assert not op.fits(x, weights * 2, 16) and not op.fits(x, weights, 128) and op.fits(x, weights, 64)
+
+
+# ------------------------------------------------------------------------------------------------------------ compile
+
+
+def case(rows, inner, widths, dtype, rank):
+    launch = op.launch_for(rows, inner, widths, 132)
+    sizes = [*widths, *[0] * (3 - len(widths))]
+    names = ("x", "w0", "w1", "w2", "down", "up", "bias", "out")
+    signature = {f"{name}_ptr": dtype for name in names}
+    signature |= {f"{name}_row": inner for name in ("x", "w0", "w1", "w2")}
+    signature |= {"out_row": sum(widths), "part_ptr": "*fp32", "count_ptr": "*i32", "m": "i32"}
+    constants = {"K": inner, **{f"N{i}": size for i, size in enumerate(sizes)}, "RANK": rank, "HAS_BIAS": True,
+                 "BLOCK_M": launch.rows, "BLOCK_N": launch.columns, "BLOCK_K": launch.depth, "SPLITS": launch.splits,
+                 "UPCAST": False}  # fmt: skip
+    return sm90_case(op.decode_linear_kernel, signature, constants, launch.num_warps, launch.stages)
+
+
+LARGEST = [case(64, 4096, (4096, 1024, 1024), "*bf16", 64), case(64, 14336, (4096,), "*bf16", 16)]
+
+
+@pytest.mark.parametrize("number", range(len(LARGEST)))
+def test_compiles_for_sm90(number):
+    found = assert_fits(LARGEST[number])
+    assert found.mma > 0
+
+
+@pytest.mark.slow
+def test_every_class_compiles_for_sm90():
+    for dtype in ("*bf16", "*fp16", "*fp32"):
+        for rows, inner, widths, rank in ((1, 2048, (8192, 8192), 16), (16, 255, (40,), 0), (256, 8192, (2048,), 32)):
+            assert_fits(case(rows, inner, widths, dtype, rank))
+
+
+# ---------------------------------------------------------------------------------------------------------------- GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 2048, (2048, 512, 512)), (64, 2048, (8192, 8192)), (64, 8192, (2048,)),
+                                   (200, 2560, (4096, 1024, 1024)), (33, 255, (100, 7))], ids=str)  # fmt: skip
+def test_gpu_against_the_truth(shape, dtype):
+    compare(*shape, dtype, "cuda", rank=16, bias=True)
+    compare(*shape, dtype, "cuda", rank=64)
