@@ -66,7 +66,7 @@ COMMON: dict[str, Any] = {
     "logging_steps": 1, "report_to": "none", "progress": False, "lr_scheduler": "constant", "overwrite": True,
     "gradient_checkpointing": False, "max_grad_norm": 0.0,
 }  # fmt: skip
-LEARNS: dict[str, Any] = {"batch_size": 16, "max_seq_length": 128, "learning_rate": 3e-3, "max_samples": 256}
+LEARNS: dict[str, Any] = {"batch_size": 16, "max_seq_length": 128, "learning_rate": 1e-3, "max_samples": 256}
 """`builtin:tiny-instruct` on few enough rows to know them after 300 steps."""
 ONLINE: dict[str, dict[str, Any]] = {
     "grpo": {"num_iterations": 2}, "dr_grpo": {"num_iterations": 2, "beta": 0.04}, "dapo": {"num_iterations": 2},
