@@ -26,6 +26,7 @@ from aligntune.errors import ConfigError
 
 MAX_LAYERS = 3
 MAX_RANK = 64
+MAX_PLACES = 1024  # tiles of an output whose inner dimension is split: `launch_for` splits none that fill the SMs
 MAX_ROWS = 256  # beyond, a product is bound by arithmetic, and cuBLAS has tiles for that
 
 
@@ -129,10 +130,9 @@ def decode_linear_kernel(
             tl.store(count_ptr + place, 0)  # for the next launch
 
 
-def fits(x: torch.Tensor, weights: Sequence[torch.Tensor], rank: int) -> bool:
-    """Whether the kernel takes these: few rows, up to three layers, a rank it holds, one dtype, rows contiguous."""
-    return (0 < x.shape[0] <= MAX_ROWS and 0 < len(weights) <= MAX_LAYERS and rank <= MAX_RANK
-            and all(weight.dtype == x.dtype and _runtime.has_rows(weight) for weight in weights))
+def fits(rows: int, layers: int, rank: int) -> bool:
+    """Whether the kernel takes so many rows, layers on one input, and this rank."""
+    return 0 < rows <= MAX_ROWS and 0 < layers <= MAX_LAYERS and rank <= MAX_RANK
 
 
 def padded_rank(rank: int) -> int:
@@ -148,7 +148,9 @@ def _check(
     total = sum(weight.shape[0] for weight in weights)
     rank = 0 if up is None else up.shape[1]
     faults = []
-    if x.dim() != 2 or not fits(x, weights, rank) or any(weight.shape[1:] != x.shape[1:] for weight in weights):
+    if (x.dim() != 2 or not fits(x.shape[0], len(weights), rank)
+            or any(weight.shape[1:] != x.shape[1:] or weight.dtype != x.dtype for weight in weights)
+            or not all(_runtime.has_rows(weight) for weight in weights)):  # fmt: skip
         faults.append(f"x is {tuple(x.shape)} {x.dtype}, the weights {[tuple(weight.shape) for weight in weights]}")
     if (down is None) != (up is None):
         faults.append("A without B, or B without A")
@@ -179,7 +181,7 @@ def decode_linear(
         down: A_i one below the other, (layers x R, K); up: B_i one below the other, scaling inside, (sum of N_i, R).
             R is 16, 32 or 64; a smaller rank is padded with zeros.
         bias: (sum of N_i,).
-        counts: int32 zeros, one a tile of the output, which every launch leaves zero; made anew by default.
+        counts: int32 zeros, (MAX_PLACES,) always do, which every launch leaves zero; made anew by default.
 
     Raises:
         ConfigError: what does not fit; BackendUnavailableError: off the GPU.
@@ -212,11 +214,6 @@ def decode_linear(
             _runtime.interpreting(), num_warps=launch.num_warps, num_stages=launch.stages,
         )  # fmt: skip
     return out
-
-
-def places_of(rows: int, widths: Sequence[int]) -> int:
-    """How many counts a launch of up to `rows` rows takes."""
-    return sum(_runtime.cdiv(width, 64) for width in widths) * _runtime.cdiv(max(rows, 1), 16)
 
 
 def decode_linear_reference(

@@ -1,12 +1,13 @@
-"""Linear layers under adapters as a decode step runs them: adapters unmerged, in two launches a group.
+"""Linear layers under adapters as a decode step runs them: adapters unmerged, one launch a group.
 
 Training casts the factors of every group at every call, because they change between calls. Within a rollout they do
-not: here they are cast once, when it begins, into buffers that stay where the captured graphs read them. The factors
-B of all layers on one input lie block by block on a diagonal, so that one product adds every layer's update:
+not: here they are cast once, when it begins, into buffers that stay where the captured graphs read them, A_i of all
+layers on one input one below the other, and s_i B_i too. The base weights are read where they are.
 
-    out = X [W_1; W_2; ..]^T + (X [A_1; A_2; ..]^T) diag(s_1 B_1, s_2 B_2, ..)^T
+    out_i = X W_i^T + (X A_i^T) (s_i B_i)^T
 
-The base weights are read where they are, one product each into its columns of `out`.
+In 16 bits on a GPU few rows take `decode_linear`. Many (a prefill), and fp32, take cuBLAS's products, each layer's into
+its columns of one buffer.
 """
 
 from __future__ import annotations
@@ -20,62 +21,98 @@ from torch import nn
 
 from aligntune.backends.fast import lora
 from aligntune.backends.fast.forwards import KEY, AttentionSpec, MlpSpec
+from aligntune.backends.fast.ops import decode_linear as op
 from aligntune.backends.fast.ops.lora import LoraLinear
 from aligntune.backends.fast.ops.nf4 import NF4Weight, dequantize_nf4
 
 
 @dataclass
 class Projection:
-    """Layers on one input; call it with (.., H) for one (.., N_i) a layer, columns of one buffer."""
+    """Layers on one input; call it with (.., H) for one (.., N_i) a layer, columns of one buffer.
+
+    `counts`: what `decode_linear` counts in, one for all groups of a stream; None takes cuBLAS's products always.
+    """
 
     linears: list[LoraLinear]
     dtype: torch.dtype
+    counts: torch.Tensor | None = None
     sizes: list[int] = field(init=False)
+    rank: int = field(init=False)
     down: torch.Tensor | None = None
     up: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self.sizes = [linear.weight.shape[0] for linear in self.linears]
+        ranks = [sum(adapter.a.shape[0] for adapter in linear.adapters) for linear in self.linears]
+        self.rank = op.padded_rank(max(ranks))
         adapters = [adapter for linear in self.linears for adapter in linear.adapters]
         if adapters:
-            a, ranks = adapters[0].a, sum(adapter.a.shape[0] for adapter in adapters)
-            self.down = a.new_zeros((ranks, a.shape[1]), dtype=self.dtype)
-            self.up = a.new_zeros((sum(self.sizes), ranks), dtype=self.dtype)
+            a = adapters[0].a
+            self.down = a.new_zeros((len(self.linears) * self.rank, a.shape[1]), dtype=self.dtype)
+            self.up = a.new_zeros((sum(self.sizes), self.rank), dtype=self.dtype)
+        biases = [linear.bias for linear in self.linears if linear.bias is not None]
+        if biases:
+            self.bias = biases[0].new_zeros(sum(self.sizes), dtype=self.dtype)
 
     def refresh(self) -> None:
-        """Take the factors as they are now."""
-        row = column = 0
-        for linear, size in zip(self.linears, self.sizes, strict=True):
+        """Take the factors and biases as they are now."""
+        column = 0
+        for number, (linear, size) in enumerate(zip(self.linears, self.sizes, strict=True)):
+            if linear.bias is not None and self.bias is not None:
+                self.bias[column : column + size].copy_(linear.bias)
+            row = 0
             for adapter in linear.adapters:
                 assert self.down is not None and self.up is not None
                 rank = adapter.a.shape[0]
-                self.down[row : row + rank].copy_(adapter.a)
+                self.down[number * self.rank + row : number * self.rank + row + rank].copy_(adapter.a)
                 self.up[column : column + size, row : row + rank].copy_(adapter.b.float() * adapter.scaling)
                 row += rank
             column += size
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
+        if self.counts is not None and op.fits(rows.shape[0], len(self.linears), self.rank):
+            weights = [self._weight(linear) for linear in self.linears]
+            out = op.decode_linear(rows, weights, down=self.down, up=self.up, bias=self.bias, counts=self.counts)
+        else:
+            out = self._apart(rows)
+        return out.view(*x.shape[:-1], -1).split(self.sizes, dim=-1)
+
+    def _weight(self, linear: LoraLinear) -> torch.Tensor:
+        if isinstance(linear.weight, NF4Weight):
+            return dequantize_nf4(linear.weight, dtype=self.dtype)
+        assert isinstance(linear.weight, torch.Tensor)  # `ready_to_read` gives no fp8 copies
+        return linear.weight
+
+    def _apart(self, rows: torch.Tensor) -> torch.Tensor:
+        """Product by product."""
         out = torch.empty((rows.shape[0], sum(self.sizes)), dtype=rows.dtype, device=rows.device)
-        for linear, part in zip(self.linears, out.split(self.sizes, dim=1), strict=True):
-            weight = linear.weight
-            if isinstance(weight, NF4Weight):
-                weight = dequantize_nf4(weight, dtype=rows.dtype)
-            assert isinstance(weight, torch.Tensor)  # `ready_to_read` gives no fp8 copies
+        s = None if self.down is None else torch.mm(rows, self.down.t())
+        column = 0
+        for number, (linear, part) in enumerate(zip(self.linears, out.split(self.sizes, dim=1), strict=True)):
+            stop = column + part.shape[1]
+            weight = self._weight(linear)
             if linear.bias is None:
                 torch.mm(rows, weight.t(), out=part)
             else:
-                torch.addmm(linear.bias, rows, weight.t(), out=part)
-        if self.down is not None and self.up is not None:
-            out.addmm_(torch.mm(rows, self.down.t()), self.up.t())
-        return out.view(*x.shape[:-1], -1).split(self.sizes, dim=-1)
+                assert self.bias is not None
+                torch.addmm(self.bias[column:stop], rows, weight.t(), out=part)
+            del weight  # before the next one is dequantised
+            if s is not None and self.up is not None and linear.adapters:
+                part.addmm_(s[:, number * self.rank : (number + 1) * self.rank], self.up[column:stop].t())
+            column = stop
+        return out
 
 
 class Projections:
     """Every group of an attached model that gains by it, by the module that asks for it."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+        self._dtype = embedding.dtype
+        half = embedding.is_cuda and embedding.dtype in (torch.bfloat16, torch.float16)
+        self._counts = torch.zeros(op.MAX_PLACES, dtype=torch.int32, device=embedding.device) if half else None
         self._groups: list[tuple[nn.Module, dict[tuple[str, ...], Projection]]] = []
         for module in model.modules():
             spec = module.__dict__.get(KEY)
@@ -104,7 +141,7 @@ class Projections:
             plain = {linear.weight.dtype for linear in linears if isinstance(linear.weight, torch.Tensor)}
             if plain - {self._dtype}:
                 return
-            made[names] = Projection(linears, self._dtype)
+            made[names] = Projection(linears, self._dtype, self._counts)
         self._groups.append((module, made))
 
     def __len__(self) -> int:

@@ -69,7 +69,7 @@ def test_every_layer_has_its_own_adapter(device):
 
 def test_counts_are_left_as_they_were_found_and_results_repeat(device):
     x, weights, options = make(20, 1030, (64, 40), torch.float32, device, rank=16)
-    counts = torch.zeros(op.places_of(20, (64, 40)), dtype=torch.int32, device=device)
+    counts = torch.zeros(op.MAX_PLACES, dtype=torch.int32, device=device)
     first, second = (decode_linear(x, weights, counts=counts, **options) for _ in range(2))
     assert torch.equal(first, second) and not counts.any()
     with pytest.raises(ConfigError, match="counts holds 1 tiles of"):
@@ -103,7 +103,16 @@ def test_what_it_refuses(device):
             decode_linear(x, weights, **{**options, name: tensor})
     with pytest.raises(ConfigError, match="the bias is"):
         decode_linear(x, weights, bias=torch.zeros(3, device=device))
-    assert not op.fits(x, weights * 2, 16) and not op.fits(x, weights, 128) and op.fits(x, weights, 64)
+    assert op.fits(256, 3, 64) and not any(op.fits(*each) for each in ((257, 3, 64), (0, 1, 0), (1, 4, 0), (1, 1, 65)))
+
+
+def test_counts_suffice_for_any_shape():
+    for sms in (16, 132, 148, 300):
+        for rows in (1, 64, 256):
+            for widths in ((16,), (4096, 1024, 1024), (28672, 28672)):
+                launch = op.launch_for(rows, 8192, widths, sms)
+                tiles = sum(-(-width // launch.columns) for width in widths) * -(-rows // launch.rows)
+                assert launch.splits == 1 or tiles <= op.MAX_PLACES
 
 
 # ------------------------------------------------------------------------------------------------------------ compile
