@@ -200,6 +200,19 @@ def rollout(report: Report) -> str:
         report | {"versions": {"torch": report["torch"]}, "copy_bytes_per_s": report["ceilings"]["bytes_per_s"]})
 
 
+def parity(report: Report) -> str:
+    """Every difference between the backends beside what it is held against and its bound."""
+    rows = [
+        [entry["part"], entry["what"], str(entry["steps"]), str(entry["seeds"]), f"{entry['value']:.1e}",
+         "-" if entry["own"] is None else f"{entry['own']:.1e}", f"{entry['bound']:.1e}",
+         "yes" if entry["holds"] else "**no**"]
+        for entry in report["rows"]
+    ]  # fmt: skip
+    first, last = report["fell"]
+    head = ["run", "what", "steps", "seeds", "fast", "held against", "bound", "holds"]
+    return markdown(head, rows) + f"\nThe learning run's loss fell from {first:.2f} to {last:.2f}. " + source(report)
+
+
 def _interval(found: dict[str, Any]) -> str:
     ratio, low, high = found["ratio"]
     if found.get("pairs", 2) < 2:
@@ -289,6 +302,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     **{f"sft-{name}": (f"sft/{name}.json", sft) for name in SFT_ROWS},
     "sft-summary": (" ".join(f"sft/{name}.json" for name in SFT_ROWS), sft_summary),
     "rollout": ("rollout.json", rollout),
+    "parity": ("parity.json", parity),
     **{f"rl-{name}": (f"rl/{name}.json", rl) for name in RL_ROWS},
     "learning": ("learning.json", learning),
     **{f"learning-{name}": ("learning.json", learning_of(name)) for name in LEARNT},
