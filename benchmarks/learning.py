@@ -211,7 +211,8 @@ def main(argv: list[str] | None = None, trainer: Callable[..., str | None] = tra
         print(f"  {task.algorithm} {task.backend} {task.seed}: {why or 'ok'}", flush=True)
         if why is not None:
             failed.append({"backend": task.backend, "seed": task.seed, "why": why})
-        rows = [row_of(name, args.backends, found[0], found[1], **about, **places) for name, found in done.items() if found[0]]
+        rows = [row_of(name, args.backends, found[0], found[1], **about, **places)
+                for name, found in done.items() if found[0]]
         if args.json and rows:
             write(args.json, {**told, **places, "rows": rows})
 

@@ -24,7 +24,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,12 @@ from benchmarks.rl.workloads import WHY_NOT, WORKLOADS, Workload, recipe, write_
 from benchmarks.sft.__main__ import PACKAGES, PLAIN, RECOMPUTE, Runner, missing
 
 CONTINUOUS = {"trainer_options": {"use_transformers_continuous_batching": True}}
+# Run where they are named: not part of every table.
+ASIDE = ("fast-8gib",)
 ARMS: dict[str, Arm] = {arm.label: arm for arm in (
     Arm("fast", "fast", PLAIN), Arm("fast-gc", "fast", RECOMPUTE),
+    # As many layers as 8 GiB ask for, the rollouts' cache included.
+    Arm("fast-8gib", "fast", {"gradient_checkpointing": "auto", "memory_budget_gib": 8.0}),
     Arm("trl", "trl", PLAIN), Arm("trl-gc", "trl", RECOMPUTE),
     # transformers' continuous batching in place of generate; its cache leaves little for activations
     Arm("trl-cb", "trl", RECOMPUTE | CONTINUOUS),
@@ -72,26 +77,35 @@ def spec_for(workload: Workload, arm: Arm, repeat: int, *, model: Path, rows: Pa
     return replace(spec, probe=False, draw_adapters=True, gradient_steps=[], role=role)
 
 
-def run_arms(workload: Workload, arms: Sequence[Arm], *, repeats: int, runner: Runner, **where: Any
+def run_arms(workload: Workload, arms: Sequence[Arm], *, repeats: int, runner: Runner,
+             keep: Callable[[dict[str, Any]], None] = lambda found: None, **where: Any
              ) -> dict[str, list[dict[str, Any]] | str]:
-    """Results of each arm's runs by its label, or why there are none; A B C, C B A, ..."""
+    """Results of each arm's runs by its label, or why there are none; A B C, C B A, ...
+
+    Args:
+        keep: called with what there is after every run: a command that is cut loses the run at hand only.
+    """
     found: dict[str, Any] = {arm.label: unfit(workload, arm) or [] for arm in arms}
     for repeat in range(repeats):
         for arm in (arms if repeat % 2 == 0 else list(reversed(arms))):
             if isinstance(found[arm.label], str):
                 continue
             spec = spec_for(workload, arm, repeat, **where)
+            begun, laps = time.monotonic(), ""
             try:
                 result = runner(spec, arm)
             except AlignTuneError as error:
                 found[arm.label] = f"failed: {str(error).splitlines()[-1].strip()[:300]}"
             else:
+                laps = ", ".join(f"{part} {seconds:.1f}" for part, seconds in result.get("laps", {}).items())
                 if result["status"] == "ok":
                     found[arm.label].append(result | {"log": logged(Path(spec.folder) / "run" / "metrics.jsonl")})
                 else:
                     found[arm.label] = f"failed: {result['kind']}: {result['message']}"[:300]
             said = found[arm.label] if isinstance(found[arm.label], str) else "ok"
-            print(f"  {arm.label} {repeat + 1}: {said}", flush=True)
+            print(f"  {arm.label} {repeat + 1}: {said} in {time.monotonic() - begun:.1f} s"
+                  + (f" ({laps})" if laps else ""), flush=True)
+            keep(found)
     return found
 
 
@@ -164,6 +178,7 @@ def entry(name: str, arm: Arm, runs: list[dict[str, Any]], reference: list[dict[
         "first_step_s": min(speed["cold_start"]), "losses": [step["loss"] for step in first["steps"]],
         "phases_s": speed["phases"], "capture_s": speed["capture_seconds"], "trace": first["trace"],
         "attestation": first["attestation"], "machine": [one["machine"] for one in runs],
+        "laps_s": [one.get("laps") for one in runs],
         "versions": {"python": first["environment"]["python"], **{
             package: version for package in PACKAGES
             if (version := first["environment"]["packages"].get(package)) is not None}},
@@ -205,7 +220,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("rows", nargs="*", metavar="row",
                         help=f"of {', '.join(WORKLOADS)}; all but those of smoke by default")
-    parser.add_argument("--arms", default=",".join(ARMS), help=f"of {', '.join(ARMS)}; the first is the reference")
+    parser.add_argument("--arms", default=",".join(arm for arm in ARMS if arm not in ASIDE),
+                        help=f"of {', '.join(ARMS)}; the first is the reference; all but {', '.join(ASIDE)}")
     parser.add_argument("--json", type=Path, help="write versions, card, commit, command, ceilings and rows here")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each arm; with 1 no noise is measured")
     parser.add_argument("--site-unsloth", type=Path)
@@ -221,9 +237,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def of_row(name: str, arms: Sequence[Arm], folder: Path, args: argparse.Namespace, *, gpu: bool, runner: Runner | None
-           ) -> list[dict[str, Any]]:
-    """The entries of one row, in the order of the arms."""
+def entries_of(name: str, arms: Sequence[Arm], found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The entries of the arms that ran, or will not."""
+    reference = found[arms[0].label]
+    reference = reference if isinstance(reference, list) and reference else None
+    return [{"row": name, "arm": arm.label, "why": found[arm.label]} if isinstance(found[arm.label], str) else entry(
+        name, arm, found[arm.label], reference, arms[0].label) for arm in arms if found[arm.label]]
+
+
+def of_row(name: str, arms: Sequence[Arm], folder: Path, args: argparse.Namespace, *, gpu: bool, runner: Runner | None,
+           keep: Callable[[list[dict[str, Any]]], None] = lambda entries: None) -> list[dict[str, Any]]:
+    """The entries of one row, in the order of the arms; `keep` gets those there are after every run."""
     from aligntune.builtin import load_tokenizer
 
     workload = WORKLOADS[name]
@@ -241,14 +265,11 @@ def of_row(name: str, arms: Sequence[Arm], folder: Path, args: argparse.Namespac
           f"runs x {limit:g} s", flush=True)
     found = run_arms(workload, arms, model=model, rows=rows, folder=(args.keep or folder) / name,
                      precision="bf16" if gpu else "fp32", repeats=args.repeats,
+                     keep=lambda now: keep(entries_of(name, arms, now)),
                      runner=runner or functools.partial(in_a_fresh_process, limit=limit))
-    reference = found[arms[0].label]
-    entries = []
-    for arm in arms:
-        runs = found[arm.label]
-        entries.append({"row": name, "arm": arm.label, "why": runs} if isinstance(runs, str) else entry(
-            name, arm, runs, None if isinstance(reference, str) else reference, arms[0].label))
-        print(line(entries[-1]), flush=True)
+    entries = entries_of(name, arms, found)
+    for one in entries:
+        print(line(one), flush=True)
     return entries
 
 
@@ -263,7 +284,7 @@ def main(argv: list[str] | None = None, runner: Runner | None = None) -> int:
     report: dict[str, Any] = {
         "command": " ".join(("python -m benchmarks.rl", *(sys.argv[1:] if argv is None else argv))),
         "commit": args.commit or commit(), "device": torch.cuda.get_device_name() if gpu else "cpu",
-        "repeats": args.repeats, "rows": [],
+        "repeats": args.repeats,
     }  # fmt: skip
     if gpu:
         from benchmarks.ops.bench import Ceilings
@@ -275,11 +296,18 @@ def main(argv: list[str] | None = None, runner: Runner | None = None) -> int:
             for name in args.arms]
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+
+    def write(more: list[dict[str, Any]]) -> None:
+        if args.json:
+            aside = args.json.with_name(args.json.name + ".part")  # cut while writing, the one of before stays
+            aside.write_text(json.dumps({**report, "rows": [*rows, *more]}, indent=1) + "\n")
+            aside.replace(args.json)
+
     with tempfile.TemporaryDirectory() as folder:
         for name in args.rows:
-            report["rows"] += of_row(name, arms, Path(folder), args, gpu=gpu, runner=runner)
-            if args.json:
-                args.json.write_text(json.dumps(report, indent=1) + "\n")
+            rows += of_row(name, arms, Path(folder), args, gpu=gpu, runner=runner, keep=write)
+            write([])
     return 0
 
 

@@ -61,7 +61,7 @@ class Workload:
 
 # The fourth step of fast is traced, unsloth compiles in its first two; a step of trl is about 10 s, one of unsloth 8 s,
 # one with continuous batching 20 s.
-ROLLOUTS = {"fast": (8, 4), "trl-cb": (2, 1), "trl": (4, 3), "unsloth": (4, 2)}
+ROLLOUTS = {"fast": (8, 4), "trl-cb": (2, 1), "trl": (3, 2), "unsloth": (4, 2)}
 LONG_ROLLOUTS = {"fast": (6, 2), "": (2, 1)}
 
 WORKLOADS = {

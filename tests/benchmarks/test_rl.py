@@ -113,6 +113,21 @@ def test_no_failure_of_an_arm_ends_the_run(tmp_path: Path) -> None:
     assert third["why"].startswith("failed: arm 'unsloth': ") and "cannot be started" in third["why"]
 
 
+def test_what_was_measured_is_written_after_every_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, run, seen = tmp_path / "out.json", runner([], tmp_path), []
+
+    def other(spec: Any, arm: Any) -> dict[str, Any]:
+        seen.append([(row["arm"], row.get("why", "ok")) for row in json.loads(out.read_text())["rows"]]
+                    if out.exists() else None)
+        return run(spec, arm) | {"laps": {"imports": 7.25}}
+
+    assert benchmark.main(["smoke-grpo", "--arms", "trl,fast-gc,fast", "--repeats", "1", "--json", str(out)],
+                          other) == 0
+    assert seen == [None, [("trl", "ok")], [("trl", "ok"), ("fast-gc", "failed: the last words")]]
+    assert [row["arm"] for row in json.loads(out.read_text())["rows"]] == ["trl", "fast-gc", "fast"]
+    assert not list(tmp_path.glob("*.part")) and "(imports 7.2)" in capsys.readouterr().out
+
+
 def test_losses_of_pairs_are_held_side_by_side(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     run = runner([], tmp_path)
@@ -177,13 +192,13 @@ def test_every_arm_of_every_row_resolves(tmp_path: Path) -> None:
             assert job.options.max_steps == steps > measured > 0
             assert (spec.role == "a") == (name in ("dpo-1b", "smoke-dpo")) and spec.draw_adapters and not spec.probe
             recomputes = arm.label.endswith("-gc") or arm.label == "trl-cb"
-            checkpointing = "auto" if arm.label == "unsloth-gc" else recomputes
+            checkpointing = "auto" if arm.label in ("unsloth-gc", "fast-8gib") else recomputes
             assert job.options.gradient_checkpointing == checkpointing
             if arm.backend == "fast":
                 # The traced step is not a measured one.
                 assert steps - measured > 3
             seen += 1
-    assert seen == 7 * 7 - 2 - 2
+    assert seen == 7 * 8 - 2 - 2
 
 
 def test_arms_that_have_nothing_to_measure() -> None:
