@@ -4,6 +4,7 @@ python -m benchmarks.sft --json FILE                        every row
 python -m benchmarks.sft lora-1b qlora-8b --json FILE       some
 python -m benchmarks.sft lora-1b --arms fast,fast-gc        some arms
 python -m benchmarks.sft smoke --arms trl,fast              toy sizes, any machine; the times mean nothing
+python -m benchmarks.sft --longest qlora-8b --json FILE     the longest row that trains (benchmarks.sft.longest)
 
 Arms are those of `aligntune compare`, and so are the processes, the clocks and the statistics: every arm runs --repeats
 times, the second time in the other order, from one seed checkpoint and on the same rows. A peer that is not installed
@@ -35,6 +36,7 @@ from aligntune.compare.settings import Arm, Settings
 from aligntune.compare.stats import throughput_ratio
 from aligntune.errors import ComparisonError
 from benchmarks.ops.__main__ import commit
+from benchmarks.sft.longest import longest
 from benchmarks.sft.workloads import MODELS, WORKLOADS, Workload, recipe, write_model, write_rows
 
 PLAIN, RECOMPUTE = {"gradient_checkpointing": False}, {"gradient_checkpointing": True}
@@ -160,9 +162,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--site-unsloth", type=Path)
     parser.add_argument("--commit", help="the commit, where this tree is not a checkout")
     parser.add_argument("--limit", type=float, default=240, help="seconds a run may take")
+    parser.add_argument("--longest", metavar="ROW", choices=list(WORKLOADS), help="find the longest row that fits")
+    parser.add_argument("--minutes", type=float, default=25, help="of --longest: no probe begins that would end later")
+    parser.add_argument("--start", type=int, default=65_536, help="of --longest: tokens of the first probe")
+    parser.add_argument("--most", type=int, default=1 << 20, help="of --longest: tokens that it does not go beyond")
     parser.add_argument("--keep", type=Path, help="leave specs, logs and results of the runs here")
     args = parser.parse_args(argv)
-    args.rows = args.rows or [name for name in WORKLOADS if name != "smoke"]
+    if args.longest and args.rows:
+        parser.error("--longest takes its row itself")
+    args.rows = [args.longest] if args.longest else args.rows or [name for name in WORKLOADS if name != "smoke"]
+    if args.longest and args.arms == parser.get_default("arms"):
+        args.arms = "fast-offload"
     args.arms = args.arms.split(",")
     for given, known in ((args.rows, WORKLOADS), (args.arms, ARMS)):
         if strange := sorted(set(given) - set(known)):
@@ -223,7 +233,8 @@ def main(argv: list[str] | None = None, runner: Runner | None = None) -> int:
     sites = {"liger": args.site_liger, "unsloth": args.site_unsloth}
     arms = [replace(ARMS[name], python=str(site) if (site := sites.get(ARMS[name].peer or "")) else None)
             for name in args.arms]
-    runner = runner or functools.partial(in_a_fresh_process, limit=args.limit)
+    # A probe of --longest has a limit of its own: a step over 300,000 tokens takes minutes.
+    run, runner = runner, runner or functools.partial(in_a_fresh_process, limit=args.limit)
     rows: list[dict[str, Any]] = []
 
     def write(more: list[dict[str, Any]]) -> None:
@@ -233,6 +244,12 @@ def main(argv: list[str] | None = None, runner: Runner | None = None) -> int:
             aside.replace(args.json)
 
     with tempfile.TemporaryDirectory() as folder:
+        if args.longest:
+            for arm in arms:
+                entry_of = functools.partial(longest, args.longest, arm, Path(folder), args, gpu=gpu, runner=run)
+                rows.append(entry_of(keep=lambda now: write([now])))
+                write([])
+            return 0
         for name in args.rows:
             rows += of_row(name, arms, Path(folder), args, gpu=gpu, runner=runner, keep=write)
             write([])

@@ -118,8 +118,8 @@ def write_rows(workload: Workload, path: Path) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(workload)))
 
 
-def write_model(name: str, folder: Path, tokenizer: Any, *, device: str) -> None:
-    """A seed checkpoint in bf16, with the tokenizer, that every arm starts from."""
+def write_model(name: str, folder: Path, tokenizer: Any, *, device: str, **changed: Any) -> None:
+    """A seed checkpoint in bf16, with the tokenizer, that every arm starts from; `changed` goes over its config."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -129,7 +129,7 @@ def write_model(name: str, folder: Path, tokenizer: Any, *, device: str) -> None
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options))
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**options, **changed}))
     finally:
         torch.set_default_dtype(default)
     model.save_pretrained(folder)

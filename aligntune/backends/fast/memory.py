@@ -8,6 +8,10 @@ Bytes of a step, with T its tokens and k the layers that keep their activations:
 above that, `layer` what one layer keeps for its backward. The first step recomputes every layer and measures `step`
 and `layer`; `base` is read when the second begins, when the optimizer has made its state. Each batch is then planned
 by its own length: a long one recomputes more layers than a short one.
+
+Part of `step` is a tile of an MLP (`tiles`), which a shorter batch takes as a whole and a longer one shares: what is
+planned is the larger of T step and T (step - tile of the measured batch) + tile of this one. A layer that keeps its
+activations goes back through its MLP as a whole: where there is one, `step` is at least what that takes.
 """
 
 from __future__ import annotations
@@ -16,11 +20,13 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from aligntune.backends.fast.ops.head import MEMORY_BUDGET
 from aligntune.backends.fast.recompute import Recompute
+from aligntune.backends.fast.tiles import tile_bytes
 
 GIB = 1 << 30
 SPARE = 0.06
@@ -35,17 +41,36 @@ class Costs:
     gradients: int
     step: float
     layer: float
+    tokens: int = 0
+    shape: dict[str, Any] | None = None
+
+    def recomputed(self, tokens: int) -> float:
+        """Bytes that `tokens` take above what stands, every layer recomputed; of what was measured at `self.tokens`."""
+        linear = tokens * self.step
+        if self.shape is None or not self.tokens:
+            return linear
+        tile = tile_bytes(self.tokens, **self.shape)
+        return max(linear, tokens * (self.step - tile / self.tokens) + tile_bytes(tokens, **self.shape))
+
+    def whole(self, tokens: int) -> float:
+        """Bytes that the backward of a layer that kept its activations takes beside them."""
+        if self.shape is None:
+            return 0
+        return tokens * (self.shape["width"] + 3 * self.shape["hidden"]) * self.shape["element_size"]
 
     def of(self, tokens: int, kept: int) -> float:
         """Bytes at the peak of a step of `tokens`, `kept` layers keeping their activations."""
-        return self.base + self.gradients + MEMORY_BUDGET + tokens * (self.step + kept * self.layer)
+        step = max(self.recomputed(tokens), self.whole(tokens) if kept else 0)
+        return self.base + self.gradients + MEMORY_BUDGET + step + tokens * kept * self.layer
 
     def kept(self, tokens: int, budget: float, layers: int) -> int:
         """The most layers, of `layers`, that can keep their activations within `budget` bytes."""
-        left = budget - self.of(tokens, 0)
-        if left < 0 or not layers:
+        if budget < self.of(tokens, 0) or not layers:
             return 0
-        return layers if self.layer <= 0 else min(layers, int(left / (tokens * self.layer)))
+        if self.layer <= 0:
+            return layers
+        left = budget - self.of(tokens, 1) + tokens * self.layer
+        return max(0, min(layers, int(left / (tokens * self.layer))))
 
 
 @dataclass
@@ -64,7 +89,7 @@ class MemoryPlan:
     costs: Costs | None = None
     most: int = 0
     _began: int | None = None
-    _first: tuple[int, int, float] | None = None
+    _first: tuple[int, int, float, dict[str, Any] | None] | None = None
 
     @contextmanager
     def step(self, tokens: int, *, number: int) -> Iterator[None]:
@@ -88,13 +113,13 @@ class MemoryPlan:
         yield
         if measuring and self.recompute.measured is not None:
             peak = torch.cuda.max_memory_allocated() - before
-            self._first = tokens, max(0, peak - self.gradients), self.recompute.measured
+            self._first = tokens, max(0, peak - self.gradients), self.recompute.measured, self.recompute.shape
 
     def _settle(self) -> None:
         assert self._first is not None
-        tokens, step, layer = self._first
+        tokens, step, layer, shape = self._first
         base = torch.cuda.memory_allocated()
-        self.costs = Costs(base, self.gradients, step / tokens, layer / tokens)
+        self.costs = Costs(base, self.gradients, step / tokens, layer / tokens, tokens, shape)
         torch.cuda.empty_cache()  # blocks cut for the first step would lie idle beside larger ones
 
     def _budget(self) -> float:

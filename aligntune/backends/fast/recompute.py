@@ -186,6 +186,7 @@ class Recompute:
     last_out: Waiting | None = None
     measured: int | None = None
     measure: bool = False
+    shape: dict[str, Any] | None = None
 
     def choose(self, first: int | None) -> None:
         """Recompute the `first` layers from the next forward on; None is all."""
@@ -207,7 +208,7 @@ class Recompute:
             tiled = tiles.plan(function, args)
             return function(*args) if tiled is None else tiles.forward(function, *args, tiled)
         if self.measure and number == len(self.layers) // 2:
-            self.measure, self.measured = False, kept_bytes(function, args)
+            self.measure, self.measured, self.shape = False, kept_bytes(function, args), tile_shape(function, args)
         if number == 0:
             self.last_out = None
             self.buffers.leaving.clear()
@@ -217,6 +218,14 @@ class Recompute:
     def __call__(self, number: int) -> Callable[..., Any]:
         """What a layer has as its `_gradient_checkpointing_func`."""
         return functools.partial(self.run, number)
+
+
+def tile_shape(function: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, Any] | None:
+    """What `tiles.tile_bytes` wants to know of a layer beside the tokens; None where it is not tiled."""
+    if not isinstance(function, tiles.Halves) or not function.width or not isinstance(args[0], torch.Tensor):
+        return None
+    return {"width": function.width, "hidden": args[0].shape[-1], "element_size": args[0].element_size(),
+            "unpacks": function.unpacks}
 
 
 def kept_bytes(function: Callable[..., Any], args: tuple[Any, ...]) -> int:

@@ -119,11 +119,9 @@ def plan(call: Any, args: Sequence[Any], parameters: Sequence[torch.Tensor] = ()
     return Tiles(min(rows, group), group)
 
 
-def tile_bytes(call: Any, tokens: int, hidden: int, element_size: int) -> int:
-    """Bytes of one tile of a layer's MLP: gate, up, the product's gradient, and three as wide as the hidden states."""
-    if not isinstance(call, Halves):
-        return 0
-    return rows_of(tokens, hidden, unpacks=call.unpacks) * 3 * (call.width + hidden) * element_size
+def tile_bytes(tokens: int, *, width: int, hidden: int, element_size: int, unpacks: bool = False) -> int:
+    """Bytes of one tile of an MLP: gate, up, the product's gradient, and three as wide as the hidden states."""
+    return rows_of(tokens, hidden, unpacks=unpacks) * 3 * (width + hidden) * element_size
 
 
 def _one_length(call: Halves, hidden: torch.Tensor) -> int | None:

@@ -43,6 +43,30 @@ def test_layers_that_keep_nothing_are_all_kept() -> None:
     assert costs(layer=0.0).kept(1000, 100 * GIB, 7) == 7 and costs().kept(1000, 100 * GIB, 0) == 0
 
 
+SHAPE = {"width": 8192, "hidden": 2048, "element_size": 2}
+TILE = 2048 * 3 * 10240 * 2  # of 2,048 rows, as of all lengths from that to 32,768
+
+
+def test_a_shorter_batch_pays_its_tile_and_a_longer_one_what_was_measured() -> None:
+    planned = costs(step=0.05 * MIB, tokens=8192, shape=SHAPE)
+    linear = 0.05 * MIB
+    assert planned.recomputed(8192) == pytest.approx(8192 * linear)
+    shorter = planned.recomputed(2048)
+    assert shorter == pytest.approx(2048 * (linear - TILE / 8192) + TILE) and shorter > 2048 * linear * 1.5
+    assert planned.recomputed(32_768) == pytest.approx(32_768 * linear)
+    assert costs(step=0.05 * MIB, tokens=8192).recomputed(2048) == pytest.approx(2048 * linear)
+
+
+def test_a_kept_layer_goes_back_as_a_whole() -> None:
+    planned = costs(step=0.001 * MIB, layer=0.1 * MIB, tokens=8192, shape=SHAPE)
+    whole = 8192 * (8192 + 3 * 2048) * 2
+    assert planned.of(8192, 1) - planned.of(8192, 0) == pytest.approx(
+        whole - planned.recomputed(8192) + 8192 * 0.1 * MIB)
+    budget = planned.of(8192, 3)
+    assert planned.kept(8192, budget, 16) == 3 and planned.kept(8192, budget - 1, 16) == 2
+    assert planned.kept(8192, planned.of(8192, 0), 16) == 0  # room for none is not less than none
+
+
 class Layer(torch.nn.Module):
     gradient_checkpointing = True
 
