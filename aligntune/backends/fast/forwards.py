@@ -98,6 +98,15 @@ def add_norm(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> tuple[
     return rms_norm(x, norm.weight, eps=spec.eps, convention=spec.convention, residual=residual)
 
 
+def norm_and_input(norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(norm(x), x)`; where `norm` is attached, whoever goes on with this x adds its gradient inside norm's backward."""
+    spec: NormSpec | None = norm.__dict__.get(KEY)
+    if spec is None or passing_by_is_wrong(norm, norm_forward):
+        return norm(x), x
+    promise(norm, norm_op(norm.weight), x, norm.weight)
+    return rms_norm(x, norm.weight, eps=spec.eps, convention=spec.convention, keep=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------- MLP
 
 
@@ -218,7 +227,8 @@ def layer_forward(self: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 def _layer(self: nn.Module, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    return _second(self, _attend(self, self.input_layernorm(hidden_states), **kwargs), hidden_states)
+    normed, hidden_states = norm_and_input(self.input_layernorm, hidden_states)
+    return _second(self, _attend(self, normed, **kwargs), hidden_states)
 
 
 def _attend(self: nn.Module, normed: torch.Tensor, **kwargs: Any) -> torch.Tensor:
