@@ -128,7 +128,9 @@ def _one_length(call: Halves, hidden: torch.Tensor) -> int | None:
     """The length of rows that lie end to end and have all the same; None where that is not so, or cannot be told."""
     ends, longest = call.kwargs.get("cu_seq_lens_q"), call.kwargs.get("max_length_q")
     mask = call.kwargs.get("attention_mask")
-    if ends is None or mask is None or mask.shape[-1] or hidden.shape[0] != 1 or not isinstance(longest, int):
+    if not isinstance(ends, torch.Tensor) or not isinstance(mask, torch.Tensor) or not isinstance(longest, int):
+        return None
+    if mask.shape[-1] or hidden.shape[0] != 1:
         return None
     if (ends.shape[0] - 1) * longest != hidden.shape[1] or ends.shape[0] < 3:
         return None

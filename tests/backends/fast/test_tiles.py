@@ -41,8 +41,9 @@ def adapted(family: str = "llama", *, dropout: float = 0.0, targets: Any = "all-
     return model
 
 
-def recomputed(model: Any, *, offload: bool = False) -> Any:
-    attach(model)
+def recomputed(model: Any, *, offload: bool = False, attached: bool = True) -> Any:
+    if attached:
+        attach(model)
     base = base_model(model)
     assert install(base, offload=offload) is not None
     base.gradient_checkpointing_enable()
@@ -64,7 +65,7 @@ def step(model: Any, batch: dict[str, Any] | None = None, *, autocast: bool = Fa
     return found | {"": hidden.detach()}
 
 
-def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 1e-6) -> None:
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 3e-6) -> None:
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
         scale = expected.abs().max().item()
@@ -106,7 +107,9 @@ def ends(lengths: list[int]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------- numbers
 
 
-@pytest.mark.parametrize("family", ATTACHED)
+@pytest.mark.parametrize("family", [
+    pytest.param(name, marks=() if name in ("gemma3_text", "phi3", "granite") else pytest.mark.slow)
+    for name in ATTACHED])
 def test_every_family_trains_the_same_by_tiles(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = step(recomputed(adapted(family)))
     small(monkeypatch, rows=5)
@@ -116,19 +119,22 @@ def test_every_family_trains_the_same_by_tiles(family: str, monkeypatch: pytest.
     same(found, expected)
 
 
-@pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("lengths", [[8, 8, 8], [24], [3, 13, 8], [6] * 7])
+@pytest.mark.parametrize(("lengths", "offload"), [
+    ([6] * 3, True), ([3, 13, 8], True), pytest.param([24], False, marks=pytest.mark.slow),
+    pytest.param([4] * 7, False, marks=pytest.mark.slow), pytest.param([8, 8, 8], False, marks=pytest.mark.slow),
+])
 def test_rows_end_to_end(lengths: list[int], offload: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of one length go through attention by groups of whole sequences, others as a whole."""
     expected = step(recomputed(adapted(), offload=offload), ends(lengths))
     small(monkeypatch, rows=6)
     spy = Spy(monkeypatch)
     found = step(recomputed(adapted(), offload=offload), ends(lengths))
-    group = {(8, 8, 8): 8, (6,) * 7: 6}.get(tuple(lengths), sum(lengths))
+    group = {(6,) * 3: 6, (8,) * 3: 8, (4,) * 7: 4}.get(tuple(lengths), sum(lengths))
     assert spy.plans and {planned.group for planned in spy.plans} == {group} and not spy.rows
     same(found, expected)
 
 
+@pytest.mark.slow
 def test_what_trains_as_a_whole_is_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = step(recomputed(minis.build("qwen3")))
     small(monkeypatch, rows=5)
@@ -162,7 +168,7 @@ def test_a_gradient_that_somebody_holds_is_not_written_into() -> None:
     assert [total.tolist() for total in sums.rounded() if total is not None] == [[3, 3], [6, 6]]
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "phi3"])
 def test_dropout_draws_in_the_recomputation_what_the_forward_drew(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +201,7 @@ def test_dropout_draws_in_the_recomputation_what_the_forward_drew(
     assert set(spy.plans) == {Tiles(6, 22)}
 
 
+@pytest.mark.slow
 def test_autocast_and_a_residual_wider_than_the_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = step(recomputed(adapted()), autocast=True)
     whole = step(recomputed(adapted()))
@@ -214,6 +221,7 @@ def test_a_first_layer_whose_input_asks_for_no_gradient_and_mlp_adapters_alone(m
     same(step(recomputed(adapted(targets=targets))), expected)
 
 
+@pytest.mark.slow
 def test_accumulation_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch, rows=5)
     model = recomputed(adapted(), offload=True)
@@ -295,7 +303,7 @@ def test_groups_of_whole_sequences() -> None:
     assert plan(call(**flat(4, 2048, something=[3], use_cache=False)), [x]) == Tiles(2048, 2048)
 
 
-@pytest.mark.parametrize("where", ["mlp", "mlp.gate_proj"])
+@pytest.mark.parametrize("where", [pytest.param("mlp", marks=pytest.mark.slow), "mlp.gate_proj"])
 def test_hooks_see_whole_rows(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch, rows=5)
     model = recomputed(minis.build("llama"))
@@ -306,7 +314,8 @@ def test_hooks_see_whole_rows(where: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert spy.plans == [Tiles(6, 22), None] and seen == [11, 11] and spy.rows == [22, 22]
 
 
-@pytest.mark.parametrize("family", ["olmo2", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", [
+    pytest.param("olmo2", marks=pytest.mark.slow), pytest.param("mixtral", marks=pytest.mark.slow), "qwen3_moe"])
 def test_layers_that_see_rows_together_run_as_a_whole(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch, rows=5)
     spy = Spy(monkeypatch)
@@ -324,6 +333,7 @@ def test_one_tile_is_the_whole_layer_to_the_bit(monkeypatch: pytest.MonkeyPatch)
     assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
+@pytest.mark.slow
 def test_a_copy_tiles_its_own_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch, rows=5)
     model = recomputed(adapted())
@@ -340,8 +350,8 @@ def test_a_copy_tiles_its_own_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_full_host_leaves_inputs_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"num_hidden_layers": 5}
-    expected = step(recomputed(adapted(**options)))
-    model = recomputed(adapted(**options), offload=True)
+    expected = step(recomputed(adapted(**options), attached=False))
+    model = recomputed(adapted(**options), offload=True, attached=False)
     ours = recompute.recompute_of(base_model(model))
     assert ours is not None
     ours.buffers.room = 2 * 4096  # two inputs of 22 x 44 x 4 bytes
@@ -352,8 +362,8 @@ def test_a_full_host_leaves_inputs_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -
 
 def test_large_inputs_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recompute, "PIECE", 1024)
-    expected = step(recomputed(adapted()))
-    model = recomputed(adapted(), offload=True)
+    expected = step(recomputed(adapted(), attached=False))
+    model = recomputed(adapted(), offload=True, attached=False)
     same(step(model), expected)
     ours = recompute.recompute_of(base_model(model))
     assert ours is not None
@@ -381,7 +391,7 @@ def test_room_is_what_the_control_group_leaves(tmp_path: Any, monkeypatch: pytes
 
 
 def test_a_second_backward_through_an_offloaded_layer_is_refused() -> None:
-    model = recomputed(minis.build("llama"), offload=True)
+    model = recomputed(minis.build("llama"), offload=True, attached=False)
     loss = model(**minis.batch(), use_cache=False).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second"):
