@@ -156,8 +156,7 @@ class TrainSection:
     max_grad_norm: float = option(1.0, "Clip the gradient's global norm to this; 0 never clips.", ge=0)
     gradient_checkpointing: bool | str = option(
         "auto", "Recompute activations in the backward pass: in every layer; 'offload', with the layers' inputs in "
-        "host memory (fast); 'auto', in as many as memory asks (sft and preference methods on fast), else on a GPU "
-        "in every layer.",
+        "host memory (fast); 'auto', in as many as memory asks on fast, else on a GPU in every layer.",
         choices=("auto", "offload"),
     )
     memory_budget_gib: float | None = option(None, "GPU memory that fast may plan with; null is what is free.", gt=0)

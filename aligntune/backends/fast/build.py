@@ -14,7 +14,7 @@ from aligntune.backends.fast.attestation import attest, report_of
 from aligntune.backends.fast.fp8_base import quantize_base
 from aligntune.backends.fast.graphs import eager_because
 from aligntune.backends.fast.memory import GIB, MemoryPlan
-from aligntune.backends.fast.online import FlatLogProbs
+from aligntune.backends.fast.online import FlatLogProbs, LossPassPlan
 from aligntune.backends.fast.ppo import FastPPO, attach_critic
 from aligntune.backends.fast.preference import FlatPreference
 from aligntune.backends.fast.recompute import install, recompute_of, remove
@@ -85,17 +85,18 @@ def recompute_layers(
 
     Args:
         wanted: True recomputes every layer, "offload" keeps their inputs in host memory, "auto" plans by memory where
-            the trainer can (sft and preference methods on a GPU) and is True elsewhere. None: as the model was
-            made (`FastLanguageModel`). Nothing is recomputed where neither the trainer nor a layer of the model asks.
+            the model is on a GPU and is True elsewhere. None: as the model was made (`FastLanguageModel`). Nothing is
+            recomputed where neither the trainer nor a layer of the model asks for it.
         budget_gib: what "auto" plans with, in GiB at the peak of a step; None is what is free.
     Raises:
         ConfigError: "offload" or a budget was asked for and cannot be had.
     """
     args, model = trainer.args, attachment.model
-    plans = wanted == "auto" and isinstance(trainer, FastSFT | FlatPreference) and next(model.parameters()).is_cuda
+    plans = wanted == "auto" and isinstance(trainer, FastSFT | FlatPreference | FlatLogProbs) and (
+        next(model.parameters()).is_cuda)
     if budget_gib is not None and not plans:
-        raise ConfigError(f"train.memory_budget_gib = {budget_gib:g}: gradient_checkpointing='auto' of sft and "
-                          "of preference methods on a GPU plans with it; leave it out")
+        raise ConfigError(f"train.memory_budget_gib = {budget_gib:g}: gradient_checkpointing='auto' on a GPU plans "
+                          "with it; leave it out")
     made = recompute_of(model)
     offload = wanted == "offload" or (wanted is None and made is not None and made.offload)
     if not (args.gradient_checkpointing or any(getattr(part, "gradient_checkpointing", False)
@@ -116,7 +117,8 @@ def recompute_layers(
     if plans:
         gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         budget = None if budget_gib is None else int(budget_gib * GIB)
-        trainer.memory = MemoryPlan(recompute, budget, gradients)  # type: ignore[attr-defined]
+        plan = LossPassPlan if isinstance(trainer, FlatLogProbs) else MemoryPlan
+        trainer.memory = plan(recompute, budget, gradients)  # type: ignore[attr-defined]
         return "activations: recomputed as memory asks"
     where = ", their inputs in host memory" if recompute.offload else ""
     return f"activations: recomputed in every layer{where}"

@@ -7,11 +7,13 @@ completions, and the numbers are put back where TRL expects them; padding gets 0
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from aligntune.backends.fast.memory import GIB, MemoryPlan
 from aligntune.backends.fast.packing import IGNORED
 
 _BUCKET = 64
@@ -74,13 +76,51 @@ class Flat:
         return whole[:-1].view(self.rows, self.columns)
 
 
+@dataclass
+class LossPassPlan(MemoryPlan):
+    """`MemoryPlan` for the loss passes of an online trainer: what rollouts hold meanwhile is no room for them.
+
+    The rollouts' cache stands between steps and is part of `base`. What their graphs' pools hold idle is reserved and
+    yet for nobody else; it is taken off what is free. `cache`: bytes of the rollouts' cache.
+    """
+
+    cache: int = 0
+    _idle: int = 0
+
+    def begin(self) -> None:
+        """Before a pass, whose peak may be measured: the one so far is that of generating and scoring."""
+        if self.costs is None and self._first is None:
+            # The run's own record of its peak loses the first rollout here, and not those after it.
+            torch.cuda.reset_peak_memory_stats()
+
+    def _settle(self) -> None:
+        super()._settle()
+        self._idle = idle_in_pools()
+
+    def _budget(self) -> float:
+        return super()._budget() - (0 if self.budget is not None else self._idle)
+
+    def __str__(self) -> str:
+        held = f", {self.cache / GIB:.2f} of them the rollouts' cache" if self.cache and self.costs is not None else ""
+        return super().__str__().replace(" GiB between steps", f" GiB between steps{held}")
+
+
+def idle_in_pools() -> int:
+    """Bytes of the pools of CUDA graphs that hold nothing now: their graphs write there, and nobody else may."""
+    return sum(segment["total_size"] - segment["allocated_size"] for segment in torch.cuda.memory_snapshot()
+               if tuple(segment["segment_pool_id"]) != (0, 0))
+
+
 class FlatLogProbs:
     """Mixin before a GRPOTrainer or RLOOTrainer: with `rows_end_to_end`, log-prob and loss passes compute no padding.
 
+    With `memory` the pass of a loss recomputes as many layers as it says; passes without gradients recompute nothing.
     `flats`: how the rows of the last such pass lay, a micro-batch each; empty after a padded one.
     """
 
     rows_end_to_end = False
+    memory: LossPassPlan | None = None
+    _unplanned: contextlib.ExitStack | None = None  # of a training step whose loss pass is to come
     flats: tuple[Flat, ...] = ()
     _rule: Any = None  # a `TokenRule` of the loss that this pass is for
     _made: Any = None  # its loss with the gradient, and the log-probs and entropies that hold none
@@ -92,14 +132,17 @@ class FlatLogProbs:
         asked = {name for name, value in other.items() if value is not None and value is not False}
         self.flats = ()
         if not self.rows_end_to_end or asked:  # images, or the router's loss
+            self._plan_pass(input_ids.numel())
             return super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
                 model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size,
                 compute_entropy=compute_entropy, **other)
         log_probs, entropies = [], []
         size = batch_size or len(input_ids)
-        for start in range(0, len(input_ids), size):
-            flat = Flat.of(input_ids[start : start + size], attention_mask[start : start + size], logits_to_keep)
-            self.flats += (flat,)
+        self.flats = tuple(
+            Flat.of(input_ids[start : start + size], attention_mask[start : start + size], logits_to_keep)
+            for start in range(0, len(input_ids), size))
+        self._plan_pass(sum(flat.inputs["input_ids"].numel() for flat in self.flats))
+        for flat in self.flats:
             rule = {} if self._rule is None or not compute_entropy else {"token_rule": self._rule.laid(flat)}
             with self.accelerator.autocast():
                 outputs = model(**flat.inputs, fused_lm_head=True, **rule)
@@ -112,3 +155,26 @@ class FlatLogProbs:
                 self._made = outputs.loss, [log_probs[-1], entropies[-1]]
                 return log_probs[-1], entropies[-1], None
         return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None
+
+    def training_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """TRL's; the plan of its loss pass holds until the backward is done."""
+        step = super().training_step  # type: ignore[misc]
+        if self.memory is None:
+            return step(model, inputs, *args, **kwargs)
+        with contextlib.ExitStack() as plans:
+            self._unplanned = plans
+            try:
+                return step(model, inputs, *args, **kwargs)
+            finally:
+                self._unplanned = None
+
+    def _plan_pass(self: Any, tokens: int) -> None:
+        """Before a pass of so many tokens: where it is the one with gradients of a training step, plan its layers."""
+        plans = self._unplanned
+        if plans is None or not torch.is_grad_enabled():
+            return
+        self._unplanned = None  # a step has one such pass; one that is run again takes the same plan
+        engine = getattr(self, "rollout_engine", None)
+        self.memory.cache = 0 if engine is None else engine.cache_bytes
+        self.memory.begin()
+        plans.enter_context(self.memory.step(tokens, number=self.state.global_step))

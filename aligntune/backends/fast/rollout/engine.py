@@ -186,6 +186,11 @@ class RolloutEngine:
                               f"{pages * size:.2f} GiB of cache are there; set rollout_memory_gib or shorten it")
         return PagePool(**kind, pages=pages, device=parameter.device)
 
+    @property
+    def cache_bytes(self) -> int:
+        """Of the cache, as far as there is one now."""
+        return 0 if self._decoder is None else self._decoder.pool.memory.nbytes
+
     def release(self) -> None:
         """Give the cache and the graphs back; the next call allocates and captures anew."""
         self._decoder = None

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aligntune.backends.fast.rollout.engine import Rollout, RolloutEngine, cannot_run_because
+from aligntune.backends.fast.memory import GIB, MemoryPlan
+from aligntune.backends.fast.rollout.engine import SHARE_OF_FREE, Rollout, RolloutEngine, cannot_run_because
 from aligntune.backends.fast.rollout.sampling import Sampling
 from aligntune.errors import ConfigError
 
@@ -87,6 +88,8 @@ class FastRollouts:
             round_of_training = self.args.generation_batch_size // self.accelerator.num_processes
             rows = min(MOST_ROWS, max(len(prompt_ids), round_of_training))
             options = {"max_batch": rows, "autocast": autocast_of(self)} | self._engine_options
+            if options["memory_gib"] is None:
+                options["memory_gib"] = share_of_budget(getattr(self, "memory", None))
             self.rollout_engine = RolloutEngine(self.model, self._tokenizer, **options)
         # TRL repeats a prompt for each of its completions; next to each other they share a prefill.
         groups = [(ids, len(list(same))) for ids, same in itertools.groupby(prompt_ids)]
@@ -164,6 +167,13 @@ class ScoredRollouts(FastRollouts):
             mask = attention_mask[:, -logits_to_keep:]
             self._log_difference(found[0].detach(), drawn.to(mask.device), mask)
         return found
+
+
+def share_of_budget(plan: MemoryPlan | None) -> float | None:
+    """GiB for the cache of a trainer whose steps have a budget, the share that it takes of what is free elsewhere."""
+    if plan is None or plan.budget is None:
+        return None
+    return max(0.0, SHARE_OF_FREE * (plan.budget - torch.cuda.memory_allocated()) / GIB)
 
 
 def autocast_of(trainer: Any) -> torch.dtype | None:
