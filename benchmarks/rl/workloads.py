@@ -78,6 +78,9 @@ WORKLOADS = {
                           answer=(3, 9), options={"beta": 0.1, "learning_rate": 1e-3}),
     "smoke-grpo": Workload("smoke", "grpo", {"fast": (6, 2), "": (3, 2)}, batch_size=8, accumulation=2,
                            max_seq_length=64, prompt=(3, 5), new_tokens=8, stops=512, options={"beta": 0.0}),
+    "smoke-ppo": Workload("smoke", "ppo", {"fast": (6, 2), "": (3, 2)}, batch_size=8, max_seq_length=64, prompt=(3, 5),
+                          new_tokens=8, stops=512,
+                          options={"num_ppo_epochs": 1, "num_mini_batches": 1, "kl_coef": 0.05}),
 }  # fmt: skip
 
 
