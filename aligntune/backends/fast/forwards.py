@@ -99,7 +99,7 @@ def add_norm(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> tuple[
 
 
 def norm_and_input(norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(norm(x), x)`; where `norm` is attached, whoever goes on with this x adds its gradient inside norm's backward."""
+    """`(norm(x), x)`; where `norm` is attached, the gradient of this x is added inside the backward of norm."""
     spec: NormSpec | None = norm.__dict__.get(KEY)
     if spec is None or passing_by_is_wrong(norm, norm_forward):
         return norm(x), x
@@ -261,7 +261,7 @@ def _halves(self: nn.Module, kwargs: dict[str, Any]) -> tiles.Halves:
     ours = isinstance(mlp.__dict__.get(KEY), MlpSpec) and not any(map(hooked, [*mlp.modules(), *after]))
     down = getattr(mlp.down_proj, "base_layer", mlp.down_proj) if ours else None
     return tiles.Halves(
-        self, norm, _attend, _second, kwargs, width=getattr(down, "in_features", 0),
+        self, norm, _layer, norm_and_input, _attend, _second, kwargs, width=getattr(down, "in_features", 0),
         unpacks=hasattr(getattr(down, "weight", None), "quant_state"),
         norm_again=isinstance(norm.__dict__.get(KEY), NormSpec) and not passing_by_is_wrong(norm, norm_forward))
 

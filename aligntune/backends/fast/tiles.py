@@ -46,11 +46,13 @@ largest by far; with fewer, the copy would not be over in time."""
 
 @dataclass(frozen=True)
 class Halves:
-    """A decoder layer that can be run in parts: `second(attend(norm(x)), x)`.
+    """A decoder layer as a whole, `whole(x)`, and in parts: `second(attend(norm(x)), x)`.
 
     Args:
         module: the layer.
         norm: makes attention's input (..., H) from the layer's.
+        whole: (module, x, **kwargs) -> the layer's output.
+        with_input: (norm, x) -> normed, and x itself or a tensor that stands for it: its gradient joins norm's.
         attend: (module, normed, **kwargs) -> attention's branch as it is added, (..., H).
         second: (module, branch, x) -> the layer's output, each row from the same rows of both.
         kwargs: what attention takes beside its input.
@@ -61,6 +63,8 @@ class Halves:
 
     module: nn.Module
     norm: nn.Module
+    whole: Callable[..., torch.Tensor]
+    with_input: Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     attend: Callable[..., torch.Tensor]
     second: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
     kwargs: dict[str, Any]
@@ -70,7 +74,7 @@ class Halves:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """The layer as a whole."""
-        return self.second(self.module, self.attend(self.module, self.norm(hidden), **self.kwargs), hidden)
+        return self.whole(self.module, hidden, **self.kwargs)
 
 
 @dataclass(frozen=True)
@@ -243,8 +247,11 @@ def _of_group(
 ) -> torch.Tensor | None:
     """The gradient of `x` (..., H), a leaf; those of parameters go to `sums`."""
     with torch.enable_grad():
-        branch = _attended(call, x, fetch if late else _nothing)
-    edge = get_gradient_edge(branch) if branch.requires_grad else None
+        branch, same_x = _attended(call, x, fetch if late else _nothing)
+    edges = [get_gradient_edge(branch)] if branch.requires_grad else []
+    joins = bool(edges) and same_x is not x and same_x.requires_grad
+    if joins:
+        edges.append(get_gradient_edge(same_x))
     # The gradient of a tile's rows takes the place of what they were made from, which no node of the branch's saves.
     down, over, given = _flat(branch.detach()), _flat(x.detach()), _flat(gradient)
     # Under autocast the residual may be wider than the branch: its gradient is then a tensor of its own.
@@ -255,11 +262,13 @@ def _of_group(
     if not late:
         fetch()
     dx = residual.view(x.shape) if x.requires_grad else None
-    if edge is not None:
-        wanted = [x] if x.requires_grad else []
-        found = torch.autograd.grad([edge], [*wanted, *sums.parameters], [down.view(branch.shape)], allow_unused=True)
+    if edges:
+        wanted, given_back = [x] if x.requires_grad else [], [down.view(branch.shape), residual.view(branch.shape)]
+        found = torch.autograd.grad(edges, [*wanted, *sums.parameters], given_back[: len(edges)], allow_unused=True)
         sums.add(found[len(wanted) :])
-        if dx is not None and found[0] is not None:
+        if joins:
+            dx = found[0]
+        elif dx is not None and found[0] is not None:
             dx.add_(found[0])
     fetch()
     return dx
@@ -281,11 +290,11 @@ def _of_tile(
     sums.add(found[len(leaves) :])
 
 
-def _attended(call: Halves, x: torch.Tensor, reached: Callable[[], None]) -> torch.Tensor:
-    """Attention's branch, with a graph that does not keep the normed input; its backward calls `reached` there."""
-    normed = call.norm(x)
+def _attended(call: Halves, x: torch.Tensor, reached: Callable[[], None]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention's branch and what stands for x; its graph keeps no normed input, and calls `reached` to make it."""
+    normed, same_x = call.with_input(call.norm, x)
     if not call.norm_again or normed.dtype != x.dtype:
-        return call.attend(call.module, normed, **call.kwargs)
+        return call.attend(call.module, normed, **call.kwargs), same_x
     start, numel = normed.data_ptr(), normed.numel()
 
     def pack(saved: torch.Tensor) -> Any:
@@ -301,7 +310,7 @@ def _attended(call: Halves, x: torch.Tensor, reached: Callable[[], None]) -> tor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack) if normed.is_contiguous() else nullcontext()
     with hooks:
-        return call.attend(call.module, normed, **call.kwargs)
+        return call.attend(call.module, normed, **call.kwargs), same_x
 
 
 class Sums:
