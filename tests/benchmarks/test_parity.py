@@ -86,6 +86,6 @@ def test_toy_runs_end_to_end(part, tmp_path):
     path = tmp_path / "parity.json"
     parity.main(["--device", "cpu", "--steps", "3", "--seeds", "1", "--parts", part, "--json", str(path)])
     rows = json.loads(path.read_text())["rows"]
-    assert len(rows) == (7 if part == "sft" else 4) and all(row["value"] >= 0 for row in rows)
+    assert len(rows) == (8 if part == "sft" else 4) and all(row["value"] >= 0 for row in rows)
     if part == "sft":
         assert rows[0]["holds"], rows[0]

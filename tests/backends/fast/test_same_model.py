@@ -115,6 +115,10 @@ def online(backend: str, algorithm: str, path: Path, **options: Any) -> Any:
     with parity.no_tf32():
         run = create_rl_trainer(mini(), [{"prompt": f"count to {i}:"} for i in range(8)], algorithm=algorithm, **given)
     parity.draw_adapters(run.trainer.model)
+    if algorithm == "ppo":  # a head of zeros passes no gradient on
+        parity.draw_adapters(run.trainer.critic)
+        with torch.no_grad():
+            run.trainer.critic.head.weight.copy_(noise(run.trainer.critic.head.weight.shape, 0.1, 6))
     return run.trainer
 
 
