@@ -206,7 +206,7 @@ class Recompute:
         """`function(*args)`, layer `number` of the model, recomputed in the backward."""
         if not torch.is_grad_enabled():
             tiled = tiles.plan(function, args)
-            return function(*args) if tiled is None else tiles.forward(function, *args, tiled)
+            return function(*args) if tiled is None else tiles.forward(function, args[0], tiled)  # type: ignore[arg-type]
         if self.measure and number == len(self.layers) // 2:
             self.measure, self.measured, self.shape = False, kept_bytes(function, args), tile_shape(function, args)
         if number == 0:
