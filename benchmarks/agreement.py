@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 WINDOWS, DEVIATIONS, SAMPLING, MOST = 6, 2.0, 3.0, 0.1
+GAIN = 0.05
+"""What a mean rises by, from the first window to the last third, where something was learnt."""
 Points = Sequence[Sequence[float]]
 """[(step, seconds since the first step, reward), ...] of one run."""
 
@@ -30,7 +32,8 @@ def judge(curves: Mapping[str, Sequence[Points]]) -> dict[str, Any]:
 
     Returns:
         `agree`: in every window of steps, and over the last third of them, the means are apart by no more than
-            allowed. `windows`, `last_third`: of each the steps, [mean, deviation] by backend, apart, allowed.
+            allowed. `learnt`: both means rose; curves that stay where they are agree for nothing. `windows`,
+            `last_third`: of each the steps, [mean, deviation] by backend, apart, allowed.
         `by_time`: the same at moments of the reference's run, a run that is over counting with its last window.
             `not_behind`: the other's mean is nowhere lower by more than allowed. `within`: nor higher.
         `why`: why there is no judgement, in place of all that.
@@ -52,6 +55,7 @@ def judge(curves: Mapping[str, Sequence[Points]]) -> dict[str, Any]:
     last = _window(cut, (count - max(1, count // 3), count), noise)
     return {
         "agree": all(one["apart"] <= one["allowed"] for one in (*windows, last)),
+        "learnt": all(last[name][0] - windows[0][name][0] > GAIN for name in curves),
         "last_third": last, "windows": windows, "by_time": _by_time(cut, spans, noise),
     }
 

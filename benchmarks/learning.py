@@ -239,7 +239,8 @@ def line(judgement: dict[str, Any]) -> str:
         return judgement["why"]
     last, time = judgement["last_third"], judgement["by_time"]
     beyond = sum(one["apart"] > one["allowed"] for one in judgement["windows"])
-    return (f"{'agree' if judgement['agree'] else 'do not agree'}: last third apart {last['apart']:.3f}, allowed "
+    said = ("agree" if judgement["agree"] else "do not agree") + ("" if judgement["learnt"] else ", nothing learnt")
+    return (f"{said}: last third apart {last['apart']:.3f}, allowed "
             f"{last['allowed']:.3f}; {beyond} of {len(judgement['windows'])} windows beyond; at equal seconds "
             + ("nowhere behind" if time["not_behind"] else "behind"))
 

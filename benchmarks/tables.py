@@ -237,7 +237,8 @@ def learning(report: Report) -> str:
         rows.append([
             row["algorithm"], *("{:.3f} ± {:.3f}".format(*last[name]) for name in by_backend),
             f"{last['apart']:.3f} ({last['allowed']:.3f})",
-            f"all {len(windows)}" if not beyond else f"{len(windows) - beyond} of {len(windows)}",
+            (f"all {len(windows)}" if not beyond else f"{len(windows) - beyond} of {len(windows)}")
+            + ("" if found["learnt"] else ", nothing learnt"),
             "no" if found["by_time"]["not_behind"] else "yes", ", ".join(seconds), str(row["at_once"]),
         ])  # fmt: skip
     head = ["last third of the steps", "trl, reward", "fast, reward", "apart (allowed)", "windows within",

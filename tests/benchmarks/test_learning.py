@@ -29,7 +29,7 @@ def runs_of(*, steps: int = 60, apart: float = 0.0, fallen: float = 0.0, spread:
 
 def test_curves_of_one_learner_agree() -> None:
     found = judge({"trl": runs_of(source=1), "fast": runs_of(source=2, speed=4)})
-    assert found["agree"] is True and found["by_time"]["not_behind"] is True
+    assert found["agree"] is True and found["learnt"] is True and found["by_time"]["not_behind"] is True
     assert len(found["windows"]) == 6 and found["windows"][0]["steps"] == [1, 10]
     last = found["last_third"]
     assert last["steps"] == [41, 60] and 0 < last["apart"] < 0.03
@@ -71,7 +71,7 @@ def test_by_hand() -> None:
     flat = {"trl": [[(i, i, 0.5) for i in range(4)], [(i, i, 0.52) for i in range(4)]],
             "fast": [[(i, i, 0.52) for i in range(4)], [(i, i, 0.54) for i in range(4)]]}  # fmt: skip
     found = judge(flat)
-    assert found["agree"] is True and len(found["windows"]) == 2
+    assert found["agree"] is True and found["learnt"] is False and len(found["windows"]) == 2
     assert found["last_third"]["apart"] == pytest.approx(0.02)
     assert found["last_third"]["allowed"] == pytest.approx(2 * 0.0141421, rel=1e-4)
     assert found["last_third"]["fast"] == pytest.approx([0.53, 0.0141421], rel=1e-4)
@@ -177,6 +177,8 @@ def test_the_table(report: dict[str, Any]) -> None:
     assert "NVIDIA H100; torch 2.11" in lines[-1]
     report["rows"][0]["judgement"]["windows"][2] |= {"apart": 0.2}
     assert "| 5 of 6 |" in tables.learning(report)
+    report["rows"][0]["judgement"]["learnt"] = False
+    assert "| 5 of 6, nothing learnt |" in tables.learning(report)
     report["rows"][0]["judgement"] = {"why": "a spread needs two seeds of each backend"}
     assert "| a spread needs two seeds of each backend |" in tables.learning(report)
     page = tables.learning_of("grpo")(report)
