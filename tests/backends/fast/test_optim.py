@@ -326,3 +326,37 @@ def test_dpo(tmp_path):
         if "lora_A" not in name:  # its gradient is 0 while B is
             rate = RATE if "modules_to_save" in name else OTHERS
             assert (after - before[name]).abs().max() == pytest.approx(rate, rel=0.01), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
+def test_bitsandbytes_waits_for_no_parameter(optimizer, tmp_path, monkeypatch):
+    """The same numbers as its own step, its hooks run, and nothing is synchronised between parameters."""
+    from bitsandbytes.optim import optimizer as theirs
+
+    waited, hooked = [], []
+    monkeypatch.setattr(theirs, "sync_gpu", lambda tensor: waited.append(tensor))
+    weights = {}
+    for whose in ("ours", "theirs"):
+        torch.manual_seed(0)
+        trainer = sft(tmp_path / whose, optimizer=optimizer, use_peft=True, lora_target_modules=WHOLE)
+        made = trainer.trainer.create_optimizer()
+        made.register_step_post_hook(lambda *_: hooked.append(1))
+        if whose == "theirs":
+            del made.step
+        waited.clear()
+        hooked.clear()
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            for group in made.param_groups:
+                for p in group["params"]:
+                    p.grad = torch.randn(p.shape, generator=generator)
+            made.param_groups[0]["params"][0].grad = None
+            made.step()
+        assert hooked == [1, 1, 1]
+        parameters = sum(len(group["params"]) for group in made.param_groups)
+        assert parameters > 2 and len(waited) >= (0 if whose == "ours" else 3 * (parameters - 1))
+        assert whose == "theirs" or not waited
+        weights[whose] = [p.detach().clone() for group in made.param_groups for p in group["params"]]
+    pairs = list(zip(weights["ours"], weights["theirs"], strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert any(float(a.norm()) > 0 for a, _ in pairs)

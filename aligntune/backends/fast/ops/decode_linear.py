@@ -27,7 +27,7 @@ from aligntune.errors import ConfigError
 MAX_LAYERS = 3
 MAX_RANK = 64
 MAX_PLACES = 1024  # tiles of an output whose inner dimension is split: `launch_for` splits none that fill the SMs
-MAX_ROWS = 256  # beyond, a product is bound by arithmetic, and cuBLAS has tiles for that
+MAX_ROWS = 64  # one tile: with 256 rows, on an H100, cuBLAS's four launches take 0.88 times as long
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class DecodeLaunch:
 
 
 def launch_for(rows: int, inner: int, widths: Sequence[int], sms: int) -> DecodeLaunch:
-    """As many programs as SMs, or a little more: with fewer some idle, and every split reads X and adds a part."""
+    """As many programs as SMs, no more: with fewer some idle, and every split reads X and adds a part."""
     block_m = min(64, max(16, _runtime.next_power_of_2(rows)))
     columns, depth = 64, 128
     tiles = sum(_runtime.cdiv(width, columns) for width in widths) * _runtime.cdiv(rows, block_m)
     most = max(1, inner // (2 * depth))  # two loads at least to overlap
     splits = 1
-    while splits < most and tiles * splits * 2 <= sms * 3 // 2:
+    while splits < most and tiles * splits * 2 <= sms:
         splits *= 2
     return DecodeLaunch(block_m, columns, depth, splits, 4, 4)
 
@@ -177,7 +177,7 @@ def decode_linear(
     """Outputs of up to three layers side by side, (M, sum of N_i), outside autograd.
 
     Args:
-        x: (M, K), 1 <= M <= 256; weights: (N_i, K) each, of x's dtype, any row strides.
+        x: (M, K), 1 <= M <= MAX_ROWS; weights: (N_i, K) each, of x's dtype, any row strides.
         down: A_i one below the other, (layers x R, K); up: B_i one below the other, scaling inside, (sum of N_i, R).
             R is 16, 32 or 64; a smaller rank is padded with zeros.
         bias: (sum of N_i,).

@@ -58,7 +58,7 @@ def launch_for(n_rows: int, width: int, *, updates: bool = False) -> GluLaunch:
     products of tensor cores, which want tiles.
     """
     if updates:
-        rows, block = 32, min(128, max(16, _runtime.next_power_of_2(width)))
+        rows, block = 16, min(128, max(16, _runtime.next_power_of_2(width)))
         return GluLaunch(rows, block, 4, _runtime.cdiv(n_rows, rows) * _runtime.cdiv(width, block))
     largest, per_thread = (2048, 16) if width % 16 == 0 else (512, 4)
     block = min(largest, max(32, _runtime.next_power_of_2(width)))

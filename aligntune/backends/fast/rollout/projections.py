@@ -6,8 +6,8 @@ layers on one input one below the other, and s_i B_i too. The base weights are r
 
     out_i = X W_i^T + (X A_i^T) (s_i B_i)^T
 
-In 16 bits on a GPU few rows take `decode_linear`. Many (a prefill), and fp32, take cuBLAS's products, each layer's into
-its columns of one buffer.
+In 16 bits on a GPU few rows take `decode_linear`. Many, and fp32, take cuBLAS's products, each layer's into its columns
+of one buffer; there the s_i B_i also lie on a diagonal, so that one product adds every layer's update.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Projection:
     rank: int = field(init=False)
     down: torch.Tensor | None = None
     up: torch.Tensor | None = None
+    diagonal: torch.Tensor | None = None
     bias: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -51,6 +52,7 @@ class Projection:
             a = adapters[0].a
             self.down = a.new_zeros((len(self.linears) * self.rank, a.shape[1]), dtype=self.dtype)
             self.up = a.new_zeros((sum(self.sizes), self.rank), dtype=self.dtype)
+            self.diagonal = a.new_zeros((sum(self.sizes), len(self.linears) * self.rank), dtype=self.dtype)
         biases = [linear.bias for linear in self.linears if linear.bias is not None]
         if biases:
             self.bias = biases[0].new_zeros(sum(self.sizes), dtype=self.dtype)
@@ -68,6 +70,9 @@ class Projection:
                 self.down[number * self.rank + row : number * self.rank + row + rank].copy_(adapter.a)
                 self.up[column : column + size, row : row + rank].copy_(adapter.b.float() * adapter.scaling)
                 row += rank
+            if self.diagonal is not None and self.up is not None:
+                block = self.diagonal[column : column + size, number * self.rank : (number + 1) * self.rank]
+                block.copy_(self.up[column : column + size])
             column += size
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -88,20 +93,18 @@ class Projection:
     def _apart(self, rows: torch.Tensor) -> torch.Tensor:
         """Product by product."""
         out = torch.empty((rows.shape[0], sum(self.sizes)), dtype=rows.dtype, device=rows.device)
-        s = None if self.down is None else torch.mm(rows, self.down.t())
         column = 0
-        for number, (linear, part) in enumerate(zip(self.linears, out.split(self.sizes, dim=1), strict=True)):
-            stop = column + part.shape[1]
+        for linear, part in zip(self.linears, out.split(self.sizes, dim=1), strict=True):
             weight = self._weight(linear)
             if linear.bias is None:
                 torch.mm(rows, weight.t(), out=part)
             else:
                 assert self.bias is not None
-                torch.addmm(self.bias[column:stop], rows, weight.t(), out=part)
+                torch.addmm(self.bias[column : column + part.shape[1]], rows, weight.t(), out=part)
             del weight  # before the next one is dequantised
-            if s is not None and self.up is not None and linear.adapters:
-                part.addmm_(s[:, number * self.rank : (number + 1) * self.rank], self.up[column:stop].t())
-            column = stop
+            column += part.shape[1]
+        if self.down is not None and self.diagonal is not None:
+            out.addmm_(torch.mm(rows, self.down.t()), self.diagonal.t())
         return out
 
 

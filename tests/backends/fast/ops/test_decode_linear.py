@@ -40,7 +40,7 @@ def compare(rows, inner, widths, dtype, device, *, eps=1e-6, **kind):
 
 
 @pytest.mark.parametrize("kind", [{}, {"rank": 16}, {"rank": 32, "bias": True}, {"bias": True}], ids=str)
-@pytest.mark.parametrize("shape", [(1, 64, (48,)), (3, 520, (40, 9)), (17, 255, (70, 16, 16)), (65, 1030, (64,))],
+@pytest.mark.parametrize("shape", [(1, 64, (48,)), (3, 520, (40, 9)), (17, 255, (70, 16, 16)), (64, 1030, (64,))],
                          ids=str)  # fmt: skip
 def test_fp32_against_the_truth(shape, kind, device):
     compare(*shape, torch.float32, device, **kind)
@@ -48,7 +48,7 @@ def test_fp32_against_the_truth(shape, kind, device):
 
 def test_the_cases_split_the_inner_dimension_and_do_not(device):
     splits = {op.launch_for(rows, inner, widths, 132).splits for rows, inner, widths in
-              ((1, 64, (48,)), (3, 520, (40, 9)), (65, 1030, (64,)))}  # fmt: skip
+              ((1, 64, (48,)), (3, 520, (40, 9)), (64, 1030, (64,)))}  # fmt: skip
     assert 1 in splits and max(splits) > 1
 
 
@@ -103,12 +103,12 @@ def test_what_it_refuses(device):
             decode_linear(x, weights, **{**options, name: tensor})
     with pytest.raises(ConfigError, match="the bias is"):
         decode_linear(x, weights, bias=torch.zeros(3, device=device))
-    assert op.fits(256, 3, 64) and not any(op.fits(*each) for each in ((257, 3, 64), (0, 1, 0), (1, 4, 0), (1, 1, 65)))
+    assert op.fits(64, 3, 64) and not any(op.fits(*each) for each in ((65, 3, 64), (0, 1, 0), (1, 4, 0), (1, 1, 65)))
 
 
 def test_counts_suffice_for_any_shape():
     for sms in (16, 132, 148, 300):
-        for rows in (1, 64, 256):
+        for rows in (1, 17, 64):
             for widths in ((16,), (4096, 1024, 1024), (28672, 28672)):
                 launch = op.launch_for(rows, 8192, widths, sms)
                 tiles = sum(-(-width // launch.columns) for width in widths) * -(-rows // launch.rows)
@@ -143,7 +143,7 @@ def test_compiles_for_sm90(number):
 @pytest.mark.slow
 def test_every_class_compiles_for_sm90():
     for dtype in ("*bf16", "*fp16", "*fp32"):
-        for rows, inner, widths, rank in ((1, 2048, (8192, 8192), 16), (16, 255, (40,), 0), (256, 8192, (2048,), 32)):
+        for rows, inner, widths, rank in ((1, 2048, (8192, 8192), 16), (16, 255, (40,), 0), (64, 8192, (2048,), 32)):
             assert_fits(case(rows, inner, widths, dtype, rank))
 
 
@@ -153,7 +153,7 @@ def test_every_class_compiles_for_sm90():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 2048, (2048, 512, 512)), (64, 2048, (8192, 8192)), (64, 8192, (2048,)),
-                                   (200, 2560, (4096, 1024, 1024)), (33, 255, (100, 7))], ids=str)  # fmt: skip
+                                   (48, 2560, (4096, 1024, 1024)), (33, 255, (100, 7))], ids=str)  # fmt: skip
 def test_gpu_against_the_truth(shape, dtype):
     compare(*shape, dtype, "cuda", rank=16, bias=True)
     compare(*shape, dtype, "cuda", rank=64)
