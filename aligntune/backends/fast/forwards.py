@@ -65,6 +65,10 @@ class LayerSpec(Spec):
     family: Family | None = None
     checkpoints: bool = False
 
+    def parts(self, layer: nn.Module, kwargs: dict[str, Any]) -> tiles.Halves | None:
+        """`layer(.., **kwargs)` as a call that can be run in parts; None where calling it would do more."""
+        return None if passing_by_is_wrong(layer, layer_forward) else _halves(layer, kwargs)
+
 
 def norm_op(weight: torch.Tensor) -> str:
     """The ledger's name of a norm: with a weight that trains its backward launches one kernel more."""

@@ -204,6 +204,7 @@ class Recompute:
 
     def run(self, number: int, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`, layer `number` of the model, recomputed in the backward."""
+        function = tiles.parts_of(function)
         if not torch.is_grad_enabled():
             tiled = tiles.plan(function, args)
             return function(*args) if tiled is None else tiles.forward(function, args[0], tiled)  # type: ignore[arg-type]

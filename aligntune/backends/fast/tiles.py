@@ -21,6 +21,7 @@ begin from the same random state: the masks are the same, though others than wit
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
+
+from aligntune.backends.fast.lora import KEY
 
 FEWEST_NUMBERS = 1 << 22
 """Of the hidden states in a tile: the product down to H features then makes 128 blocks of 128 x 256, one for each of
@@ -39,6 +42,7 @@ takes 7% of the products' time. One unpacked copy for all tiles would hold 6HF b
 PARTS = 16
 """No tile is a smaller part of all rows: 3RF numbers are then 0.7 TH of an 8B model, and unpacking takes nothing."""
 ROUND = 128
+_CALLS = ("__call__", "_wrapped_call_impl")
 LATE_ROWS = 1 << 16
 """From so many rows on the input of the layer before is fetched behind attention's backward, whose buffers are the
 largest by far; with fewer, the copy would not be over in time."""
@@ -86,6 +90,20 @@ class Tiles:
 
     def __str__(self) -> str:
         return f"{self.rows} rows at a time"
+
+
+def parts_of(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's call as one that can be run in parts, where the layer is attached; any other call as it is.
+
+    transformers asks for recomputation in a layer's forward, or (up to 5.17 at least) in its class's `__call__`, which
+    hands over a partial of torch's own: there the forward, and what stands beside it, has not been reached yet.
+    """
+    if not isinstance(call, functools.partial) or call.args or getattr(call.func, "__name__", "") not in _CALLS:
+        return call
+    layer = getattr(call.func, "__self__", None)
+    make = getattr(layer.__dict__.get(KEY), "parts", None) if isinstance(layer, nn.Module) else None
+    parts = None if make is None else make(layer, call.keywords)
+    return call if parts is None else parts
 
 
 def rows_of(tokens: int, hidden: int, *, unpacks: bool = False) -> int:

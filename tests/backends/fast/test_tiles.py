@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from aligntune.backends.fast import attach, recompute, tiles
+from aligntune.backends.fast import attach, detach, recompute, tiles
 from aligntune.backends.fast.attachment import base_model
 from aligntune.backends.fast.recompute import install
 from aligntune.backends.fast.tiles import Halves, Sums, Tiles, plan, rows_of
@@ -287,6 +288,41 @@ def test_what_is_tiled_and_what_is_not() -> None:
 def flat(rows: int, length: int, **more: Any) -> dict[str, Any]:
     return {"cu_seq_lens_q": torch.empty(rows + 1, device="meta"), "max_length_q": length,
             "attention_mask": torch.empty((1, 1, 1, 0)), "position_ids": meta(1, rows * length), **more}
+
+
+def test_a_call_of_the_class_is_taken_apart() -> None:
+    """How transformers 5.17 asks for recomputation: before the layer's forward has been reached."""
+    model = recomputed(adapted())
+    layer = next(m for m in model.modules() if type(m).__name__.endswith("DecoderLayer"))
+    asked = functools.partial(super(type(layer), layer).__call__, position_ids=None)
+    parts = tiles.parts_of(asked)
+    assert isinstance(parts, Halves) and parts.module is layer and parts.width
+    assert parts.kwargs == {"position_ids": None}
+    assert tiles.parts_of(parts) is parts and tiles.parts_of(step) is step
+    other = functools.partial(layer.mlp.__call__)
+    assert tiles.parts_of(other) is other
+    handle = layer.register_forward_hook(lambda *_: None)
+    assert tiles.parts_of(asked) is asked
+    handle.remove()
+    detach(model)
+    assert tiles.parts_of(asked) is asked
+
+
+def test_a_class_that_asks_before_its_forward_trains_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = step(recomputed(adapted()))
+
+    def asks(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = functools.partial(torch.nn.Module.__call__.__get__(self), **kwargs)
+        return self._gradient_checkpointing_func(call, *args) if self.gradient_checkpointing else call(*args)
+
+    model = recomputed(adapted())
+    for layer in (m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")):
+        layer.__dict__["_aligntune"].checkpoints = False
+        monkeypatch.setattr(type(layer), "__call__", asks, raising=False)
+    small(monkeypatch, rows=5)
+    spy = Spy(monkeypatch)
+    same(step(model), expected)
+    assert spy.plans and set(spy.plans) == {Tiles(6, 22)} and not spy.rows
 
 
 def test_groups_of_whole_sequences() -> None:
