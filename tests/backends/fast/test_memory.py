@@ -44,15 +44,15 @@ def test_layers_that_keep_nothing_are_all_kept() -> None:
 
 
 SHAPE = {"width": 8192, "hidden": 2048, "element_size": 2}
-TILE = 2048 * 3 * 10240 * 2  # of 2,048 rows, as of all lengths from that to 32,768
+TILE = 4096 * 3 * 10240 * 2  # of 4,096 rows, as of all lengths from that to 65,536
 
 
 def test_a_shorter_batch_pays_its_tile_and_a_longer_one_what_was_measured() -> None:
     planned = costs(step=0.05 * MIB, tokens=8192, shape=SHAPE)
     linear = 0.05 * MIB
     assert planned.recomputed(8192) == pytest.approx(8192 * linear)
-    shorter = planned.recomputed(2048)
-    assert shorter == pytest.approx(2048 * (linear - TILE / 8192) + TILE) and shorter > 2048 * linear * 1.5
+    shorter = planned.recomputed(4096)
+    assert shorter == pytest.approx(4096 * (linear - TILE / 8192) + TILE) and shorter > 4096 * linear * 1.5
     assert planned.recomputed(32_768) == pytest.approx(32_768 * linear)
     assert costs(step=0.05 * MIB, tokens=8192).recomputed(2048) == pytest.approx(2048 * linear)
 

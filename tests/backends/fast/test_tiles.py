@@ -28,6 +28,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 def small(monkeypatch: pytest.MonkeyPatch, *, rows: int) -> None:
     """Tiles of so many rows of 44 features, and sums that are never too large."""
     monkeypatch.setattr(tiles, "FEWEST_NUMBERS", rows * 44)
+    monkeypatch.setattr(tiles, "FEWEST_GROUPED", 1)
     monkeypatch.setattr(tiles, "ROUND", 1)
     monkeypatch.setattr(tiles, "plan", lambda call, args, parameters=(): plan(call, args, ()))
 
@@ -249,11 +250,11 @@ def test_without_gradients_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "hidden", "unpacks", "rows"), [
-    (8192, 2048, False, 2048),
-    (2048, 2048, False, 2048),
-    (4095, 2048, False, 4095),  # two would be too small
-    (5000, 2048, False, 2560),
-    (4096, 4096, False, 1024),
+    (8192, 2048, False, 4096),
+    (4096, 2048, False, 4096),
+    (8191, 2048, False, 8191),  # two would be too small
+    (10_000, 2048, False, 5120),
+    (4096, 4096, False, 2048),
     (4096, 4096, True, 4096),
     (16384, 4096, True, 4096),
     (342_733, 4096, True, 22_912),  # a fifteenth
@@ -275,12 +276,12 @@ def meta(*shape: int) -> torch.Tensor:
 
 def test_what_is_tiled_and_what_is_not() -> None:
     x = meta(1, 8192, 2048)
-    assert plan(call(), [x]) == Tiles(2048, 8192) == plan(call(), [meta(4, 2048, 2048)])
+    assert plan(call(), [x]) == Tiles(4096, 8192) == plan(call(), [meta(4, 2048, 2048)])
     assert plan(call(width=0), [x]) is None and plan(lambda h: h, [x]) is None
     assert plan(call(), [x, None]) is None and plan(call(), [meta(8192, 2048)]) is None
     assert plan(call(), [meta(1, 0, 2048)]) is None and plan(call(), [meta(1, 2048, 2048)]) is None
     lora, full = [torch.empty(16, 90_000, device="meta")], [torch.empty(3 * 2048, 8192, device="meta")]
-    assert plan(call(), [x], lora) == Tiles(2048, 8192)
+    assert plan(call(), [x], lora) == Tiles(4096, 8192)
     assert plan(call(), [x], full) is None  # the sums would take more than tiles save
     assert plan(call(), [meta(1, 131_072, 2048)], full) == Tiles(8192, 131_072)
 
@@ -326,17 +327,17 @@ def test_a_class_that_asks_before_its_forward_trains_the_same(monkeypatch: pytes
 
 
 def test_groups_of_whole_sequences() -> None:
-    x = meta(1, 8192, 2048)
-    assert plan(call(**flat(4, 2048)), [x]) == Tiles(2048, 2048)
-    assert plan(call(**flat(16, 512)), [x]) == Tiles(2048, 2048)
-    assert plan(call(**flat(2, 4096)), [x]) == Tiles(2048, 4096)
-    assert plan(call(**flat(1, 8192)), [x]) == Tiles(2048, 8192)
-    ragged = flat(4, 2048) | {"max_length_q": 4000}
-    strange = flat(4, 2048, something={"of": [meta(8192)]})
-    masked = flat(4, 2048) | {"attention_mask": torch.ones(1, 1, 1, 1)}
-    for other in (ragged, strange, masked):
-        assert plan(call(**other), [x]) == Tiles(2048, 8192)
-    assert plan(call(**flat(4, 2048, something=[3], use_cache=False)), [x]) == Tiles(2048, 2048)
+    def planned(rows: int, length: int, **more: Any) -> Tiles | None:
+        return plan(call(**flat(rows, length, **more)), [meta(1, 32_768, 2048)])
+
+    assert planned(16, 2048) == planned(64, 512) == planned(8, 4096) == planned(4, 8192) == Tiles(4096, 8192)
+    assert planned(2, 16_384) == Tiles(4096, 16_384) and planned(1, 32_768) == Tiles(4096, 32_768)
+    assert planned(16, 2048, something=[3], use_cache=False) == Tiles(4096, 8192)
+    masked = {"attention_mask": torch.ones(1, 1, 1, 1)}
+    for other in ({"max_length_q": 4000}, {"something": {"of": [meta(8192)]}}, masked):
+        assert plan(call(**(flat(16, 2048) | other)), [meta(1, 32_768, 2048)]) == Tiles(4096, 32_768)
+    # Fewer sequences make no more than tiles do.
+    assert plan(call(**flat(4, 2048)), [meta(1, 8192, 2048)]) == Tiles(4096, 8192)
 
 
 @pytest.mark.parametrize("where", [pytest.param("mlp", marks=pytest.mark.slow), "mlp.gate_proj"])
