@@ -142,19 +142,45 @@ def _is_adapter(name: str) -> bool:
 
 
 def _load(name: str, job: Job, precision: Precision) -> Any:
-    from transformers import AutoModelForSequenceClassification
-
     kwargs: dict[str, Any] = {"trust_remote_code": job.options.trust_remote_code, "dtype": precision.dtype}
     if precision.device == "cuda":
         kwargs["device_map"] = {"": _device(precision).index}
-    if _is_adapter(name):
-        kwargs["num_labels"] = 1  # of the base, whose own configuration knows no score
+    load = _with_adapters if _is_adapter(name) else _whole
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            _local(name), output_loading_info=True, **kwargs)
+        model, missing = load(_local(name), kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise AlignTuneError(f"the reward model {name!r} cannot be loaded: {error}") from error
-    if info["missing_keys"]:
-        raise ConfigError(f"reward_model_name: {name!r} is no reward model: it has no {sorted(info['missing_keys'])[0]}"
+    if missing:
+        raise ConfigError(f"reward_model_name: {name!r} is no reward model: it has no {min(missing)}"
                           "; `aligntune train` with algorithm 'reward' makes one")
     return model
+
+
+def _whole(source: str, kwargs: dict[str, Any]) -> tuple[Any, set[str]]:
+    """The model, and the names of what its checkpoint does not hold."""
+    from transformers import AutoModelForSequenceClassification
+
+    model, info = AutoModelForSequenceClassification.from_pretrained(source, output_loading_info=True, **kwargs)
+    return model, set(info["missing_keys"])
+
+
+def _with_adapters(folder: str, kwargs: dict[str, Any]) -> tuple[Any, set[str]]:
+    """The base with the folder's adapters and their score head, and the names of what neither of them holds."""
+    from peft import PeftConfig, PeftModelForSequenceClassification
+    from peft.utils import ModulesToSaveWrapper
+
+    config = PeftConfig.from_pretrained(folder)
+    if not config.base_model_name_or_path:
+        raise ValueError("its adapter_config.json names no base model")
+    # The base's own configuration knows no score. It is loaded alone, for transformers 5.17 puts the adapters around
+    # it and leaves their trained head out.
+    base, missing = _whole(config.base_model_name_or_path, {**kwargs, "num_labels": 1, "revision": config.revision})
+    config.inference_mode = True
+    model = PeftModelForSequenceClassification(base, config)
+    held = tuple(f"{path}." for path, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper))
+    try:
+        absent = model.load_adapter(folder, "default").missing_keys
+    except KeyError as error:  # a whole module that the adapters should bring, by the name it is saved under
+        absent = [str(error.args[0])]
+    missing = {key for key in missing if not key.startswith(held)}
+    return base, missing | {key.removeprefix("base_model.model.") for key in absent}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from aligntune import create_rl_trainer
 from aligntune.backends.trl.reward_model import RewardModel
@@ -107,3 +110,55 @@ def test_what_is_no_reward_model_is_told(tmp_path: Any) -> None:
         job(tmp_path / "b", reward_model_name=str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match="the policy's has 259 tokens to its 100"):
         job(tmp_path / "c", reward_model_name=reward_model(vocab_size=100))
+
+
+@pytest.fixture
+def adapters(tmp_path: Any) -> Any:
+    """A folder of adapters with a score head as `algorithm: reward` leaves them."""
+    tiny.llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+    base.config.pad_token_id = tiny.tokenizer().pad_token_id
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(tmp_path / "scorer")
+    tiny.tokenizer().save_pretrained(tmp_path / "scorer")
+    return model.eval(), tmp_path / "scorer"
+
+
+def test_adapters_score_with_the_head_that_was_saved_with_them(adapters: Any, tmp_path: Any) -> None:
+    model, folder = adapters
+    (scorer,) = job(tmp_path / "run", reward_model_name=str(folder)).trainer.reward_funcs
+    expected = one_by_one(model, tiny.tokenizer(), [a + b for a, b in zip(TURNS, ANSWERS, strict=True)])
+    assert len({round(score, 3) for score in expected}) == 3
+    assert scorer(TURNS, ANSWERS) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    with model.disable_adapter():  # both the adapters and the head are part of the score
+        assert one_by_one(model, tiny.tokenizer(), ["ab"])[0] != pytest.approx(scorer(["a"], ["b"])[0], abs=1e-2)
+    assert not any(parameter.requires_grad for parameter in scorer.model.parameters())
+
+
+@pytest.mark.parametrize(("part", "words"), [
+    ("score", "it has no score.weight"), ("layers.1.self_attn.q_proj.lora_B", r"it has no model\.layers\.1\..*lora_B")])
+def test_adapters_without_their_head_or_a_part_are_told(part: str, words: str, adapters: Any, tmp_path: Any) -> None:
+    file = adapters[1] / "adapter_model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if part not in name}
+    assert len(kept) == len(load_file(file)) - 1
+    save_file(kept, file)
+    with pytest.raises(ConfigError, match=words):
+        job(tmp_path / "run", reward_model_name=str(adapters[1]))
+
+
+def test_adapters_that_name_no_base(adapters: Any, tmp_path: Any) -> None:
+    path = adapters[1] / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
+    with pytest.raises(AlignTuneError, match="names no base model"):
+        job(tmp_path / "run", reward_model_name=str(adapters[1]))
+
+
+def test_a_base_with_a_hole_is_told_under_adapters_too(adapters: Any, tmp_path: Any) -> None:
+    file = tmp_path / "base/model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if name != "model.norm.weight"}, file,
+              metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"it has no model\.norm\.weight"):
+        job(tmp_path / "run", reward_model_name=str(adapters[1]))
