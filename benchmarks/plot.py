@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "sft"
 PLOT = ROOT / "docs" / "images" / "sft-h100.png"
 TITLES = {"lora-1b": "LoRA, 4 x 2048 tokens", "lora-1b-ragged": "LoRA, 16 ragged rows",
-          "lora-1b-packed": "LoRA, ragged rows packed to 4 x 2048", "full-1b": "all weights, 4 x 2048 tokens"}
+          "lora-1b-packed": "LoRA, ragged rows packed to 4 x 2048", "full-1b": "all weights, 4 x 2048 tokens",
+          "qlora-8b": "QLoRA, Llama 8B shape, 2 x 2048 tokens", "lora-4b": "LoRA, Qwen3 4B shape, 4 x 2048 tokens",
+          "lora-1b-16k": "LoRA, 1 x 16,384 tokens"}
 OURS, OTHERS = "#08519c", "#9aa3ad"
 _KEY = "Figures"
 
@@ -70,7 +72,7 @@ def draw(path: Path) -> None:
         axes.tick_params(axis="y", length=0, labelsize=9)
         axes.tick_params(axis="x", length=0, labelbottom=False)
         axes.spines[["top", "right", "bottom"]].set_visible(False)
-    figure.suptitle("SFT on one NVIDIA H100, Llama 1B shape: tokens a second", fontsize=12, x=0.02, ha="left")
+    figure.suptitle("SFT on one NVIDIA H100 (Llama 1B shape but where named): tokens a second", fontsize=12, x=0.02, ha="left")
     figure.tight_layout(rect=(0, 0, 1, 0.99))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={_KEY: digest(), "Software": None})

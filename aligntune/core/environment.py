@@ -13,7 +13,7 @@ from typing import Any
 
 PACKAGES = (
     "aligntune", "torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers",
-    "bitsandbytes", "omegaconf", "numpy", "vllm",
+    "bitsandbytes", "omegaconf", "numpy", "vllm", "liger-kernel", "unsloth",
 )
 
 FLAG_NAMES = frozenset({
