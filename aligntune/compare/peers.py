@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from aligntune.errors import BackendUnavailableError
+from aligntune.builtin import is_builtin, model_path
+from aligntune.errors import BackendUnavailableError, ConfigError
 
 if TYPE_CHECKING:
     from aligntune.backends.base import Backend, Built, Prepared
@@ -45,8 +46,15 @@ class Peer:
 
 
 def _unsloth_model(package: Any, options: dict[str, Any]) -> Any:
-    """A model with unsloth's kernels, and its adapters where the job trains any."""
+    """A model with unsloth's kernels, and its adapters where the job trains any.
+
+    Raises:
+        ConfigError: adapters of a kind that are not asked of unsloth here.
+    """
     import torch
+
+    if options["use_peft"] and (options["use_dora"] or options["lora_init"] != "default"):
+        raise ConfigError("unsloth is compared with plain LoRA: use_dora and lora_init would not reach it")
 
     checkpointing = options["gradient_checkpointing"]
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(options["model_dtype"])
@@ -54,6 +62,7 @@ def _unsloth_model(package: Any, options: dict[str, Any]) -> Any:
     model, _ = package.FastLanguageModel.from_pretrained(
         options["model_name"], max_seq_length=options["max_seq_length"], use_gradient_checkpointing=recompute,
         dtype=dtype, load_in_4bit=options.get("quantization") == "nf4", full_finetuning=not options["use_peft"],
+        **_given(options, model_revision="revision", trust_remote_code="trust_remote_code"),
     )
     if not options["use_peft"]:
         return model
@@ -64,7 +73,13 @@ def _unsloth_model(package: Any, options: dict[str, Any]) -> Any:
         model, r=options["lora_r"], lora_alpha=options["lora_alpha"], lora_dropout=options["lora_dropout"],
         target_modules=targets, random_state=options["seed"],
         use_gradient_checkpointing=recompute,
+        **_given(options, lora_bias="bias", use_rslora="use_rslora", modules_to_save="modules_to_save"),
     )
+
+
+def _given(options: dict[str, Any], **names: str) -> dict[str, Any]:
+    """Those of the options that are set to something, by the names that unsloth has for them."""
+    return {theirs: options[ours] for ours, theirs in names.items() if options[ours] not in (None, False, "none")}
 
 
 def _unsloth_sft(job: Job, prepared: Prepared) -> Any:
@@ -211,5 +226,7 @@ def build(spec: ArmSpec, package: Any) -> Any:
     source = job.options.model_name
     if job.options.tokenizer_name is None:
         job.set("tokenizer_name", source)
+    if is_builtin(source):
+        job.set("model_name", str(model_path(source)))  # a peer knows folders and hub ids
     job.set("model_name", model(package, vars(job.options)))
     return build_trainer(job, backend=PeerBackend(spec.peer, choose_backend(job)))

@@ -17,6 +17,7 @@ from aligntune.compare.protocol import Runner, execute, in_a_fresh_process, left
 from aligntune.compare.report import SCHEMA, Report, build
 from aligntune.compare.schema import faults_of
 from aligntune.compare.settings import Settings, check_counts, read_arm, read_assertion
+from aligntune.compare.start import check_objects, on_disk
 from aligntune.core.backend_factory import choose_backend
 from aligntune.core.environment import cards, command_line
 from aligntune.core.recipes import PREVIOUS, Recipe, leaves, load_plan, over, packaged, read_recipe
@@ -46,6 +47,7 @@ def run(
     if fits is not None:
         require_card(fits, cards=len(cards()), algorithm=job.spec.name)
     folder = _folder(output_dir, read.name)
+    settings = on_disk(settings, job, folder)
     results = execute(
         settings, folder, runner=runner or in_a_fresh_process, say=_say, seed=int(job.options.seed),
         online=job.spec.online, peft=_peft(job), attention=job.options.attn_implementation,
@@ -92,9 +94,7 @@ def _check(settings: Settings, folder: Path) -> Job:
     for one in plan(settings, attention=None):
         spec = spec_of(settings, one, folder, seed=0, online=False, peft=False)
         job = resolve(spec.overrides, settings.config, what=f"arm {one.arm.label!r}")
-        if job.objects:
-            raise ConfigError(f"{', '.join(sorted(job.objects))}: arms run in processes of their own and take names "
-                              "and paths, not Python objects")
+        check_objects(job, one.arm.options)
         if one.role in ("a", "b") and one.arm.peer is None and one.arm.python is None:
             choose_backend(job)  # what cannot run here is told now, not when the other arm has trained
         found = job if one.role == "a" else found

@@ -17,7 +17,7 @@ from aligntune.backends.trl import trainers as _  # noqa: F401  its classes' bas
 from aligntune.compare import peers
 from aligntune.compare.arm import RESULT, ArmSpec, run_arm
 from aligntune.compare.probes import probe_rows
-from aligntune.errors import BackendUnavailableError
+from aligntune.errors import BackendUnavailableError, ConfigError
 from tests import small_jobs
 
 # Replaces trl's classes as unsloth does: padding_free unset is its own choice, which the environment overrules, and
@@ -63,7 +63,18 @@ class FastLanguageModel:
         from transformers import AutoModelForCausalLM
 
         SEEN.append({"dtype": str(dtype)})
+        if not os.path.isdir(model_name):
+            raise RuntimeError("Both AutoConfig and PeftConfig loading failed: " + model_name)
         return AutoModelForCausalLM.from_pretrained(model_name, dtype="float32"), None
+
+    @staticmethod
+    def get_peft_model(model, r, lora_alpha, lora_dropout, target_modules, random_state, use_gradient_checkpointing,
+                       **others):
+        from peft import LoraConfig, get_peft_model
+
+        SEEN.append(others)
+        return get_peft_model(model, LoraConfig(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
+                                                target_modules=target_modules, task_type="CAUSAL_LM", **others))
 """
 COLLATOR = "trl.trainer.sft_trainer.DataCollatorForLanguageModeling"
 
@@ -98,14 +109,15 @@ def job(folder: Path, *, chat: bool = False, **train: Any) -> dict[str, Any]:
             "train": {"max_steps": 3, "batch_size": 4, **train}}
 
 
-def arm(folder: Path, config: dict[str, Any], package: Any, peer: str | None = "unsloth", **options: Any
-        ) -> dict[str, Any]:
+def arm(folder: Path, config: dict[str, Any], package: Any, peer: str | None = "unsloth", draw: bool = False,
+        **options: Any) -> dict[str, Any]:
     label = f"{peer}{len(list(folder.iterdir()))}"
     of_peer = peers.PEERS[peer].options if peer else {}
     overrides = {**of_peer, "backend": "trl", "output_dir": str(folder / label / "run"), "report_to": "none",
                  "progress": False, "seed": 7, **options}
     (folder / label).mkdir()
-    return run_arm(ArmSpec(label, "b", 0, config, overrides, str(folder / label), 7, peer=peer, probe=False), package)
+    return run_arm(ArmSpec(label, "b", 0, config, overrides, str(folder / label), 7, peer=peer, probe=False,
+                           draw_adapters=draw), package)
 
 
 @pytest.mark.parametrize(("choice", "packing"), [("padding_free", False), ("padded", False), ("padding_free", True)])
@@ -170,6 +182,28 @@ def test_trl_imported_first_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 def test_learnt_whole() -> None:
     assert peers.learnt_whole([{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3, 4], "labels": [-100, 4]}])
     assert not peers.learnt_whole([{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3, 4], "labels": [3, -100]}])
+
+
+def test_a_builtin_model_reaches_it_as_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: Any) -> None:
+    config = job(tmp_path)
+    config["model"] = {"model_name": "builtin:tiny"}
+    config["lora"] = {"use_peft": True, "lora_r": 4}
+    found = arm(tmp_path, config, stand_in, draw=True, use_rslora=True, modules_to_save=["norm"])
+    assert stand_in.SEEN[1] == {"use_rslora": True, "modules_to_save": ["norm"]}
+    monkeypatch.setitem(trl_options.CONFIGS, "sft", stand_in.Config)
+    ours = arm(tmp_path, config, None, peer=None, draw=True, use_rslora=True, modules_to_save=["norm"])
+    assert found["weights"] == ours["weights"] and found["weights"]["trained"] != "00000000"
+    assert found["config"]["model"]["tokenizer_name"] == "builtin:tiny"
+    for mine, theirs in zip(ours["steps"], found["steps"], strict=True):
+        assert mine["data"] == theirs["data"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4) and mine["loss"] > 1
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_init": "pissa"}])
+def test_adapters_that_would_not_reach_it_are_refused(options: Any, tmp_path: Path, stand_in: Any) -> None:
+    with pytest.raises(ConfigError, match="would not reach it"):
+        arm(tmp_path, job(tmp_path), stand_in, use_peft=True, **options)
+    assert stand_in.SEEN == []
 
 
 @pytest.mark.slow

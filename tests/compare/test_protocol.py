@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
 import aligntune
 from aligntune.compare import peers
@@ -15,6 +16,7 @@ from aligntune.compare.arm import ArmSpec, attribute
 from aligntune.compare.protocol import (
     environment,
     in_a_fresh_process,
+    in_this_process,
     interpreter,
     order,
     plan,
@@ -108,6 +110,61 @@ def test_faults_are_told_before_anything_runs(given: dict[str, Any], words: str,
     with pytest.raises(ConfigError, match=words):
         aligntune.compare("sft-builtin", runner=never, output_dir=tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", ["overrides", "recipe"])
+def test_a_model_and_a_tokenizer_in_memory_are_written_down_for_the_arms(given: str, tmp_path: Path) -> None:
+    import torch
+
+    model, tokenizer = tiny.llama().to(torch.bfloat16), tiny.tokenizer()
+    recipe = {"algorithm": "sft", "model": {"model_name": "builtin:tiny"}, "train": {"max_steps": 3, "batch_size": 2},
+              "data": {"dataset_name": small_jobs.alpaca(tmp_path / "rows.jsonl"), "max_seq_length": 64}}
+    objects = {"model_name": model, "tokenizer_name": tokenizer}
+    if given == "recipe":
+        recipe["model"] = objects
+    specs = []
+
+    def runner(spec: ArmSpec, arm: Arm) -> dict[str, Any]:
+        write_spec(spec)  # JSON, as a process would read it
+        specs.append(spec)
+        return in_this_process(spec, arm)
+
+    report = aligntune.compare(recipe, a="trl", b="trl", repeats=1, warmup=1, oracle=False, runner=runner,
+                               overrides={f"model.{name}": value for name, value in objects.items()}
+                               if given == "overrides" else {}, output_dir=tmp_path / "out", asserts=["parity", "data"])
+    assert report.exit_code == 0, report.verdict
+    start = str(tmp_path / "out/start")
+    assert len(specs) == 2 and all(spec.overrides["model_name"] == spec.overrides["tokenizer_name"] == start
+                                   and spec.overrides["model_dtype"] == "bf16" for spec in specs)
+    trained = aligntune.create_sft_trainer(model_name=start, dataset_name=[{"text": "a"}], output_dir=tmp_path / "run",
+                                           backend="trl", model_dtype="bf16", max_steps=1)
+    for (name, value), (other, wanted) in zip(trained.model.named_parameters(), model.named_parameters(), strict=True):
+        assert name == other and torch.equal(value, wanted) and value.dtype == torch.bfloat16
+    assert len(trained.tokenizer) == len(tokenizer)
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ({"overrides": {"dataset_name": [{"text": "a"}]}}, "dataset_name: arms run in processes"),
+    ({"b": {"backend": "trl", "model_name": tiny.llama()}}, "model_name: arms run in processes"),
+    ({"overrides": {"model_name": get_peft_model(tiny.llama(), LoraConfig(target_modules=["q_proj"])),
+                    "tokenizer_name": tiny.tokenizer()}}, "adapters in it"),
+])
+def test_objects_that_arms_cannot_take(given: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        aligntune.compare("sft-builtin", output_dir=tmp_path / "out", **{"b": "trl", **given})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_builtin_model_is_written_before_the_arms_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALIGNTUNE_CACHE", str(tmp_path / "cache"))
+
+    def runner(spec: ArmSpec, arm: Arm) -> dict[str, Any]:
+        assert len(list((tmp_path / "cache/builtin").glob("tiny-*/model.safetensors"))) == 1
+        assert spec.overrides.get("model_name") is None
+        raise ComparisonError("seen")
+
+    with pytest.raises(ComparisonError, match="seen"):
+        aligntune.compare("sft-builtin", b="trl", runner=runner, output_dir=tmp_path / "out")
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
