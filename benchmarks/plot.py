@@ -72,7 +72,8 @@ def draw(path: Path) -> None:
         axes.tick_params(axis="y", length=0, labelsize=9)
         axes.tick_params(axis="x", length=0, labelbottom=False)
         axes.spines[["top", "right", "bottom"]].set_visible(False)
-    figure.suptitle("SFT on one NVIDIA H100 (Llama 1B shape but where named): tokens a second", fontsize=12, x=0.02, ha="left")
+    figure.suptitle("SFT on one NVIDIA H100 (Llama 1B shape but where named): tokens a second", fontsize=12, x=0.02,
+                    ha="left")
     figure.tight_layout(rect=(0, 0, 1, 0.99))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={_KEY: digest(), "Software": None})

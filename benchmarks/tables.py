@@ -281,7 +281,8 @@ def sft_summary(*reports: Report) -> str:
             f"{peer['arm']} {version}".strip(), f"{peer['tokens_per_s']:,.0f}", f"{peer['peak_gib']:.1f}", ratio,
         ])  # fmt: skip
     head = ["SFT step", "fast, tokens/s", "peak GiB", "quickest peer measured", "tokens/s", "peak GiB", "fast is"]
-    return markdown(head, rows) + f"\n{', '.join(sorted(cards))}; random weights; the Llama 1B shape where no other is named.\n"
+    cards_and_shape = f"{', '.join(sorted(cards))}; random weights; the Llama 1B shape where no other is named."
+    return markdown(head, rows) + f"\n{cards_and_shape}\n"
 
 
 RECIPES = ("sft", "reward", "dpo", "ipo", "kto", "orpo", "simpo", "cpo", "ppo", "rloo", "grpo", "gspo", "dapo",
