@@ -193,11 +193,16 @@ def execute(settings: Settings, folder: Path, *, runner: Runner = in_a_fresh_pro
     """
     runs = plan(settings, attention=attention)
     found: dict[str, list[dict[str, Any]]] = {"a": [], "b": [], "oracle": [], "yardstick": []}
+    say(announced(runs))
+    longest = 0.0
     for number, run in enumerate(runs, 1):
         spec = spec_of(settings, run, folder, seed=seed, online=online, peft=peft)
-        say(f"[{number}/{len(runs)}] {run.role}{run.repeat + 1 if run.role != 'oracle' else ''}: {run.arm.label}")
-        spec.started = time.time()
+        left = f" (about {longest * (len(runs) - number + 1):.0f} s left)" if longest else ""
+        say(f"[{number}/{len(runs)}] {run.role}{run.repeat + 1 if run.role != 'oracle' else ''}: {run.arm.label}{left}")
+        spec.started = begun = time.time()
         result = runner(spec, run.arm)
+        # The oracle takes a few steps where the others take all: what it took says too little of them.
+        longest = max(longest, time.time() - begun) if run.role != "oracle" else longest
         result["folder"] = spec.folder
         if result["status"] != "ok":
             _failed(run, result, say)
@@ -205,6 +210,15 @@ def execute(settings: Settings, folder: Path, *, runner: Runner = in_a_fresh_pro
     for role in found.values():
         role.sort(key=lambda one: one.get("repeat", 0))
     return found
+
+
+def announced(runs: Sequence[Run]) -> str:
+    """How many runs there are and what could be left out, told before the first."""
+    beside = [run.role for run in runs if run.role not in ("a", "b")]
+    text = f"{len(runs)} runs, one after the other: {len(runs) - len(beside)} timed"
+    if beside:
+        text += f", and {len(beside)} that parity is judged by ({', '.join(beside)}), which --no-oracle leaves out"
+    return text
 
 
 def _failed(run: Run, result: dict[str, Any], say: Callable[[str], None]) -> None:

@@ -14,7 +14,9 @@ import aligntune
 from aligntune.compare import peers
 from aligntune.compare.arm import ArmSpec, attribute
 from aligntune.compare.protocol import (
+    announced,
     environment,
+    execute,
     in_a_fresh_process,
     in_this_process,
     interpreter,
@@ -50,6 +52,26 @@ def test_the_oracle_comes_first_and_the_yardstick_last() -> None:
                                                                                                          "sdpa"]
     assert plan(settings(), attention="eager")[-1].arm.options["model.attn_implementation"] == "sdpa"
     assert {run.role for run in plan(settings(oracle=False), attention=None)} == {"a", "b"}
+
+
+def test_how_many_runs_and_how_long_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, said = [0.0], []
+    monkeypatch.setattr("aligntune.compare.protocol.time.time", lambda: clock[0])
+
+    def runner(spec: ArmSpec, arm: Arm) -> dict[str, Any]:
+        clock[0] += {"oracle": 50.0, "a": 20.0, "b": 30.0}.get(spec.role, 10.0)
+        return {"status": "ok", "repeat": spec.repeat}
+
+    found = execute(settings(a=read_arm("liger")), tmp_path, runner=runner, say=said.append, seed=0, online=False,
+                    peft=False, attention=None)
+    assert {role: len(runs) for role, runs in found.items()} == {"a": 2, "b": 2, "oracle": 1, "yardstick": 2}
+    assert said[0] == ("7 runs, one after the other: 4 timed, and 3 that parity is judged by (oracle, yardstick, "
+                       "yardstick), which --no-oracle leaves out")
+    assert [line.partition(" (about ")[2] for line in said[1:4]] == ["", "", "100 s left)"]
+    assert said[4] == "[4/7] b2: fast,train.learning_rate=2e-3 (about 120 s left)"
+    assert said[7] == "[7/7] yardstick2: yardstick (trl, sdpa) (about 30 s left)"
+    short = plan(settings(oracle=False, repeats=1), attention=None)
+    assert announced(short) == "2 runs, one after the other: 2 timed"
 
 
 def test_an_arms_own_option_wins_whichever_way_it_is_written(tmp_path: Path) -> None:
