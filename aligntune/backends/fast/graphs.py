@@ -26,7 +26,7 @@ from aligntune.backends.fast.attachment import base_model
 from aligntune.backends.fast.ledger import writing_to
 from aligntune.backends.fast.lora import kind_of, read
 from aligntune.backends.fast.packing import IGNORED
-from aligntune.backends.fast.recompute import recompute_of
+from aligntune.backends.fast.recompute import Recompute, recompute_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -115,7 +115,10 @@ class _Addresses:
 
 @dataclass
 class _Pair:
-    """A captured forward and backward, or a forward alone; the tensors are where the graphs read and write."""
+    """A captured forward and backward, or a forward alone; the tensors are where the graphs read and write.
+
+    `recompute`: whose host memory they copy to and from; the model may get another one.
+    """
 
     inputs: Batch
     outputs: dict[str, torch.Tensor]
@@ -123,6 +126,7 @@ class _Pair:
     promises: ledger.Ledger
     upstream: torch.Tensor | None = None
     backward: torch.cuda.CUDAGraph | None = None
+    recompute: Recompute | None = None
 
     def replay_forward(self, batch: Batch) -> torch.Tensor:
         """Log-probs of `batch`; a copy, as the next replay writes over the graph's own."""
@@ -259,7 +263,8 @@ class GraphedModel:
         forward = torch.cuda.CUDAGraph()
         with ledger.writing() as promises, torch.cuda.graph(forward, pool=self._pool, stream=side):
             outputs = named_outputs(self.model(**inputs, fused_lm_head=True))
-        pair = _Pair(inputs, {name: value.detach() for name, value in outputs.items()}, forward, promises)
+        pair = _Pair(inputs, {name: value.detach() for name, value in outputs.items()}, forward, promises,
+                     recompute=recompute_of(base_model(self.model)))
         if torch.is_grad_enabled():
             pair.upstream, pair.backward = torch.zeros_like(outputs["log_probs"]), torch.cuda.CUDAGraph()
             with writing_to(promises), torch.cuda.graph(pair.backward, pool=self._pool, stream=side):

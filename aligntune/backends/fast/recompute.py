@@ -59,9 +59,14 @@ class HostBuffers:
     Two inputs at most are on their way out, and one on its way back: those are what the GPU holds besides the input of
     the layer at hand. Buffers are lent by size and used again. On a CPU, where there is nothing to move, an input is
     cloned into them. `room`: bytes that may still be allocated; None until the first is.
+
+    What a CUDA graph was captured with is `captured`, and lent to captures alone from then on: between the replays of
+    a forward and its backward a launched step would write over the inputs that wait there, and one that never comes to
+    its backward would give memory away that replays write to. Graphs share it as they share their memory pool.
     """
 
     free: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    captured: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     leaving: list[tuple[torch.Tensor, torch.cuda.Event]] = field(default_factory=list)
     stream: torch.cuda.Stream | None = None
     room: float | None = None
@@ -96,15 +101,24 @@ class HostBuffers:
         """Buffers that hold the tensor's bytes together, all but the last of `PIECE`."""
         whole, rest = divmod(tensor.nbytes, PIECE)
         sizes = [PIECE] * whole + ([1 << (rest - 1).bit_length()] if rest else [])
-        new = sum(sizes) - sum(size * min(len(self.free.get(size, ())), sizes.count(size)) for size in set(sizes))
+        shelves = self._shelves(tensor.device)
+        ready = {size: sum(len(shelf.get(size, ())) for shelf in shelves) for size in sizes}
+        new = sum(size * max(0, sizes.count(size) - count) for size, count in ready.items())
         if self.room is None:
             found = host_room()
             self.room = float("inf") if found is None else HOST_SHARE * found
         if new > self.room:
             return None
         self.room -= new
-        return [held.pop() if (held := self.free.get(size)) else
-                torch.empty(size, dtype=torch.uint8, pin_memory=tensor.is_cuda) for size in sizes]
+        lent = []
+        for size in sizes:
+            held = next((shelf[size] for shelf in shelves if shelf.get(size)), None)
+            lent.append(held.pop() if held else torch.empty(size, dtype=torch.uint8, pin_memory=tensor.is_cuda))
+        return lent
+
+    def _shelves(self, device: torch.device) -> list[dict[int, list[torch.Tensor]]]:
+        """Where buffers are taken from, in this order; the first is where they are given back to."""
+        return [self.captured, self.free] if _capturing(device) else [self.free]
 
     def settle(self, *, keep: int = 0) -> None:
         """Let the computing stream wait for all copies out but the last `keep`, and let go of what they read."""
@@ -127,7 +141,7 @@ class HostBuffers:
                 event = torch.cuda.Event()
                 event.record()
         for host in hosts:
-            self.free.setdefault(host.nbytes, []).append(host)
+            self._shelves(like.device)[0].setdefault(host.nbytes, []).append(host)
         return tensor, event
 
 
@@ -206,15 +220,23 @@ class Recompute:
         """`function(*args)`, layer `number` of the model, recomputed in the backward."""
         function = tiles.parts_of(function)
         if not torch.is_grad_enabled():
-            tiled = tiles.plan(function, args)
-            return function(*args) if tiled is None else tiles.forward(function, args[0], tiled)  # type: ignore[arg-type]
+            return self._once(function, args)
         if self.measure and number == len(self.layers) // 2:
             self.measure, self.measured, self.shape = False, kept_bytes(function, args), tile_shape(function, args)
         if number == 0:
             self.last_out = None
             self.buffers.leaving.clear()
         parameters = [p for p in self.layers[number].parameters() if p.requires_grad]
+        if not parameters and not any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
+            # No gradient comes here, and nobody would wait for an input that the next layer's backward had fetched.
+            return self._once(function, args)
         return _Layer.apply(self, number, function, len(args), *args, *parameters)
+
+    @staticmethod
+    def _once(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """A layer that no backward comes to."""
+        tiled = tiles.plan(function, args)
+        return function(*args) if tiled is None else tiles.forward(function, args[0], tiled)  # type: ignore[arg-type]
 
     def __call__(self, number: int) -> Callable[..., Any]:
         """What a layer has as its `_gradient_checkpointing_func`."""
@@ -318,9 +340,14 @@ def _autocast(device_type: str) -> Callable[[], Any]:
         dtype=torch.get_autocast_dtype(device_type), cache_enabled=torch.is_autocast_cache_enabled())
 
 
+def _capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _random_state(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.device] | None:
     """The random state; None while a graph is captured (its steps draw nothing: `graphs.eager_because`)."""
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+    if _capturing(tensor.device):
         return None
     on_gpu = torch.cuda.get_rng_state(tensor.device) if tensor.is_cuda else None
     return torch.get_rng_state(), on_gpu, tensor.device

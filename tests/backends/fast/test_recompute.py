@@ -223,6 +223,62 @@ def test_host_buffers_are_lent_again() -> None:
     assert {size: len(held) for size, held in buffers.free.items()} == {256: 2}  # the last layer's stays
 
 
+def tripled(ours: Recompute) -> torch.Tensor:
+    """Three layers that each multiply by 3: forward, to be followed by its backward."""
+    y = torch.ones(5, 7, requires_grad=True)
+    for number in range(3):
+        y = ours.run(number, lambda t: t * 3, y)
+    return y
+
+
+def test_what_a_graph_copies_through_is_lent_to_no_launched_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay writes to the addresses of its capture: an input that waits there must not be written over."""
+    buffers = HostBuffers(room=4 * 256)
+    ours = Recompute([torch.nn.Identity() for _ in range(3)], offload=True, buffers=buffers)
+
+    def held(shelf: dict[int, list[torch.Tensor]]) -> set[int]:
+        assert {size for size, hosts in shelf.items() if hosts} <= {256}
+        return {host.data_ptr() for host in shelf.get(256, [])}
+
+    tripled(ours).sum().backward()
+    first = held(buffers.free)
+    assert len(first) == 2 and buffers.room == 2 * 256
+    for _ in range(2):  # the second graph's go where the first one's went, as their memory pool is one
+        monkeypatch.setattr(recompute, "_capturing", lambda _: True)
+        tripled(ours).sum().backward()
+        assert held(buffers.captured) == first and not held(buffers.free), "what launched steps let go of is captured"
+    assert buffers.room == 2 * 256
+    waiting = buffers.captured[256]
+    for host in waiting:
+        host.fill_(7)  # as the replay of a forward does
+    monkeypatch.setattr(recompute, "_capturing", lambda _: False)
+    for _ in range(2):
+        tripled(ours).sum().backward()
+        tripled(ours)  # and one that never comes to its backward
+        assert held(buffers.captured) == first and not first & held(buffers.free)
+    assert all((host == 7).all() for host in waiting) and len(waiting) == 2
+    assert buffers.room == 0, "the host is full: inputs stay where they are, and nothing is taken from graphs"
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_layers_that_no_gradient_comes_to_run_once(offload: bool) -> None:
+    """An input that nobody waits for would still be on its way when its memory is another's."""
+    def frozen() -> Any:
+        made = model(train="layers")
+        made.model.layers[:2].requires_grad_(False)
+        return made
+
+    expected = gradients(frozen())[1]
+    made = frozen()
+    ours = install(made, offload=offload)
+    made.gradient_checkpointing_enable()
+    calls = count_forwards(made)
+    equal(gradients(made)[1], expected)
+    assert calls == [1, 1, 2, 2] and len(expected) == 4
+    # The third layer's; the last one's stays, and those before are wanted by nobody.
+    assert ours is not None and sum(map(len, ours.buffers.free.values())) == offload
+
+
 def test_kept_bytes_needs_a_gpu() -> None:
     assert kept_bytes(lambda x: x, (torch.ones(2),)) == 0
 
