@@ -92,9 +92,9 @@ def test_the_peak_falls_by_what_is_not_held(
     assert most - peak > saved * MIB, (most / MIB, peak / MIB)
     assert tiled.keys() == whole.keys() and len(tiled) == 4 * 14
     for name, expected in whole.items():
-        # In bf16 each is up to 3% from the truth, by products that are rounded in another order; a tile that were
-        # wrong would be an eighth of the rows, and a third of the norm.
-        assert_near(tiled[name], expected, 6e-2, name)
+        # In bf16 each is 1 to 4% from the truth, and products of other shapes may round otherwise; a tile that were
+        # wrong would be an eighth of the rows at least, and a third of the norm.
+        assert_near(tiled[name], expected, 8e-2, name)
 
 
 @pytest.mark.parametrize("lengths", [[8192], [2048] * 4, [8192] * 2])
