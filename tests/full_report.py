@@ -3,6 +3,7 @@
     python -m tests.full_report                      # every part, one after the other
     python -m tests.full_report --part compare       # one; the report keeps the other parts' sections
     python -m tests.full_report --part fast -- -x    # what follows goes to pytest
+    python -m tests.full_report --part gpu           # on a card: the tests that need one, only where it is named
 
 Tests of one file run in one process, those that name an `xdist_group` in that group's.
 """
@@ -26,12 +27,14 @@ PARTS: dict[str, tuple[str, ...]] = {
     "recipes": ("tests/backends/trl", "tests/cli"),
     "fast": ("tests/backends/fast",),
 }
-REST = "rest"
+REST, GPU = "rest", "gpu"
 _SHOWN = 60
 
 
 def paths(part: str) -> list[str]:
     """What pytest is given for a part; `rest` is all that no other part holds."""
+    if part == GPU:
+        return ["tests"]
     if part != REST:
         return list(PARTS[part])
     return ["tests", *(f"--ignore={path}" for each in PARTS.values() for path in each)]
@@ -39,7 +42,8 @@ def paths(part: str) -> list[str]:
 
 def run(part: str, arguments: list[str], workers: int, commit: str | None = None) -> tuple[int, str]:
     """pytest's exit status, and the part's section of the report."""
-    command = ["-m", "pytest", "-q", "-n", str(workers), "--dist", "loadgroup", "-m", "not gpu and not mutation",
+    marks = "gpu" if part == GPU else "not gpu and not mutation"
+    command = ["-m", "pytest", "-q", "-n", str(workers), "--dist", "loadgroup", "-m", marks,
                "--durations=20", *paths(part), *arguments]
     done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout, flush=True)
@@ -48,23 +52,32 @@ def run(part: str, arguments: list[str], workers: int, commit: str | None = None
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     return done.returncode, "\n".join([
         f"date: {datetime.date.today()}", f"commit: {commit}",
-        f"machine: {platform.machine()}, {os.cpu_count()} cores, {workers} processes",
+        f"machine: {platform.machine()}, {os.cpu_count()} cores, {workers} processes{_card(part)}",
         f"python {platform.python_version()}, {versions}", f"command: python {' '.join(command)}", "",
         *done.stdout.replace(f"{Path.cwd()}/", "").splitlines()[-_SHOWN:],
     ])
+
+
+def _card(part: str) -> str:
+    if part != GPU:
+        return ""
+    import torch
+
+    return f", {torch.cuda.get_device_name()}"
 
 
 def merged(report: str, part: str, section: str) -> str:
     """The report with this part's section new and the others' as they were, in the order of the parts."""
     found = re.split(r"^=== part (\w+) ===\n", report, flags=re.M)
     sections = {**dict(zip(found[1::2], found[2::2], strict=True)), part: section}
-    return "\n".join(f"=== part {name} ===\n{sections[name].strip()}\n" for name in (*PARTS, REST) if name in sections)
+    order = [name for name in (*PARTS, REST, GPU) if name in sections]
+    return "\n".join(f"=== part {name} ===\n{sections[name].strip()}\n" for name in order)
 
 
 def main(argv: list[str]) -> int:
     """1 if a test of any part failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", action="append", choices=[*PARTS, REST], help="this part only; may be repeated")
+    parser.add_argument("--part", action="append", choices=[*PARTS, REST, GPU], help="this part only; may be repeated")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 2, 16), help="processes of tests")
     parser.add_argument("--commit", help="the commit, where this tree is not a checkout")
     parser.add_argument("pytest", nargs="*", help="after --: arguments for pytest")

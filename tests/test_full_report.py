@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,20 @@ def test_what_a_run_leaves(status: int, tmp_path: Path, monkeypatch: pytest.Monk
     text = (tmp_path / "reports" / "full.txt").read_text()
     assert text.startswith("=== part compare ===\ndate: 20") and "cores, 1 processes" in text and "torch 2." in text
     assert "\ncommit: abc123\n" in text and ("1 passed" in text.splitlines()[-1]) is (status == 0)
+
+
+def test_the_part_for_a_card_is_every_test_that_wants_one(monkeypatch):
+    seen = []
+
+    def ran(command, **_):
+        seen.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout="2 passed in 1s\n")
+
+    monkeypatch.setattr(full_report.subprocess, "run", ran)
+    monkeypatch.setattr(full_report, "_card", lambda part: ", a card" if part == full_report.GPU else "")
+    _, section = full_report.run("gpu", [], 2, commit="abc")
+    assert seen[0][seen[0].index("-m", 3) + 1] == "gpu" and seen[0][-1] == "tests" and "processes, a card" in section
+    _, section = full_report.run("compare", [], 2, commit="abc")
+    assert "not gpu" in seen[-1][seen[-1].index("-m", 3) + 1] and "a card" not in section
+    merged = full_report.merged(full_report.merged("", "gpu", "card"), "rest", "none")
+    assert merged.index("part rest") < merged.index("part gpu")
