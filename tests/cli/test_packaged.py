@@ -27,6 +27,8 @@ from aligntune.errors import UnsupportedAlgorithmError
 from tests.data.tokenizers import make
 
 BUILTIN = [name for name in packaged() if name.endswith("-builtin")]
+SOURCED = ("train", "loss", "lora", "rollout")
+"""Sections of a recipe for a real model, each value of which tells where it comes from."""
 REAL = [name for name in packaged() if not name.endswith("-builtin") and name not in ("quickstart", "tiny-instruct")]
 
 
@@ -125,14 +127,32 @@ def test_each_algorithm_has_a_builtin_recipe_and_one_of_a_real_model() -> None:
 
 @pytest.mark.parametrize("name", REAL)
 def test_every_number_of_a_recipe_for_a_real_model_has_its_source_beside_it(name: str) -> None:
+    """And every other value of what decides the training: words as well as numbers."""
     text = packaged()[name].read_text()
-    lines = [line for line in text.splitlines() if re.match(r"  \w+: *-?[\d.]", line)]
-    assert len(lines) >= 4
-    for line in lines:
-        assert re.search(r"# \S", line), f"{name}: {line.strip()}"
+    section, values = "", 0
+    for line in text.splitlines():
+        found = re.match(r"( *)(\w+):(?: +([^#\s].*))?", line)
+        if found is None:
+            continue
+        indent, key, value = found.groups()
+        section = section if indent else key
+        assert indent or not value or section not in SOURCED, f"{name}: a line for each value of {section}"
+        if indent and value and (section in SOURCED or re.match(r"-?[\d.]", value)):
+            values += 1
+            assert re.search(r"\s# \S", value), f"{name}: {line.strip()}"
+    parsed = yaml.safe_load(text)
+    assert values >= sum(len(parsed.get(block, {})) for block in SOURCED) >= 4
     for word in re.findall(r'"(the \w+)"', text):  # a short name stands for something, and is used
         assert text.count(word) > 1, f"{name}: {word}"
-    assert yaml.safe_load(text)["algorithm"] in name
+    assert parsed["algorithm"] in name
+
+
+def test_settings_of_simpo_are_those_that_its_authors_have_for_its_dataset() -> None:
+    """Their v2 file; the first one, with beta 2.5 and a ratio of 0.55, trains on other pairs."""
+    options = load_plan("simpo-llama-1b").stages[0].job.options
+    assert options.dataset_name == "princeton-nlp/llama3-ultrafeedback-armorm"
+    assert (options.beta, options.simpo_gamma / options.beta) == (10, pytest.approx(0.3))
+    assert "llama-3-8b-instruct-simpo-v2.yaml" in packaged()["simpo-llama-1b"].read_text()
 
 
 @pytest.mark.parametrize("name", BUILTIN)
