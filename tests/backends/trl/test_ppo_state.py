@@ -22,21 +22,26 @@ from tests.core.test_trainer import At, give_up, lines
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.parametrize(("save", "position"), [(3, 2), (5, 1)], ids=["between passes", "inside a pass"])
 @pytest.mark.parametrize("critic", [None, "policy"])
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
-def test_resumed_between_minibatches_bit_for_bit(critic: str | None, adapters: bool, tmp_path: Any) -> None:
+def test_resumed_between_minibatches_bit_for_bit(
+    save: int, position: int, critic: str | None, adapters: bool, tmp_path: Any
+) -> None:
+    """A rollout of the job is two passes of two steps: 4 steps. The cut is after step 6 or 5."""
+    last = 6 // save * save
     options: dict[str, Any] = {
-        "value_model_name": critic, "save_steps": 3, "max_steps": 10, "kl_control": "adaptive", "kl_goal": 0.1,
+        "value_model_name": critic, "save_steps": save, "max_steps": 10, "kl_control": "adaptive", "kl_goal": 0.1,
         "warmup_steps": 4, **({"use_peft": True, "lora_r": 4, "lora_dropout": 0.1} if adapters else {}),
     }
     whole = job(tmp_path / "whole", **options)
     whole.train()
     broken = job(tmp_path / "run", **options)
-    broken.trainer.add_callback(At(7, give_up))
+    broken.trainer.add_callback(At(last + 1, give_up))
     with pytest.raises(RuntimeError, match="power cut"):
         broken.train()
-    state = torch.load(tmp_path / "run/checkpoint-6/ppo_state_0.pt", weights_only=True)
-    assert state["position"] == 2 and state["rollout"] is not None, "a rollout is 4 steps: step 6 lies within one"
+    state = torch.load(tmp_path / f"run/checkpoint-{last}/ppo_state_0.pt", weights_only=True)
+    assert state["position"] == position and state["rollout"] is not None, "the step lies within a rollout"
     resumed = job(tmp_path / "run", resume=True, **options)
     out = resumed.train()
     assert out.global_step == 10
