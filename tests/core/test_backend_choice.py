@@ -1,0 +1,83 @@
+"""Who runs the job: an explicit backend never falls back, and "auto" says what it took and why."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aligntune.backends.fast.support import BACKEND as FAST
+from aligntune.backends.fast.support import SEQUENCE_RATIOS, FastBackend
+from aligntune.core.backend_factory import choose_backend
+from aligntune.core.registry import Support
+from aligntune.core.resolve import Job, resolve
+
+HERE = Support("supported", "NVIDIA Stub 9000")
+ABSENT = Support("unavailable", "torch sees no CUDA GPU", "an NVIDIA GPU")
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: fast is available")
+CALLS = {
+    "sft": "create_sft_trainer('builtin:tiny', [{'text': 'a'}], backend='fast')",
+    "gspo": "create_rl_trainer('builtin:tiny', [{'prompt': 'a'}], algorithm='gspo', backend='fast', "
+            "reward_functions=[len])",
+}
+
+
+@pytest.mark.parametrize(("call", "error", "told"), [
+    pytest.param("sft", "BackendUnavailableError", ("CUDA", "backend='trl' runs here", "compute capability 8.0"),
+                 marks=NO_GPU, id="no GPU"),
+    pytest.param("gspo", "UnsupportedAlgorithmError", (SEQUENCE_RATIOS,), id="gspo"),
+])
+def test_an_explicit_fast_never_falls_back(call: str, error: str, told: tuple[str, ...], tmp_path: Path) -> None:
+    """In a process of its own: these tests run with interpreted kernels, which make fast available anywhere."""
+    script = (
+        "from aligntune import create_rl_trainer, create_sft_trainer\n"
+        "from aligntune.errors import AlignTuneError\n"
+        f"try:\n    {CALLS[call]}\n"
+        "except AlignTuneError as error:\n    print(type(error).__name__, error)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True,
+                           text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith(f"{error} backend='fast'"), ended.stdout
+    assert all(part in ended.stdout for part in told), ended.stdout
+    assert not list(tmp_path.iterdir())  # nothing is written before it is known who trains
+
+
+def job_of(algorithm: str = "sft", **options: Any) -> Job:
+    rewards = {"reward_functions": ["exact_match"]} if algorithm in ("grpo", "gspo") else {}
+    return resolve({"model_name": "m", "dataset_name": "d", "algorithm": algorithm, **rewards, **options})
+
+
+@pytest.mark.parametrize(("job", "here", "backend", "told"), [
+    (job_of, HERE, "fast", "backend: fast (NVIDIA Stub 9000 runs sft)"),
+    (lambda: job_of("gspo"), HERE, "trl", f"backend: trl, because fast does not run gspo ({SEQUENCE_RATIOS})"),
+    (lambda: job_of("grpo", importance_sampling_level="sequence"), HERE, "trl",
+     "backend: trl, because fast does not run importance_sampling_level='sequence'"),
+    (lambda: job_of(device="cpu"), HERE, "trl", "backend: trl, because device='cpu' was asked for"),
+    (job_of, ABSENT, "trl", "backend: trl, because fast is not available here (torch sees no CUDA GPU)"),
+], ids=["fast", "gspo", "a gate", "device='cpu'", "no GPU"])
+def test_auto_says_what_it_took_and_why(
+    job: Any, here: Support, backend: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(FastBackend, "available", lambda self: here)
+    made = job()
+    assert made.backend == "auto" and not made.notices
+    chosen = choose_backend(made)
+    assert (chosen is FAST) == (backend == "fast")
+    assert (chosen.name, made.backend, made.config.backend) == (backend, backend, backend)
+    assert made.notices == [told]
+
+
+def test_auto_does_not_take_interpreted_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    made = job_of()
+    assert choose_backend(made).name == "trl"
+    assert made.notices == ["backend: trl, because TRITON_INTERPRET=1 is for tests of fast, which must be named to run"]
