@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -76,6 +78,15 @@ SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")
 
 def test_the_table_has_every_form() -> None:
     assert set(LOSS_TYPES) == set(FORMS) == set(BY_HAND)
+
+
+def test_the_forms_are_those_of_trl_as_installed() -> None:
+    """What DPOTrainer compares `loss_type` with; a form of a newer TRL fails here."""
+    trainer = pytest.importorskip("trl.trainer.dpo_trainer")
+    theirs = [node.comparators[0].value for node in ast.walk(ast.parse(inspect.getsource(trainer.DPOTrainer)))
+              if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq)
+              and ast.unparse(node.left) == "loss_type" and isinstance(node.comparators[0], ast.Constant)]
+    assert len(theirs) > 10 and set(theirs) == set(LOSS_TYPES)
 
 
 @pytest.mark.parametrize("form", LOSS_TYPES)

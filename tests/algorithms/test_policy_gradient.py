@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from aligntune.algorithms import policy_gradient as pg
+from aligntune.algorithms import rloo
 
 NAN = math.nan
 
@@ -232,6 +233,40 @@ def test_a_token_filter_leaves_the_kl() -> None:
     kl = pg.kl_k3(rows["log_probs"], rows["ref_log_probs"]) * rows["completion_mask"]
     torch.testing.assert_close(found, 0.5 * kl.sum() / rows["completion_mask"].sum())
     assert found > 1e-3
+
+
+# RLOO
+
+
+def test_the_loss_of_rloo_by_hand() -> None:
+    """Ratios of whole completions: 1.5, cut at 1.2; 0.6, a loss that is not held; 0.5, cut at 0.8."""
+    old = double([[-1.0, -2.0], [-1.0, -2.0], [-1.0, -2.0]])
+    mask = torch.tensor([[1, 1], [1, 1], [1, 0]])
+    new = old + double([[math.log(3), -math.log(2)], [math.log(0.6), 0.0], [math.log(0.5), 9.0]])
+    advantages = double([2.0, 1.0, -4.0])
+    # - (1.2 x 2 + 0.6 x 1 - 0.8 x 4) / 3; with 0.4 above 1.4 x 2 in place of the first
+    assert rloo.loss(new, old, advantages, mask).item() == pytest.approx(0.2 / 3)
+    higher = rloo.RLOOOptions(epsilon_high=0.4)
+    assert rloo.loss(new, old, advantages, mask, options=higher).item() == pytest.approx(-0.2 / 3)
+    wide = rloo.RLOOOptions(epsilon=0.9)
+    assert rloo.loss(new, old, advantages, mask, options=wide).item() == pytest.approx(-1.6 / 3)
+
+
+def test_the_gradient_of_rloo_is_the_difference_and_at_ratio_one_the_papers() -> None:
+    rows = batch()
+    start, mask = rows["log_probs"].requires_grad_(), rows["completion_mask"]
+
+    def of(log_probs: torch.Tensor) -> torch.Tensor:
+        return rloo.loss(log_probs, rows["old_log_probs"], rows["advantages"], mask)
+
+    assert torch.autograd.gradcheck(of, start)
+    found = torch.autograd.grad(of(start), start)[0]
+    ratio = ((start - rows["old_log_probs"]) * mask).sum(1).exp().detach()
+    held = torch.where(rows["advantages"] > 0, ratio > 1.2, ratio < 0.8)
+    assert held.any() and not held.all()
+    torch.testing.assert_close(found, -(ratio * rows["advantages"] * ~held)[:, None] * mask / 6)
+    first = torch.autograd.grad(rloo.loss(start, start.detach(), rows["advantages"], mask), start)[0]
+    torch.testing.assert_close(first, -rows["advantages"][:, None] * mask / 6)
 
 
 # Overlong

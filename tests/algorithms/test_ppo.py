@@ -204,6 +204,24 @@ def test_one_hand_computed_completion() -> None:
     assert returns.tolist() == [[1.25, 5.0]]
 
 
+def test_the_clipped_value_loss_and_the_whole_loss_by_hand() -> None:
+    """Values 1, -1, 0.25 and 1 away from an old value of 1, clip 0.5; the last token does not count."""
+    values, old = torch.tensor([[2.0, 0.0, 1.25, 2.0]]), torch.ones(1, 4)
+    returns = torch.tensor([[2.0, 2.0, 1.75, 9.0]])
+    losses, clipped = clipped_value_loss(values, old, returns, cliprange=0.5)
+    # max(0, (1.5 - 2)^2) / 2; max(4, (0.5 - 2)^2) / 2; inside: 0.5^2 / 2; max(49, 7.5^2) / 2
+    assert losses.tolist() == [pytest.approx([0.125, 2.0, 0.125, 28.125])]
+    assert clipped.tolist() == [[True, False, False, True]]
+    plain, none = clipped_value_loss(values, old, returns, cliprange=None)
+    assert plain.tolist() == [pytest.approx([0.0, 2.0, 0.125, 24.5])] and not none.any()
+    policy, entropies = torch.tensor([[-1.0, 2.0, 0.5, 100.0]]), torch.tensor([[1.0, 2.0, 3.0, 100.0]])
+    mask = torch.tensor([[1, 1, 1, 0]])
+    # policy 1.5 + 0.4 x 2.25 - 0.05 x 6 = 2.1, over 3 tokens or over the 7 of a window
+    for items, expected in ((None, 0.7), (7, 0.3)):
+        found = ppo_loss(policy, losses, entropies, mask, vf_coef=0.4, entropy_coef=0.05, num_items=items)
+        assert found.item() == pytest.approx(expected)
+
+
 def test_whitening_far_from_zero_keeps_its_deviation() -> None:
     values = 1e4 + torch.tensor([[0.0, 1.0, 2.0, 3.0]])
     whitened = whiten(values, torch.ones(1, 4))
