@@ -169,6 +169,7 @@ def resolve(
         if name not in values:
             values[name] = value
             origin[name] = "default" if name not in spec.defaults else "algorithm default"
+    rules.check_names(values, faults)
     if algorithm:
         values["algorithm"] = algorithm
         rules.check(values, origin, spec, faults, notices)

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from aligntune.algorithms.base import AlgorithmSpec
+from aligntune.errors import ConfigError
 
 Values = dict[str, Any]
 Origin = dict[str, str]
@@ -17,12 +18,26 @@ def world_size() -> int:
     return int(text) if text.isdigit() and int(text) > 0 else 1
 
 
+def check_names(values: Values, faults: list[str]) -> None:
+    """Add every unknown name of a backend or a reward to `faults`, whatever else is wrong; nothing is loaded."""
+    _backend(values, faults)
+    entries = values.get("reward_functions")
+    for entry in entries if isinstance(entries, (list, tuple)) else [entries]:
+        name = entry.get("name") if isinstance(entry, dict) else entry
+        if isinstance(name, str) and ":" not in name:
+            from aligntune.rewards import REWARDS
+
+            try:
+                REWARDS.resolve(name)
+            except ConfigError as error:
+                faults.append(f"rewards.reward_functions: {error}")
+
+
 def check(values: Values, origin: Origin, spec: AlgorithmSpec, faults: list[str], notices: list[str]) -> None:
     """Add every contradiction to `faults`; settle what may be settled and say so in `notices`."""
     if faults:  # values may have the wrong types; what is wrong already is told first
         return
     _required(values, spec, faults)
-    _backend(values, faults)
     _lora(values, origin, faults, notices)
     _evaluation(values, faults)
     if spec.online:
@@ -48,7 +63,6 @@ def _required(values: Values, spec: AlgorithmSpec, faults: list[str]) -> None:
 
 def _backend(values: Values, faults: list[str]) -> None:
     from aligntune.backends import BACKENDS
-    from aligntune.errors import ConfigError
 
     name = getattr(values["backend"], "value", values["backend"])
     if name == "unsloth":

@@ -143,6 +143,23 @@ def test_every_fault_is_told_at_once_with_its_path_and_the_nearest_name() -> Non
     assert len(caught.value.faults) == 10
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "gropo"])
+def test_names_of_every_kind_are_told_at_once(algorithm: str) -> None:
+    explicit = {"algorithm": algorithm, "backend": "fsat", "lerning_rate": 1,
+                "reward_functions": ["exact_mach", {"name": "maath"}, "rewards.py:mine", len]}
+    with pytest.raises(ConfigError) as caught:
+        resolve(explicit, {"trainn": {"x": 1}, "data": {"max_seq_lenght": 3}})
+    text = str(caught.value)
+    for expected in ("backend: unknown backend 'fsat'; did you mean 'fast'?",
+                     "rewards.reward_functions: unknown reward 'exact_mach'; did you mean 'exact_match'?",
+                     "rewards.reward_functions: unknown reward 'maath'; did you mean 'math'?",
+                     "lerning_rate: unknown option; did you mean 'train.learning_rate'?",
+                     "trainn: unknown section; did you mean 'train'?", "data.max_seq_lenght: unknown option"):
+        assert expected in text
+    assert len(caught.value.faults) == (6 if algorithm == "grpo" else 7)
+    assert ("'gropo'" in text) == (algorithm != "grpo")
+
+
 @pytest.mark.parametrize(("name", "value"), [
     ("use_peft", 1), ("use_peft", "true"), ("max_steps", 2.5), ("max_steps", "8"), ("learning_rate", "1e-4"),
     ("learning_rate", math.inf), ("learning_rate", -1e-4), ("precision", "bf-16"), ("lora_dropout", 1.0),

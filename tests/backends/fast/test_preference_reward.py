@@ -15,8 +15,9 @@ from tests.core import tiny
 
 
 def scored(margin: bool = False, tail: int = 2) -> Dataset:
-    """Whole rows; `tail`: the id that each ends with (0 is the padding)."""
-    rows = [{"chosen_ids": [*ids(i, prompt + chosen), tail], "rejected_ids": [*ids(i, prompt + rejected), tail],
+    """Whole rows; `tail`: the id that each ends with (0 is the padding). No two rows of a pair are the same: which of
+    two equal rewards is the larger one is decided by rounding."""
+    rows = [{"chosen_ids": [*ids(i, prompt + chosen), tail], "rejected_ids": [*ids(i + 9, prompt + rejected), tail],
              **({"margin": 0.3 * i} if margin else {})} for i, (prompt, chosen, rejected) in enumerate(LENGTHS)]
     return Dataset.from_list(rows)
 

@@ -42,10 +42,13 @@ class DecodeLaunch:
     stages: int
 
 
-def launch_for(rows: int, inner: int, widths: Sequence[int], sms: int) -> DecodeLaunch:
-    """As many programs as SMs, no more: with fewer some idle, and every split reads X and adds a part."""
-    block_m = min(64, max(16, _runtime.next_power_of_2(rows)))
-    columns, depth = 64, 128
+def launch_for(rows: int, inner: int, widths: Sequence[int], sms: int, *, element_size: int = 2) -> DecodeLaunch:
+    """As many programs as SMs, no more: with fewer some idle, and every split reads X and adds a part.
+
+    fp32 is multiplied in three passes, each with operands in registers: larger tiles would spill.
+    """
+    block_m = min(64 if element_size == 2 else 16, max(16, _runtime.next_power_of_2(rows)))
+    columns, depth = (64, 128) if element_size == 2 else (32, 32)
     tiles = sum(_runtime.cdiv(width, columns) for width in widths) * _runtime.cdiv(rows, block_m)
     most = max(1, inner // (2 * depth))  # two loads at least to overlap
     splits = 1
@@ -192,7 +195,7 @@ def decode_linear(
     widths = [weight.shape[0] for weight in weights]
     rows, inner = x.shape
     out = torch.empty((rows, sum(widths)), dtype=x.dtype, device=x.device)
-    launch = launch_for(rows, inner, widths, _runtime.num_sms(x))
+    launch = launch_for(rows, inner, widths, _runtime.num_sms(x), element_size=x.element_size())
     blocks = _runtime.cdiv(rows, launch.rows)
     places = sum(_runtime.cdiv(width, launch.columns) for width in widths) * blocks
     parts: Any = x

@@ -47,7 +47,7 @@ def test_fp32_against_the_truth(shape, kind, device):
 
 
 def test_the_cases_split_the_inner_dimension_and_do_not(device):
-    splits = {op.launch_for(rows, inner, widths, 132).splits for rows, inner, widths in
+    splits = {op.launch_for(rows, inner, widths, 132, element_size=4).splits for rows, inner, widths in
               ((1, 64, (48,)), (3, 520, (40, 9)), (64, 1030, (64,)))}  # fmt: skip
     assert 1 in splits and max(splits) > 1
 
@@ -110,16 +110,17 @@ def test_counts_suffice_for_any_shape():
     for sms in (16, 132, 148, 300):
         for rows in (1, 17, 64):
             for widths in ((16,), (4096, 1024, 1024), (28672, 28672)):
-                launch = op.launch_for(rows, 8192, widths, sms)
-                tiles = sum(-(-width // launch.columns) for width in widths) * -(-rows // launch.rows)
-                assert launch.splits == 1 or tiles <= op.MAX_PLACES
+                for size in (2, 4):
+                    launch = op.launch_for(rows, 8192, widths, sms, element_size=size)
+                    tiles = sum(-(-width // launch.columns) for width in widths) * -(-rows // launch.rows)
+                    assert launch.splits == 1 or tiles <= op.MAX_PLACES
 
 
 # ------------------------------------------------------------------------------------------------------------ compile
 
 
 def case(rows, inner, widths, dtype, rank):
-    launch = op.launch_for(rows, inner, widths, 132)
+    launch = op.launch_for(rows, inner, widths, 132, element_size=4 if dtype == "*fp32" else 2)
     sizes = [*widths, *[0] * (3 - len(widths))]
     names = ("x", "w0", "w1", "w2", "down", "up", "bias", "out")
     signature = {f"{name}_ptr": dtype for name in names}
