@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from aligntune import create_sft_trainer
 from aligntune.algorithms import ALGORITHMS as TABLE
 from aligntune.backends.base import Prepared, require
 from aligntune.backends.trl.build import build
@@ -92,12 +93,19 @@ def test_each_algorithm_trains_three_steps(algorithm: str, adapters: bool, tmp_p
 
 
 def test_seven_changed_values_of_a_yaml_arrive(tmp_path: Any) -> None:
-    config = {"train": {"learning_rate": 3e-4, "gradient_accumulation_steps": 3, "lr_scheduler": "cosine",
-                        "weight_decay": 0.07, "adam_beta2": 0.97, "max_grad_norm": 0.4},
-              "logging": {"save_total_limit": 5}}
-    job = resolve({"model_name": tiny.llama(), "dataset_name": "d", "algorithm": "sft", "report_to": "none",
-                   "output_dir": str(tmp_path)}, config)
-    args = build(job, Prepared(tiny.tokenizer(), rows("sft"), None)).trainer.args
+    path = tmp_path / "job.yaml"
+    path.write_text("""
+train:
+  learning_rate: 3.0e-4
+  gradient_accumulation_steps: 3
+  lr_scheduler: cosine
+  weight_decay: 0.07
+  adam_beta2: 0.97
+  max_grad_norm: 0.4
+logging: {save_total_limit: 5, report_to: none}
+""")
+    args = create_sft_trainer(tiny.llama(), tiny.text_rows(), backend="trl", tokenizer_name=tiny.tokenizer(),
+                              output_dir=str(tmp_path / "run"), config=path).trainer.args
     assert args.learning_rate == 3e-4
     assert args.gradient_accumulation_steps == 3
     assert args.lr_scheduler_type == "cosine"
