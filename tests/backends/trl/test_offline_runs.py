@@ -113,9 +113,10 @@ def test_qlora_on_cpu(algorithm: str, plain: str, tmp_path: Path) -> None:  # no
     assert (tmp_path / "merged/model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
-def test_a_saved_reward_model_scores_completions_of_grpo_by_its_path(
-    adapters: bool, model: str, tmp_path: Path
+def test_a_saved_reward_model_scores_completions_by_its_path(
+    adapters: bool, algorithm: str, model: str, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"use_peft": True, "lora_r": 4} if adapters else {}
     trained = make("reward", model, tmp_path / "rm", center_rewards_coefficient=0.01, **options)
@@ -123,9 +124,9 @@ def test_a_saved_reward_model_scores_completions_of_grpo_by_its_path(
     trained.save_model(tmp_path / "scorer")
     assert (tmp_path / "scorer/adapter_config.json").is_file() == adapters
     online = create_rl_trainer(
-        model, [{"prompt": f"say {i}"} for i in range(8)], algorithm="grpo", backend="trl", max_steps=1, batch_size=4,
+        model, [{"prompt": f"say {i}"} for i in range(8)], algorithm=algorithm, backend="trl", max_steps=1, batch_size=4,
         num_generations=4, max_completion_length=5, max_seq_length=64, report_to="none", logging_steps=1,
-        reward_model_name=str(tmp_path / "scorer"), output_dir=str(tmp_path / "grpo"))
+        reward_model_name=str(tmp_path / "scorer"), output_dir=str(tmp_path / "online"))
     (scorer,) = online.trainer.reward_funcs
     texts = [" 3 3 3", " no no"]
     scores = scorer(prompts=["say 3", "say 3"], completions=texts)
@@ -136,7 +137,7 @@ def test_a_saved_reward_model_scores_completions_of_grpo_by_its_path(
     assert scores == pytest.approx(expected, abs=1e-5)
     assert abs(scores[0] - scores[1]) > 0.01
     assert online.train().global_step == 1
-    assert lines(tmp_path / "grpo")[0]["rewards/scorer/mean"] != 0
+    assert lines(tmp_path / "online")[0]["rewards/scorer/mean"] != 0
 
 
 def test_adapters_of_another_kind_are_no_reward_model(model: str, tmp_path: Path) -> None:

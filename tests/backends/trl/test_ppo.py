@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from typing import Any
 
 import pytest
@@ -67,6 +68,17 @@ def test_preference_data_give_prompts_at_batch_size_one(tmp_path: Any) -> None:
     assert "rewards/scorer/mean" in run.trainer.state.log_history[0]
 
 
+def cut(trainer: Any) -> None:
+    """Have completions end after 1 to 5 tokens, as their prompt says."""
+    plain = trainer._generate_single_turn
+
+    def generate(prompt_ids: Any, *args: Any) -> Any:
+        completions, extra = plain(prompt_ids, *args)
+        return [ids[:1 + ask[-2] % 5] for ids, ask in zip(completions, prompt_ids, strict=True)], extra
+
+    trainer._generate_single_turn = generate
+
+
 def test_a_rollout_is_what_the_equations_say(tmp_path: Any) -> None:
     """Log-probs, values and KL by plain forwards of single rows; rewards and advantages by sums."""
     beta, gamma, lam = 0.3, 0.9, 0.8
@@ -77,10 +89,13 @@ def test_a_rollout_is_what_the_equations_say(tmp_path: Any) -> None:
     with torch.no_grad():  # policy and critic apart from the reference
         for value in (*trainer.model.parameters(), *trainer.critic.parameters()):
             value.add_(0.05 * torch.randn_like(value))
+    cut(trainer)
     trainer.model.train()
-    rollout = trainer._prepare_inputs([PROMPTS[i] for i in range(4)])
+    trainer._prepare_inputs([PROMPTS[i] for i in range(4)])
     rollout = trainer._rollout
-    assert not rollout["loss_mask"].all(dim=1).all() or rollout["loss_mask"].any()
+    lengths = rollout["loss_mask"].sum(dim=1).tolist()
+    assert len(set(lengths)) > 2
+    errors, targets = [], []
     tokenizer = trainer.processing_class
     for row in range(4):
         prompt = rollout["prompt_ids"][row][rollout["prompt_mask"][row].bool()]
@@ -102,9 +117,16 @@ def test_a_rollout_is_what_the_equations_say(tmp_path: Any) -> None:
                             for k in range(t, length))
             assert rollout["advantages"][row, t].item() == pytest.approx(advantage, abs=2e-4)
             assert rollout["returns"][row, t].item() == pytest.approx(advantage + values[t], abs=2e-4)
+            errors.append(advantage)
+            targets.append(advantage + values[t])
         torch.testing.assert_close(rollout["old_log_probs"][row, :length], old, atol=1e-4, rtol=1e-4)
         assert not rollout["advantages"][row, length:].any()
     assert (old - reference).abs().max() > 1e-3
+    logged = {name: numbers[-1] for name, numbers in trainer._metrics["train"].items()}
+    explained = 1 - statistics.pvariance(errors) / statistics.pvariance(targets)
+    assert abs(explained) > 1e-2
+    assert logged["val/explained_variance"] == pytest.approx(explained, abs=1e-3)
+    assert logged["completions/mean_length"] == pytest.approx(statistics.mean(lengths))
 
 
 @pytest.mark.parametrize("critic", [None, "policy"])
@@ -115,21 +137,12 @@ def test_accumulation_does_not_change_a_step(critic: str | None, tmp_path: Any) 
     def ragged(completions: list, completion_ids: list, **columns: Any) -> list[float]:
         return [len(set(ids)) for ids in completion_ids]
 
-    def cut(trainer: Any) -> Any:
-        plain = trainer._generate_single_turn
-
-        def generate(prompt_ids: Any, *args: Any) -> Any:
-            completions, extra = plain(prompt_ids, *args)
-            return [ids[:1 + ask[-2] % 5] for ids, ask in zip(completions, prompt_ids, strict=True)], extra
-
-        return generate
-
     found = []
     for batch, accumulation in ((4, 1), (1, 4)):
         run = job(tmp_path / str(batch), batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=2,
                   num_mini_batches=1, reward_functions=[ragged], value_model_name=critic, lr_scheduler="constant",
                   optimizer="sgd", max_grad_norm=0.0, **ends)
-        run.trainer._generate_single_turn = cut(run.trainer)
+        cut(run.trainer)
         before = weights(run.trainer)
         run.train()
         lengths = run.trainer._rollout["loss_mask"].sum(1).tolist()
@@ -201,6 +214,37 @@ def test_without_kl_there_is_no_reference(tmp_path: Any) -> None:
     assert run.trainer.state.log_history[0]["objective/kl"] == 0
 
 
+@pytest.mark.parametrize("critic", [None, "policy"])
+def test_the_reference_under_lora_is_the_policy_with_adapters_off(critic: str | None, tmp_path: Any) -> None:
+    run = job(tmp_path, use_peft=True, lora_r=4, value_model_name=critic)
+    trainer, seen = run.trainer, []
+    assert trainer.ref_model is None, "no second model"
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, value in trainer.model.named_parameters():
+            if "lora_" in name:
+                value.add_(0.2 * torch.randn_like(value))
+    plain = trainer._estimate
+    trainer._estimate = lambda rollout: seen.append(rollout) or plain(rollout)
+    trainer.model.train()
+    trainer._prepare_inputs([PROMPTS[i] for i in range(4)])
+    (rollout,) = seen
+    ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1)
+    mask = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1)
+    length, counted = rollout["completion_ids"].size(1), rollout["completion_mask"].bool()
+
+    def log_probs() -> torch.Tensor:
+        logits = trainer.model(input_ids=ids, attention_mask=mask).logits[:, -length - 1:-1]
+        return logits.log_softmax(-1).gather(2, rollout["completion_ids"][..., None])[..., 0][counted]
+
+    with torch.no_grad(), trainer.model.disable_adapter():
+        reference = log_probs()
+    torch.testing.assert_close(rollout["ref_per_token_logps"][counted], reference, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(rollout["old_per_token_logps"][counted], log_probs(), atol=1e-5, rtol=1e-5)
+    assert (rollout["old_per_token_logps"][counted] - reference).abs().max() > 1e-2
+
+
 def test_entropy_bonus_raises_entropy(tmp_path: Any) -> None:
     last = []
     for weight in (0.0, 1.0):
@@ -223,6 +267,10 @@ def test_evaluation_changes_nothing(tmp_path: Any) -> None:
     assert {"eval_loss", "eval_reward", "eval_kl", "eval_objective/kl", "eval_entropy"} <= metrics.keys()
     assert metrics["eval_reward"] > 0
     assert run.train().global_step == 2
+    texts = run.generate(["count to 3:", "count to 12:"], max_new_tokens=5)
+    assert texts[0] and len(texts) == 2 and texts[0] != texts[1]
+    assert texts == run.generate(["count to 3:", "count to 12:"], max_new_tokens=5)
+    assert texts[0] == run.generate(["count to 3:"], max_new_tokens=5)[0]
 
 
 def test_options_reach_the_trainer(tmp_path: Any) -> None:

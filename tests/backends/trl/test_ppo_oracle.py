@@ -121,9 +121,9 @@ def test_three_steps_of_our_trainer_are_trl_s(run: str, tmp_path: Any) -> None:
     before = oracle.outputs(trainer.model, trainer.critic.backbone, trainer.critic.head)
     trainer.train()
     logged = trainer.state.log_history[:EPOCHS]
-    names = ("loss/value_avg", "val/clipfrac_avg", "loss/policy_avg")
+    names = ("loss/value_avg", "val/clipfrac_avg", "loss/policy_avg", "policy/clipfrac_avg")
     for epoch in range(EPOCHS):
-        value, *others = kept["means"][epoch][:3]
+        value, *others = kept["means"][epoch]
         assert [logged[epoch][name] for name in names] == pytest.approx([value / 2, *others], abs=2e-5)
     theirs = kept["logged"]
     for name in ("objective/kl", "objective/scores", "objective/non_score_reward", "objective/rlhf_reward"):
