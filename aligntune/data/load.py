@@ -178,8 +178,14 @@ def _from_objects(rows: list[Any] | tuple[Any, ...]) -> Rows:
 def _builtin(name: str, split: str | None, wanted: tuple[str, ...]) -> Rows:
     from aligntune.builtin import load_dataset
 
+    def read(part: str) -> Rows:
+        dataset = load_dataset(name.removeprefix(BUILTIN), part)
+        rows = from_dataset(f"{name}[{part}]", dataset)
+        made_of = dataset.info.description
+        return replace(rows, notes=(*rows.notes, made_of)) if made_of else rows
+
     def reader(part: str) -> Reader:
-        return lambda: from_dataset(f"{name}[{part}]", load_dataset(name.removeprefix(BUILTIN), part))
+        return lambda: read(part)
 
     return _choose({part: reader(part) for part in ("train", "test")}, split, name, wanted)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import random
 import subprocess
 import sys
@@ -227,6 +228,8 @@ def test_every_builtin_dataset_prepares(name, takes, kind):
 
     found = prepared(f"builtin:{name}", takes, tokenizer=load_tokenizer("tiny"), max_samples=50, on_bad_row="skip")
     assert found.kind == kind and found.report.rows_read == 50 and len(found.train) > 40
+    made_of = f"CPython {platform.python_version()}" if name == "pydoc" else "Sums of numbers from 0 to 99"
+    assert any(made_of in note for note in found.report.notes) and made_of in found.report.text()
 
 
 def test_every_source_gives_the_same_tokens(tmp_path):
