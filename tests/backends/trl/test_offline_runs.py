@@ -124,8 +124,8 @@ def test_a_saved_reward_model_scores_completions_by_its_path(
     trained.save_model(tmp_path / "scorer")
     assert (tmp_path / "scorer/adapter_config.json").is_file() == adapters
     online = create_rl_trainer(
-        model, [{"prompt": f"say {i}"} for i in range(8)], algorithm=algorithm, backend="trl", max_steps=1, batch_size=4,
-        num_generations=4, max_completion_length=5, max_seq_length=64, report_to="none", logging_steps=1,
+        model, [{"prompt": f"say {i}"} for i in range(8)], algorithm=algorithm, backend="trl", max_steps=1,
+        batch_size=4, num_generations=4, max_completion_length=5, max_seq_length=64, report_to="none", logging_steps=1,
         reward_model_name=str(tmp_path / "scorer"), output_dir=str(tmp_path / "online"))
     (scorer,) = online.trainer.reward_funcs
     texts = [" 3 3 3", " no no"]
