@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 class RewardModel:
     """f(prompts, completions, **columns) -> one score a completion, in the form of a reward function.
 
-    The score is the model's one output; of two, the log-odds of the second label.
+    The score is the model's one output; of two, the log-odds of the second label. An encoder, whose tokenizer has a
+    token for the whole text ([CLS]), gets that token and the others its tokenizer puts around a text; other models get
+    the text alone. A text that is longer than a model's table of positions is refused, not cut: the score of a
+    beginning would be taken for that of the whole.
 
     Args:
         model: a sequence-classification model with one or two labels.
@@ -32,7 +35,7 @@ class RewardModel:
             model's own one, as texts do in the training of reward models; a text that was cut off does not.
 
     Raises:
-        ConfigError: more than two labels.
+        ConfigError: more than two labels; when called, a text beyond the model's last position.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class RewardModel:
         self.tokenizer, self.batch_size, self.policy_eos = tokenizer, batch_size, policy_eos
         self.template_from = template_from or tokenizer
         self.__name__ = name
+        self.positions = _positions(model)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         # The model reads its score at the last token that is not this one.
@@ -62,17 +66,36 @@ class RewardModel:
         for start in range(0, len(texts), self.batch_size):
             encoded = self.tokenizer(
                 texts[start:start + self.batch_size], return_tensors="pt", padding=True, padding_side="right",
-                add_special_tokens=False,
+                add_special_tokens=self._bare(texts[start]),
             ).to(self.model.device)
+            length = encoded["input_ids"].shape[1]
+            if self.positions is not None and length > self.positions:
+                raise ConfigError(f"reward_model_name: {self.__name__} reads {self.positions} tokens, and a prompt "
+                                  f"with its completion has {length}: lower max_seq_length, or take another model")
             logits = self.model(**encoded).logits.float()
             scores += (logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]).tolist()
         return scores
+
+    def _bare(self, text: str) -> bool:
+        """Whether this is a text for an encoder that no template has given its first token yet."""
+        first = self.tokenizer.cls_token
+        return first is not None and not text.startswith(first)
 
     def _text(self, prompt: Any, completion: Any, ids: list[int]) -> str:
         if isinstance(prompt, str):
             ended = self.policy_eos is not None and ids[-1:] == [self.policy_eos]
             return prompt + completion + (self.tokenizer.eos_token or "" if ended else "")
         return self.template_from.apply_chat_template([*prompt, *completion], tokenize=False)
+
+
+def _positions(model: Any) -> int | None:
+    """Tokens that a learnt table of positions has room for; None where positions have no end (rotary ones)."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and name.endswith(("position_embeddings", "embed_positions", "wpe")):
+            # RoBERTa counts from behind its padding index, OPT and BART from an offset.
+            start = module.padding_idx + 1 if module.padding_idx is not None else getattr(module, "offset", 0)
+            return module.num_embeddings - start
+    return None
 
 
 def load_reward_model(job: Job, precision: Precision, policy_tokenizer: Any) -> RewardModel:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from aligntune import create_rl_trainer
 from aligntune.backends.trl.reward_model import RewardModel
@@ -28,14 +29,58 @@ def one_by_one(model: Any, tokenizer: Any, texts: list[str]) -> list[float]:
                 for text in texts]
 
 
+def other(family: str) -> tuple[Any, Any]:
+    """A random scorer of another family with its tokenizer; an encoder's puts [CLS] and [SEP] around a text."""
+    tokenizer = tiny.tokenizer(template=None)
+    sizes = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "max_position_embeddings": 64, "num_labels": 1, "initializer_range": 0.2}
+    if family == "qwen3":
+        sizes |= {"num_key_value_heads": 2, "head_dim": 8}
+    if family in ("bert", "roberta"):
+        sizes["pad_token_id"] = 0
+        core = tokenizer.backend_tokenizer
+        core.post_processor = processors.TemplateProcessing(
+            single="<bos> $A <eos>", pair="<bos> $A <eos> $B:1 <eos>:1", special_tokens=[("<bos>", 1), ("<eos>", 2)])
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=core, pad_token="<pad>", cls_token="<bos>", sep_token="<eos>",
+            model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+    torch.manual_seed(5)
+    return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(family, **sizes)), tokenizer
+
+
 @pytest.mark.parametrize("batch", [1, 2, 8])
-def test_scores_do_not_depend_on_the_batch(batch: int) -> None:
-    model, tokenizer = reward_model(), tiny.tokenizer()
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "bert"])
+def test_scores_do_not_depend_on_the_batch(family: str, batch: int) -> None:
+    model, tokenizer = (reward_model(), tiny.tokenizer()) if family == "llama" else other(family)
     scorer = RewardModel(model, tokenizer, name="scorer", batch_size=batch)
-    expected = one_by_one(model, tokenizer, [a + b for a, b in zip(TURNS, ANSWERS, strict=True)])
-    assert len({round(score, 4) for score in expected}) == 3
+    texts = [a + b for a, b in zip(TURNS, ANSWERS, strict=True)]
+    expected = one_by_one(model, tokenizer, [f"<bos>{text}<eos>" for text in texts] if family == "bert" else texts)
+    assert len({round(score, 3) for score in expected}) == 3
     assert scorer(TURNS, ANSWERS, extra=[1, 2, 3]) == pytest.approx(expected, abs=1e-5)
     assert scorer([], []) == []
+    assert ("token_type_ids" in tokenizer("ab")) == (family == "bert")
+
+
+@pytest.mark.parametrize(("family", "room"), [("bert", 64), ("roberta", 63), ("gpt_neox", None)])
+def test_a_text_beyond_the_last_position_is_refused(family: str, room: int | None) -> None:
+    model, tokenizer = other(family)
+    scorer = RewardModel(model, tokenizer, name="scorer")
+    if room is None:  # rotary positions have no end
+        assert math.isfinite(scorer(["x" * 99], ["y"])[0])
+        return
+    full = "x" * (room - 3)  # [CLS], [SEP] and the completion take the other three
+    assert math.isfinite(scorer([full], ["y"])[0])
+    with pytest.raises(ConfigError, match=f"scorer reads {room} tokens, .* has {room + 1}: lower max_seq_length"):
+        scorer(["a", full], ["b", "yy"])
+
+
+def test_an_encoders_first_token_that_a_template_wrote_is_not_written_twice() -> None:
+    model, tokenizer = other("bert")
+    tokenizer.chat_template = "<bos>{% for m in messages %}{{ m['content'] }}{% endfor %}<eos>"
+    said = [[{"role": "user", "content": "a"}]], [[{"role": "assistant", "content": "b"}]]
+    scorer = RewardModel(model, tokenizer, name="scorer")
+    expected = pytest.approx(one_by_one(model, tokenizer, ["<bos>ab<eos>"]), abs=1e-6)
+    assert scorer(*said) == expected and scorer(["a"], ["b"]) == expected
 
 
 def test_a_text_that_ended_by_itself_ends_with_the_reward_models_own_token() -> None:
