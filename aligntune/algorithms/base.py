@@ -9,6 +9,22 @@ from typing import Any, Literal
 
 Takes = Literal["sft", "preference", "prompts", "unpaired", "reward"]
 
+EVERY_DIFFERS = (
+    "num_epochs 1 (TRL's default is 3)",
+    "optimizer 'adamw', which is torch's own choice of kernels: optim 'adamw_torch' (TRL's default is "
+    "'adamw_torch_fused'; here that is 'adamw_fused')",
+    "gradient_checkpointing 'auto': False on a CPU; on a GPU on, with backend fast in as many layers as memory asks "
+    "(TRL's default is True everywhere)",
+    "precision follows the device: bf16 False on a CPU, which trains in fp32 (TRL's default is True everywhere)",
+)
+"""What differs from TRL's own defaults in each algorithm; told once here."""
+
+ONLINE_DIFFERS = (
+    "lr_scheduler 'constant_with_warmup' (TRL's default is 'linear')",
+    "max_completion_length 256 (TRL's default is 512)",
+)
+"""The same of each online algorithm."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmSpec:
@@ -26,7 +42,8 @@ class AlgorithmSpec:
         reference: it may compare with a frozen reference model.
         groups: an online method that compares the completions of one prompt, so that it wants two or more.
         without: common options that it does not take.
-        differs: each difference of the published algorithm from TRL's own defaults, a sentence each.
+        differs: each difference of the published algorithm from TRL's own defaults, a sentence each; what differs in
+            every algorithm stands in `EVERY_DIFFERS` and `ONLINE_DIFFERS`.
     """
 
     name: str
@@ -41,6 +58,11 @@ class AlgorithmSpec:
     groups: bool = True
     without: tuple[str, ...] = ()
     differs: tuple[str, ...] = ()
+
+    @property
+    def differences(self) -> tuple[str, ...]:
+        """`differs`, then what differs from TRL's own defaults in every algorithm of its kind."""
+        return self.differs + EVERY_DIFFERS + (ONLINE_DIFFERS if self.online else ())
 
 
 ONLINE_DEFAULTS: Mapping[str, Any] = MappingProxyType(

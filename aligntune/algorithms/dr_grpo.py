@@ -52,8 +52,8 @@ SPEC = AlgorithmSpec(
     needs_reward=True,
     reference=True,
     differs=(
-        "loss_type 'dr_grpo': the loss divides by the constant max_completion_length, 256 by default (TRL's default "
-        "'dapo' divides by the tokens; its max_completion_length is 512)",
+        "loss_type 'dr_grpo': the loss divides by the constant max_completion_length (TRL's default 'dapo' divides by "
+        "the tokens)",
         "advantages are not divided by a standard deviation (TRL leaves that on, with loss_type 'dr_grpo' too: with "
         "one right answer in 8 its advantage would be 2.4742 in place of 0.875)",
         "with beta above 0 the KL is k3 without an importance ratio (TRL multiplies by the ratio by default)",

@@ -80,7 +80,8 @@ SPEC = AlgorithmSpec(
     groups=False,
     without=("num_iterations", "steps_per_generation"),
     differs=(
-        "TRL has no PPO since 1.13; names and defaults are those of its last one (1.12)",
+        "TRL has no PPO since 1.13; names and defaults of the loss are those of its last one (1.12), which sampled 53 "
+        "tokens at temperature 0.7, where temperature is 1 here; below, TRL's defaults are those of what it still has",
         "the score stands at the last token of a completion and the state after it is worth 0 (TRL 1.12 put the score "
         "one position later, in a padding token whose value it trained too)",
         "whitening and means go over the tokens of all processes and micro-steps (TRL 1.12: of each process)",

@@ -57,6 +57,7 @@ SPEC = AlgorithmSpec(
     takes="sft",
     defaults={"learning_rate": 2e-5},
     differs=(
-        "gradient checkpointing follows the device (TRL: on everywhere), precision too (TRL: bf16 everywhere)",
+        "of conversations the assistant's turns alone are supervised (TRL supervises every token of them, unless "
+        "assistant_only_loss is set)",
     ),
 )

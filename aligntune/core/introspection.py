@@ -90,5 +90,5 @@ def explain(backend: str, algorithm: str) -> Explanation:
     )
     return Explanation(
         engine.name, spec.name, spec.title, spec.paper, verdict, engine.available() if verdict else verdict,
-        TAKES[spec.takes], gates, own, dict(spec.defaults), spec.differs,
+        TAKES[spec.takes], gates, own, dict(spec.defaults), spec.differences,
     )

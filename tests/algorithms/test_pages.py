@@ -39,7 +39,7 @@ def options_table(name: str) -> str:
 
 
 def differences(name: str) -> str:
-    return "".join(f"* {line}\n" for line in ALGORITHMS.load(name).differs)
+    return "".join(f"* {line}\n" for line in ALGORITHMS.load(name).differences)
 
 
 MADE = {"options": options_table, "differs": differences}
