@@ -67,6 +67,11 @@ def spread(prompts: list, completions: list, answer: list, **columns: Any) -> li
     return [float(len({*str(completion)})) for completion in completions]
 
 
+REWARDS_FILE = """
+def letters(completions, answer, **columns):
+    assert all(answer)
+    return [float(len({*str(completion)})) for completion in completions]
+"""
 JOBS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sft": (alpaca, {}),
     "dpo": (hh_rlhf, {"beta": 0.3}),
@@ -119,7 +124,8 @@ def test_the_same_job_from_the_command_line(
     recipe = {**SMALL, **JOBS[algorithm][1], "algorithm": algorithm, "model_name": checkpoint,
               "dataset_name": JOBS[algorithm][0](tmp_path / "data.jsonl")}
     if algorithm == "grpo":
-        recipe["reward_functions"] = ["math"]
+        (tmp_path / "rewards.py").write_text(REWARDS_FILE)
+        recipe["reward_functions"] = [f"{tmp_path / 'rewards.py'}:letters"]
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     arguments = ["train", str(tmp_path / "recipe.yaml"), "train.max_steps=2", f"output_dir={tmp_path / 'run'}"]
     monkeypatch.setattr("sys.argv", ["aligntune", *arguments])
@@ -127,7 +133,13 @@ def test_the_same_job_from_the_command_line(
         main()
     assert ended.value.code in (0, None), capsys.readouterr().err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["status"] == "finished"
+    assert (summary["status"], summary["steps"]) == ("finished", 2)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in steps] == [1, 2]
+    # At step 1 policy and reference are equal, so a gradient of GRPO comes from rewards that differ in a group.
+    assert steps[0]["grad_norm"] > 1e-4
+    assert algorithm != "grpo" or steps[0]["reward_std"] > 0
 
 
 def test_old_calls_work(checkpoint: str, tmp_path: Path) -> None:
