@@ -1,4 +1,4 @@
-"""Contrastive preference optimisation (Xu et al. 2024, arXiv 2401.08417): the terms L_prefer and L_NLL."""
+"""Contrastive preference optimisation (Xu et al. 2024, arXiv 2401.08417): the terms L_prefer (equation 3) and L_NLL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GRPO done right (Liu et al. 2025, arXiv 2503.20783, section 3.2)."""
+"""GRPO done right (Liu et al. 2025, arXiv 2503.20783, section 3.2; equation number not verified)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def loss(
 SPEC = AlgorithmSpec(
     name="dr_grpo",
     title="GRPO done right",
-    paper="Liu et al. 2025, arXiv 2503.20783, section 3.2",
+    paper="Liu et al. 2025, arXiv 2503.20783, section 3.2 (equation number not verified)",
     options=DrGRPOOptions,
     takes="prompts",
     defaults=ONLINE_DEFAULTS,

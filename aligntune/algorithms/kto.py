@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv 2402.01306, section 4.1)."""
+"""Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv 2402.01306, section 4.1, equation 7)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def kto_loss(
     log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, labels: Tensor, *, kl: Tensor | float = 0.0,
     beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0, loss_type: str = "kto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean of w_y - v(x, y) (section 4.1): w_D (1 - sigmoid(beta (r - z_0))) for good completions and
+    """The mean of w_y - v(x, y) (equation 7): w_D (1 - sigmoid(beta (r - z_0))) for good completions and
     w_U (1 - sigmoid(beta (z_0 - r))) for bad ones, with r = log pi(y|x) - log pi_ref(y|x).
 
     Args:
@@ -86,7 +86,7 @@ def kto_loss(
 SPEC = AlgorithmSpec(
     name="kto",
     title="Kahneman-Tversky optimisation",
-    paper="Ethayarajh et al. 2024, arXiv 2402.01306, section 4.1",
+    paper="Ethayarajh et al. 2024, arXiv 2402.01306, section 4.1, equation 7",
     options=KTOOptions,
     takes="unpaired",
     defaults={"learning_rate": 5e-6, "batch_size": 8, "max_seq_length": 1024},

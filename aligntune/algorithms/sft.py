@@ -1,4 +1,5 @@
-"""Supervised fine-tuning: the negative log-likelihood of the supervised tokens; DFT (Wu et al. 2025, arXiv 2508.05629).
+"""Supervised fine-tuning: the negative log-likelihood of the supervised tokens; DFT (Wu et al. 2025, arXiv 2508.05629,
+equations 7 to 9).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class SFTOptions:
 def sft_loss(
     stats: TokenStats, *, loss_type: str = "nll", num_tokens: Tensor | float | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean of -log p(y_t | y_<t) over supervised tokens; DFT (the paper's L_DFT) weights each by p, without its
-    gradient.
+    """The mean of -log p(y_t | y_<t) over supervised tokens; DFT (equations 7 to 9 of its paper) weights each by p,
+    without its gradient.
 
     Args:
         stats: (B, T) of the policy.
@@ -52,7 +53,7 @@ def sft_loss(
 SPEC = AlgorithmSpec(
     name="sft",
     title="Supervised fine-tuning",
-    paper="the maximum-likelihood objective; DFT: arXiv 2508.05629",
+    paper="the maximum-likelihood objective; DFT: arXiv 2508.05629, equations 7 to 9",
     options=SFTOptions,
     takes="sft",
     defaults={"learning_rate": 2e-5},
