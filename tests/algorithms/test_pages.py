@@ -74,6 +74,17 @@ def test_a_page_has_its_parts_in_order(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_no_heading_of_a_page_stands_over_nothing(name: str) -> None:
+    """As it is rendered: the marks of generated parts show nothing, and one that is not measured yet is empty."""
+    shown = re.sub(r"^```.*?^```", "code", re.sub(r"<!--.*?-->", "", page(name), flags=re.S), flags=re.M | re.S)
+    heads = list(re.finditer(r"^(#+) .*$", shown, re.M))
+    ends = [head.start() for head in heads[1:]] + [len(shown)]
+    assert len(heads) >= 5
+    for head, end in zip(heads, ends, strict=True):
+        assert shown[head.end():end].strip(), head[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_page_names_every_recipe_of_its_algorithm(name: str) -> None:
     recipes = [recipe for recipe in packaged() if read_recipe(recipe).algorithms[-1:] == (name,)
                and recipe not in ("quickstart", "tiny-instruct")]
