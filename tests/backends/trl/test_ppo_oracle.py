@@ -21,6 +21,7 @@ from tests.core import tiny
 FIXTURE = json.loads(Path(__file__).with_name("trl_1_12_ppo.json").read_text())
 S = oracle.SETTINGS
 EPOCHS = S["num_ppo_epochs"]
+PAGE = Path(__file__).parents[3] / "docs" / "algorithms" / "ppo.md"
 ONE_LATER = 0.0236
 """How far advantages move because TRL 1.12 puts the score one position behind a completion that ended early."""
 
@@ -84,6 +85,9 @@ def test_where_ours_differs_from_trl_s() -> None:
                                        kept["old_values"], reach, gamma=S["gamma"], lam=S["lam"])
     apart = ((ours - theirs) * mask).abs()
     assert apart.max().item() == pytest.approx(ONE_LATER, abs=1e-4)
+    deviation = theirs[mask.bool()].std().item()
+    moved = f"moves advantages by up to {apart.max():.3f}, a tenth of their deviation ({deviation:.2f})"
+    assert moved in " ".join(PAGE.read_text().split()) and deviation == pytest.approx(10 * ONE_LATER, rel=0.1)
     assert apart[mask.all(1)].max() < 1e-12 < apart[~mask.all(1)].max()
 
 
