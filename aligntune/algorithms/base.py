@@ -11,8 +11,7 @@ Takes = Literal["sft", "preference", "prompts", "unpaired", "reward"]
 
 EVERY_DIFFERS = (
     "num_epochs 1 (TRL's default is 3)",
-    "optimizer 'adamw', which is torch's own choice of kernels: optim 'adamw_torch' (TRL's default is "
-    "'adamw_torch_fused'; here that is 'adamw_fused')",
+    "optimizer 'adamw', which is optim 'adamw_torch' (TRL's default is 'adamw_torch_fused': here 'adamw_fused')",
     "gradient_checkpointing 'auto': False on a CPU; on a GPU on, with backend fast in as many layers as memory asks "
     "(TRL's default is True everywhere)",
     "precision follows the device: bf16 False on a CPU, which trains in fp32 (TRL's default is True everywhere)",
