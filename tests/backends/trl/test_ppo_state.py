@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize(("save", "position"), [(3, 2), (5, 1)], ids=["between passes", "inside a pass"])
-@pytest.mark.parametrize("critic", [None, "policy"])
+@pytest.mark.parametrize("critic", [None, pytest.param("policy", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 def test_resumed_between_minibatches_bit_for_bit(
     save: int, position: int, critic: str | None, adapters: bool, tmp_path: Any
@@ -126,7 +126,7 @@ dist.destroy_process_group()
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("critic", ["", "policy"])
+@pytest.mark.parametrize("critic", ["", pytest.param("policy", marks=pytest.mark.slow)])
 def test_two_processes_are_one_run(critic: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
