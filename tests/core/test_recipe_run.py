@@ -195,7 +195,8 @@ def test_overwrite_removes_the_earlier_run_and_nothing_else(shop: dict[str, str]
 @pytest.mark.parametrize(("change", "error", "told"), [
     ({"stages.2.dataset_name": "bad"}, DataError, r"stage 2-grpo: .*1 of 2 rows"),
     ({"stages.2.dataset_name": "/no/such.jsonl"}, DataError, r"stage 2-grpo: .*no/such"),
-    ({"stages.2.reward_functions": ["exact_mach"]}, ConfigError, r"stages\.2\.rewards\.reward_functions: unknown reward 'exact_mach'"),
+    ({"stages.2.reward_functions": ["exact_mach"]}, ConfigError,
+     r"stages\.2\.rewards\.reward_functions: unknown reward 'exact_mach'"),
     ({"stages.2.trainer_options": {"vlm": 1}}, ConfigError, "stage 2-grpo: .*trainer_options.vlm: GRPOConfig has no"),
     ({"stages.2.rollout_engine": "fast"}, UnsupportedAlgorithmError, "stage 2-grpo: .*rollout_engine"),
     ({"probe.dataset_name": "/no/such.jsonl"}, DataError, "probe: .*no/such"),
