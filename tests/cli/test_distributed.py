@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from aligntune.core.recipe_run import run_recipe
 from tests import small_jobs
@@ -55,7 +56,11 @@ def start(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shop")
+    return filled(tmp_path_factory.mktemp("shop"))
+
+
+def filled(folder: Path) -> Path:
+    """The folder with a model, data, a reward and a recipe of sft and dpo."""
     model = small_jobs.model_folder(folder / "model")
     chat, pairs = small_jobs.alpaca(folder / "chat.jsonl", 32), small_jobs.pairs(folder / "pairs.jsonl", 32)
     graded = small_jobs.graded(folder / "graded.jsonl")
@@ -123,3 +128,38 @@ def test_online_methods_run_and_the_ranks_stay_equal(shop: Path) -> None:
         assert found["moved"] > 1e-3, "nothing was trained"
         assert len(found["seen"]) == 6
     assert len({json.dumps(found["moved"]) for found in ranks}) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("__import__('torch').cuda.device_count() < 2", reason="needs two GPUs")
+@pytest.mark.parametrize("backend", ["trl", "fast"])
+def test_accelerate_launches_two_gpus(backend: str, tmp_path: Path) -> None:
+    """sft and dpo as one process with the same global batch; then GRPO from the recipe's third stage."""
+    shop = filled(tmp_path)
+    recipe = yaml.safe_load((shop / "recipe.yaml").read_text())
+    recipe["defaults"]["model"] |= {"device": "cuda", "precision": "fp32"}
+    recipe["stages"].append({
+        "algorithm": "grpo", "data": {"dataset_name": str(shop / "graded.jsonl")},
+        "rollout": {"num_generations": 4, "max_completion_length": 6},
+        "rewards": {"reward_functions": [f"{shop / 'r.py'}:letters"]}})
+    small_jobs.write(shop / "recipe.yaml", recipe)
+    arguments = ("-m", "aligntune", "train", "recipe.yaml", f"backend={backend}")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    accelerate = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                  "--mixed_precision", "no", "--dynamo_backend", "no")
+    runs = (((), ("output_dir=one",), "0"), (accelerate, ("output_dir=two", "batch_size=2"), "0,1"))
+    for command, extra, gpus in runs:
+        done = subprocess.run(
+            [sys.executable, *command, *arguments, *extra], cwd=shop, text=True, capture_output=True, timeout=300,
+            env={**environment, "CUDA_VISIBLE_DEVICES": gpus})  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+    for name in ("1-sft", "2-dpo"):
+        told = json.loads((shop / "two" / name / "environment.json").read_text())
+        assert told["flags"]["WORLD_SIZE"] == "2"
+        alone, together = metrics(shop / "one" / name), metrics(shop / "two" / name)
+        assert len(alone) == len(together) == 3 and alone[0]["loss"] != alone[2]["loss"]
+        for mine, theirs in zip(alone, together, strict=True):
+            assert mine["loss"] > 0.1 and theirs["loss"] == pytest.approx(mine["loss"], abs=2e-5)
+            assert theirs["num_tokens"] == mine["num_tokens"]
+    online = metrics(shop / "two" / "3-grpo")
+    assert len(online) == 3 and all(line["reward"] > 1 for line in online)
