@@ -26,7 +26,8 @@ Report = dict[str, Any]
 def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
     """A table; every column but the first is set to the right."""
     ruler = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ruler, *rows)) + "\n"
+    lines = ([cell.replace("|", "\\|") for cell in cells] for cells in (head, ruler, *rows))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
 def source(report: Report) -> str:

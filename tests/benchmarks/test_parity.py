@@ -69,6 +69,8 @@ def test_the_table_shows_what_does_not_hold():
     lines = tables.parity(report).splitlines()
     assert lines[2].endswith("| 1.0e-03 | 1.0e-03 | 2.0e-03 | yes |") and lines[3].endswith("| - | 1.0e-06 | **no** |")
     assert "fell from 6.00 to 5.00" in lines[5]
+    report["rows"][0]["what"] = "max |loss difference|"
+    assert r"| max \|loss difference\| |" in tables.parity(report), "a bar within a cell would end it"
 
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="not measured yet")
