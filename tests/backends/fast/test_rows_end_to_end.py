@@ -80,7 +80,8 @@ def run(built: Any) -> tuple[list[float], dict[str, torch.Tensor], Any]:
     return losses, {n: p.detach().cpu() for n, p in trainer.model.named_parameters()}, trainer.state.log_history
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in (
+    "qwen3", "mistral"))])
 def test_losses_weights_and_metrics_are_those_of_padded_trl(family: str, tmp_path: Any) -> None:
     built = trainer_of("fast", family, tmp_path)
     ours, our_weights, our_log = run(built)

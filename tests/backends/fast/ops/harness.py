@@ -6,11 +6,13 @@
         assert_fits(CASE, load_bits=128)
 
 Cases registered while test modules are imported are compiled together, in one subprocess, when the first result is
-asked for: importing torch and Triton there costs far more than a compile.
+asked for: importing torch and Triton there costs far more than a compile. Processes of one test run share the results.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import importlib
 import json
 import mmap
@@ -162,16 +164,39 @@ def resources(case: Case) -> Resources:
     if case not in _results:
         waiting = list(_pending) if case in _pending else [case]
         _pending.clear()
-        env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        done = subprocess.run(
-            [sys.executable, "-m", __name__ if __name__ != "__main__" else "tests.backends.fast.ops.harness"],
-            input=json.dumps([asdict(one) for one in waiting]), cwd=REPO, env=env, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, f"the compile process failed:\n{done.stderr[-4000:]}"
-        for one, result in zip(waiting, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        request = json.dumps([asdict(one) for one in waiting])
+        for one, result in zip(waiting, json.loads(_compiled(request)), strict=True):
             widths = {key: {int(w): n for w, n in result.pop(key).items()} for key in ("loads", "stores")}
             _results[one] = Resources(**result, **widths)
     return _results[case]
+
+
+def _compiled(request: str) -> str:
+    """What the subprocess answers; the same request of another process of this test run is waited for and shared."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:
+        return _compile_apart(request)
+    name = hashlib.sha256(f"{run} {request}".encode()).hexdigest()[:32]
+    with (Path(tempfile.gettempdir()) / f"aligntune-sm90-{name}").open("a+") as shared:
+        fcntl.flock(shared, fcntl.LOCK_EX)
+        shared.seek(0)
+        answer = shared.read()
+        if answer:
+            os.unlink(shared.name)  # two processes ask, or the rest of more compiles again
+        else:
+            answer = _compile_apart(request)
+            shared.write(answer)
+    return answer
+
+
+def _compile_apart(request: str) -> str:
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", __name__ if __name__ != "__main__" else "tests.backends.fast.ops.harness"],
+        input=request, cwd=REPO, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, f"the compile process failed:\n{done.stderr[-4000:]}"
+    return done.stdout.splitlines()[-1]
 
 
 def compile_sm90(

@@ -138,11 +138,11 @@ def test_kernel_frequencies(device):
     """The same through the kernel, fewer draws: its own logarithms and words."""
     logits = torch.tensor([[1.0, 0.0, -1.0, 0.5, -2.0]]).expand(64, 5).contiguous()
     drawn = torch.zeros(5)
-    for position in range(25):
+    for position in range(8):
         _, out = run(sample_step, logits, device=device, generated=position, offset=position)
         drawn += torch.bincount(out.tokens[:, 0].long(), minlength=5)
     expected = logits[0].softmax(0) * drawn.sum()
-    assert drawn.sum() == 1600
+    assert drawn.sum() == 512
     assert float(((drawn - expected) ** 2 / expected).sum()) < 18.5  # 0.1% point of 4 degrees
 
 
