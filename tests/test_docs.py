@@ -6,11 +6,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from aligntune.core.option_docs import markdown
+from tests.pages import Runner
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -58,9 +60,19 @@ def families_page() -> str:
 
 
 WITH_CODE = [page for page in PAGES if page.exists() and python_blocks(page.read_text())]
+ALGORITHMS = [page for page in WITH_CODE if page.parent.name == "algorithms"]
+OTHERS = [page for page in WITH_CODE if page not in ALGORITHMS]
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda p: p.name)
+def check(page: Path, status: int, out: str, err: str) -> None:
+    assert status == 0, err[-3000:]
+    shown = re.findall(r"^```text\n(.*?)^```", page.read_text(), re.M | re.S)
+    for text in shown:
+        for line in text.strip().splitlines():
+            assert line.strip() in out, line
+
+
+@pytest.mark.parametrize("page", OTHERS, ids=lambda p: p.name)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     """One process a page, as a reader would type it, in an empty folder."""
     script = tmp_path / "page.py"
@@ -68,11 +80,30 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=env, capture_output=True, text=True,
                           timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    shown = re.findall(r"^```text\n(.*?)^```", page.read_text(), re.M | re.S)
-    for text in shown:
-        for line in text.strip().splitlines():
-            assert line.strip() in done.stdout, line
+    check(page, done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    with Runner() as running:
+        yield running
+
+
+@pytest.mark.parametrize("page", ALGORITHMS, ids=lambda p: p.name)
+def test_the_code_of_an_algorithms_page_runs(page: Path, runner: Runner, tmp_path: Path) -> None:
+    """A process and an empty folder each as well, forked from one that has done the imports that all of them share."""
+    (tmp_path / "page.py").write_text("\n".join(python_blocks(page.read_text())))
+    check(page, *runner(tmp_path))
+
+
+@pytest.mark.parametrize(("code", "status", "said"), [
+    ("print('well')", 0, ""), ("print('well')\n1 / 0", 1, "ZeroDivisionError"), ("import sys\nsys.exit(7)", 7, ""),
+    ("import os\nos.kill(os.getpid(), 9)", -9, ""),
+])
+def test_a_page_that_fails_is_told(code: str, status: int, said: str, runner: Runner, tmp_path: Path) -> None:
+    (tmp_path / "page.py").write_text(code)
+    found, out, err = runner(tmp_path)
+    assert found == status and said in err and out == ("well\n" if "print" in code else "")
 
 
 def test_the_options_page_is_the_table() -> None:
