@@ -119,12 +119,14 @@ def recipe(report: Report) -> str:
     ]  # fmt: skip
     probe = report["rows"][0].get("probe")
     about = f"{probe}, greedy answers. " if probe else "Held-out rows. "
-    return markdown(["seed", *names, "steps", "CPU seconds, one thread"], rows) + "\n" + about + source(report)
+    return markdown(["seed", *names, "steps", "seconds (cores)"], rows) + "\n" + about + source(report)
 
 
 def _seconds(row: dict[str, Any]) -> str:
-    """What a run computed. Of several threads it would count those that wait for each other."""
-    return f"{row['cpu_s']:.0f}" if row.get("threads") == 1 else "-"
+    """Of one thread what it computed, whatever else ran; threads that wait count, so of more the wall's."""
+    if "threads" not in row:
+        return "-"
+    return f"{row['cpu_s' if row['threads'] == 1 else 'wall_s']:.0f} ({row['threads']})"
 
 
 def sft(report: Report) -> str:

@@ -34,11 +34,13 @@ def test_a_changed_figure_is_found():
 
 def test_a_recipes_table_has_a_row_a_seed():
     rows = [{"seed": 1, "probe": "exact_match on sums", "scores": {"before": 0.0, "after sft": 0.765},
-             "steps": {"sft": 340}, "cpu_s": 181.4, "threads": 1}]  # fmt: skip
+             "steps": {"sft": 340}, "cpu_s": 181.4, "wall_s": 300.2, "threads": 1}]  # fmt: skip
     report = {"device": "CPU", "versions": {"torch": "1"}, "commit": "c" * 40, "command": "x", "rows": rows}
-    assert tables.recipe(report).splitlines()[2] == "| 1 | 0.000 | 0.765 | sft 340 | 181 |"
+    assert tables.recipe(report).splitlines()[2] == "| 1 | 0.000 | 0.765 | sft 340 | 181 (1) |"
     assert "exact_match on sums, greedy answers. CPU; torch 1" in tables.recipe(report)
     rows[0]["threads"] = 2  # threads that wait count as well: no measure of the work
+    assert tables.recipe(report).splitlines()[2] == "| 1 | 0.000 | 0.765 | sft 340 | 300 (2) |"
+    del rows[0]["threads"]
     assert tables.recipe(report).splitlines()[2] == "| 1 | 0.000 | 0.765 | sft 340 | - |"
 
 
