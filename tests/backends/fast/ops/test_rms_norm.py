@@ -43,21 +43,26 @@ def make(shape, dtype, device, *, weight_dtype=None, seed=0):
 
 
 def run(fn, x, weight, residual, dy, dh, *, convention):
-    """Outputs and gradients, in the order y, h, dx, dw, dresidual (h and dresidual only with a residual)."""
+    """Outputs and gradients, in the order y, h, dx, dw, dresidual (h and dresidual only with a residual).
+
+    There is no dw where the weight is frozen.
+    """
     out = fn(x, weight, eps=EPS, convention=convention, residual=residual)
+    trained = [t for t in (x, weight, residual) if t is not None and t.requires_grad]
     if residual is None:
-        return [out.detach(), *torch.autograd.grad(out, (x, weight), dy.to(out.dtype))]
-    grads = torch.autograd.grad(out, (x, weight, residual), (dy.to(out[0].dtype), dh.to(out[1].dtype)))
+        return [out.detach(), *torch.autograd.grad(out, trained, dy.to(out.dtype))]
+    grads = torch.autograd.grad(out, trained, (dy.to(out[0].dtype), dh.to(out[1].dtype)))
     return [out[0].detach(), out[1].detach(), *grads]
 
 
 def compare(x, weight, residual, dy, dh, *, convention, eps=1e-6):
-    widen = lambda t: None if t is None else t.detach().double().requires_grad_()  # noqa: E731
+    widen = lambda t: None if t is None else t.detach().double().requires_grad_(t.requires_grad)  # noqa: E731
     truth = run(rms_norm_reference, widen(x), widen(weight), widen(residual), dy.double(), dh.double(),
                 convention=convention)  # fmt: skip
     eager = run(rms_norm_reference, x, weight, residual, dy, dh, convention=convention)
     ours = run(rms_norm, x, weight, residual, dy, dh, convention=convention)
     names = ["y", "dx", "dw"] if residual is None else ["y", "h", "dx", "dw", "dresidual"]
+    names = [name for name in names if name != "dw" or weight.requires_grad]
     for name, a, b, c in zip(names, ours, eager, truth, strict=True):
         assert_close_to_truth(a, b, c, eps=eps, what=f"{convention} {name} {tuple(x.shape)}")
 
@@ -69,6 +74,15 @@ def test_fp32_against_the_truth(shape, with_residual, convention, device):
     x, weight, residual = make(shape, torch.float32, device)
     dy, dh = torch.randn_like(x), torch.randn_like(x)
     compare(x, weight, residual if with_residual else None, dy, dh, convention=convention)
+
+
+@pytest.mark.parametrize("convention", list(op.CONVENTIONS))
+def test_a_frozen_weight_against_the_truth(convention, device):
+    x, weight, residual = make((3, 7, 255), torch.float32, device)
+    weight.requires_grad_(False)
+    dy, dh = torch.randn_like(x), torch.randn_like(x)
+    for added in (None, residual):
+        compare(x, weight, added, dy, dh, convention=convention)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -249,12 +263,12 @@ def forward_case(width, dtype="*bf16", convention="llama", residual=True):
     return sm90_case(op.rms_norm_forward, signature, constants, launch.num_warps)
 
 
-def backward_case(width, dtype="*bf16", convention="llama", train_weight=True):
+def backward_case(width, dtype="*bf16", convention="llama", train_weight=True, residual=True):
     _, offset = op.CONVENTIONS[convention]
     launch = op.weight_grad_launch(8192, width, sms=132) if train_weight else op.forward_launch(8192, width)
     signature = {"dy_ptr": dtype, "dy_row": width, "dh_ptr": dtype, "dh_row": width, "h_ptr": dtype, "h_row": width,
                  "w_ptr": dtype, "rstd_ptr": "*fp32", "dx_ptr": dtype, "dw_ptr": "*fp32", "n_rows": "i32"}  # fmt: skip
-    constants = {"H": width, "OFFSET": offset, "HAS_DH": True, "HAS_DW": train_weight,
+    constants = {"H": width, "OFFSET": offset, "HAS_DH": residual, "HAS_DW": train_weight,
                  "BLOCK_R": launch.block_rows, "BLOCK_H": launch.block_cols, "STAGES": launch.stages}  # fmt: skip
     return sm90_case(op.rms_norm_backward, signature, constants, launch.num_warps)
 
@@ -279,7 +293,7 @@ def test_compiles_for_sm90(name):
 @pytest.mark.slow
 def test_every_class_compiles_for_sm90():
     cases = {
-        (kind, width, dtype, convention): make_case(width, dtype, convention, **options)
+        (kind, width, dtype, convention, residual): make_case(width, dtype, convention, residual=residual, **options)
         for kind, make_case, options in [
             ("forward", forward_case, {}),
             ("backward", backward_case, {}),
@@ -287,9 +301,9 @@ def test_every_class_compiles_for_sm90():
         ]
         for width in (64, 255, 1000, 2048, 2560, 4096, 8191, 8192, 16384)
         for dtype in ("*bf16", "*fp16", "*fp32")
-        for convention in ("llama", "gemma")
+        for convention, residual in (("llama", True), ("gemma", True), ("olmo2", False))
     }
-    for (kind, width, dtype, _), case in cases.items():
+    for (kind, width, dtype, *_), case in cases.items():
         # A row of 16384 fp32 and its running sum do not fit 64 registers a thread; no model of this width trains fp32.
         # Elsewhere ptxas (Triton 3.6's, not 3.7's) gives one register away to fit one more program an SM.
         spills = 32 if (kind, width, dtype) == ("backward", 16384, "*fp32") else 2
@@ -304,11 +318,13 @@ def test_every_class_compiles_for_sm90():
 @pytest.mark.parametrize("width", [64, 255, 2048, 2560, 4096, 8192, 16384])
 @pytest.mark.parametrize("convention", list(op.CONVENTIONS))
 def test_gpu_against_the_truth(convention, width, dtype):
+    """With the weight trained, and frozen: the backward is then launched otherwise."""
     seed = int(torch.randint(2**31, ()))
     x, weight, residual = make((3, 341, width), dtype, "cuda", seed=seed)
     dy, dh = torch.randn_like(x), torch.randn_like(x)
-    for added in (None, residual):
-        compare(x, weight, added, dy, dh, convention=convention)
+    for trained in (True, False):
+        for added in (None, residual):
+            compare(x, weight.requires_grad_(trained), added, dy, dh, convention=convention)
 
 
 @pytest.mark.gpu

@@ -49,19 +49,19 @@ def make(shape, dtype, device, *, norm=False):
 
 
 def run(fn, inputs, cos_sin, grads, **options):
-    """Outputs, then the gradients of the inputs."""
+    """Outputs, then the gradients of the inputs that are not frozen."""
     out = fn(*inputs, *cos_sin, **options)
-    return [t.detach() for t in out] + list(torch.autograd.grad(out, inputs, grads))
+    return [t.detach() for t in out] + list(torch.autograd.grad(out, [t for t in inputs if t.requires_grad], grads))
 
 
 def compare(inputs, cos_sin, grads, *, tolerance=1e-6, **options):
     ours, reference = (rope, rope_reference) if len(inputs) == 2 else (qk_norm_rope, qk_norm_rope_reference)
-    wide = [[t.detach().double() for t in group] for group in (inputs, cos_sin, grads)]
-    truth = run(reference, [t.requires_grad_() for t in wide[0]], *wide[1:], **options)
+    wide = [[t.detach().double().requires_grad_(t.requires_grad) for t in group] for group in (inputs, cos_sin, grads)]
+    truth = run(reference, *wide, **options)
     eager = run(reference, inputs, cos_sin, grads, **options)
     found = run(ours, inputs, cos_sin, grads, **options)
-    assert len(found) == 2 + len(inputs)
-    for name, a, b, c in zip(("q", "k", "dq", "dk", "dw_q", "dw_k"), found, eager, truth, strict=False):
+    names = ("q", "k", "dq", "dk", "dw_q", "dw_k")[: 2 + sum(t.requires_grad for t in inputs)]
+    for name, a, b, c in zip(names, found, eager, truth, strict=True):
         assert_close_to_truth(a, b, c, eps=tolerance, what=f"{name} {tuple(a.shape)} {options}")
 
 
@@ -76,6 +76,15 @@ def test_rotation_in_fp32_against_the_truth(shape, device):
 def test_norm_and_rotation_in_fp32_against_the_truth(shape, convention, device):
     inputs, grads = make(shape, torch.float32, device, norm=True)
     compare(inputs, tables(shape, torch.float32, device), grads, eps=1e-6, convention=convention)
+
+
+def test_norms_that_are_frozen_against_the_truth(device):
+    inputs, grads = make(SHAPES[3], torch.float32, device, norm=True)
+    cos_sin = tables(SHAPES[3], torch.float32, device)
+    for frozen in ((2, 3), (2,), (3,)):
+        for number in (2, 3):
+            inputs[number].requires_grad_(number not in frozen)
+        compare(inputs, cos_sin, grads, eps=1e-6)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -178,18 +187,33 @@ def test_tables_shared_by_the_batch_or_expanded_or_of_unlike_strides(device):
     compare(inputs, both.chunk(2, dim=-1), grads)
 
 
-def test_positions_differ_from_row_to_row(device):
+SCALINGS = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_positions_of_each_row_as_a_model_scales_them(scaling, device):
     """Left padding and packing: cos and sin of each row are its own."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    config = LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=64)
-    positions = torch.tensor([[0, 1, 2, 3, 4], [0, 0, 1, 0, 1]], device=device)
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=4, max_position_embeddings=64,
+        rope_parameters={"rope_type": scaling, "rope_theta": 10000.0, **SCALINGS[scaling]},
+    )  # fmt: skip
+    positions = torch.tensor([[0, 1, 2, 3, 50], [0, 0, 1, 0, 1]], device=device)
     inputs, grads = make((2, 5, 4, 2, 16, 16), torch.float32, device)
     cos_sin = LlamaRotaryEmbedding(config).to(device)(inputs[0], positions)
     compare(inputs, cos_sin, grads)
     q, _ = rope(*inputs, *cos_sin)
-    assert torch.equal(q[1, :, 3], inputs[0][1, :, 3])  # position 0 turns nothing
+    # Position 0 turns nothing; YaRN's tables hold its factor, 0.1 ln(4) + 1.
+    stretch = 1.1386294 if scaling == "yarn" else 1.0
+    torch.testing.assert_close(q[1, :, 3], inputs[0][1, :, 3] * stretch, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(q[0, :, 4], inputs[0][0, :, 4] * stretch, atol=0.1)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -414,13 +438,16 @@ def test_gpu_against_the_truth(shape, dtype):
     cos_sin = tables(shape, dtype, "cuda")
     inputs, grads = make(shape, dtype, "cuda", norm=True)
     compare(inputs[:2], cos_sin, grads)
-    for convention in CONVENTIONS:
-        compare(inputs, cos_sin, grads, eps=1e-6, convention=convention)
+    for trained in (True, False):
+        for weight in inputs[2:]:
+            weight.requires_grad_(trained)
+        for convention in CONVENTIONS:
+            compare(inputs, cos_sin, grads, eps=1e-6, convention=convention)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "olmo2"])
 def test_gpu_rotation_is_transformers_to_the_bit(family, dtype):
     for shape in GPU_SHAPES if family == "phi3" else GPU_SHAPES[:3]:
         assert_same_bits(family, shape, dtype, "cuda")
