@@ -84,14 +84,13 @@ def _sigmoid(p: Pairs) -> Tensor:
 
 
 def _sigmoid_norm(p: Pairs) -> Tensor:
-    """DPO with log-ratios per token (Tulu 3, arXiv 2411.15124, length-normalised DPO; equation number not
-    verified)."""
+    """DPO with log-ratios per token (Tulu 3, arXiv 2411.15124, equation 6)."""
     return -_log_sigmoid(p.beta * p.h_per_token)
 
 
 def _hinge(p: Pairs) -> Tensor:
-    """The hinge of SLiC (arXiv 2305.10425, section 2) on DPO's margin (RSO, arXiv 2309.06657; equation number not
-    verified)."""
+    """The hinge of SLiC (arXiv 2305.10425, section 2) on DPO's margin: RSO's hinge-norm (arXiv 2309.06657, equation
+    10)."""
     return (1 - p.beta * p.h).relu()
 
 
@@ -109,21 +108,19 @@ def _exo_pair(p: Pairs) -> Tensor:
 
 
 def _nca_pair(p: Pairs) -> Tensor:
-    """NCA on a pair (arXiv 2402.05369, section 4.1; equation number not verified)."""
+    """NCA on a pair (arXiv 2402.05369, section 4.1)."""
     good, bad = p.beta * p.chosen, p.beta * p.rejected
     return -_log_sigmoid(good) - 0.5 * _log_sigmoid(-good) - 0.5 * _log_sigmoid(-bad)
 
 
 def _robust(p: Pairs) -> Tensor:
-    """Unbiased where a share of labels is flipped (robust DPO, arXiv 2403.00409, section 3.1; equation number not
-    verified)."""
+    """Unbiased where a share of labels is flipped (robust DPO, arXiv 2403.00409, section 3.1)."""
     right, flipped = -_log_sigmoid(p.beta * p.h), -_log_sigmoid(-p.beta * p.h)
     return ((1 - p.smoothing) * right - p.smoothing * flipped) / (1 - 2 * p.smoothing)
 
 
 def _bco_pair(p: Pairs) -> Tensor:
-    """A binary classifier on rewards (BCO, arXiv 2404.04656, section 4; equation number not verified), without the
-    shift of the reward."""
+    """A binary classifier on rewards (BCO, arXiv 2404.04656, section 4), without the shift of the reward."""
     return -_log_sigmoid(p.beta * p.chosen) - _log_sigmoid(-p.beta * p.rejected)
 
 
@@ -138,13 +135,12 @@ def _smoothed(p: Pairs, delta: Tensor) -> Tensor:
 
 def _aot(p: Pairs) -> Tensor:
     """Optimal transport over the batch: the i-th smallest margin of the policy against the reference's i-th smallest
-    (AOT, arXiv 2406.05882, section 3, paired; equation number not verified)."""
+    (AOT, arXiv 2406.05882, section 3, paired)."""
     return _smoothed(p, p.log_ratios.sort().values - p.ref_log_ratios.sort().values)
 
 
 def _aot_unpaired(p: Pairs) -> Tensor:
-    """The same between the sorted log-ratios of chosen and of rejected answers (AOT, section 3, unpaired; equation
-    number not verified)."""
+    """The same between the sorted log-ratios of chosen and of rejected answers (AOT, section 3, unpaired)."""
     return _smoothed(p, p.chosen.sort().values - p.rejected.sort().values)
 
 

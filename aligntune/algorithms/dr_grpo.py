@@ -1,4 +1,6 @@
-"""GRPO done right (Liu et al. 2025, arXiv 2503.20783, section 3.2; equation number not verified)."""
+"""GRPO done right (Liu et al. 2025, arXiv 2503.20783, section 3.2): GRPO without two of its divisions, which is the
+PPO objective of the paper's equation 2 with a reward less its group's mean for an advantage.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ def loss(
 SPEC = AlgorithmSpec(
     name="dr_grpo",
     title="GRPO done right",
-    paper="Liu et al. 2025, arXiv 2503.20783, section 3.2 (equation number not verified)",
+    paper="Liu et al. 2025, arXiv 2503.20783, section 3.2: equation 2 with centred rewards as advantages",
     options=DrGRPOOptions,
     takes="prompts",
     defaults=ONLINE_DEFAULTS,

@@ -1,5 +1,5 @@
-"""REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, arXiv 2402.14740, section 2.3; equation number not
-verified).
+"""REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, arXiv 2402.14740, section 2.3): equation 7 with the
+mean reward of a prompt's other completions for its baseline. The paper prints the estimator without a number.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def loss(
 SPEC = AlgorithmSpec(
     name="rloo",
     title="REINFORCE leave-one-out",
-    paper="Ahmadian et al. 2024, arXiv 2402.14740, section 2.3 (equation number not verified); the estimator is that "
-    "of Kool et al. 2019",
+    paper="Ahmadian et al. 2024, arXiv 2402.14740, section 2.3: equation 7 with a leave-one-out baseline; the "
+    "estimator is that of Kool et al. 2019",
     options=RLOOOptions,
     takes="prompts",
     defaults={**ONLINE_DEFAULTS, "num_generations": 4},
