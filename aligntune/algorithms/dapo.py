@@ -76,8 +76,12 @@ SPEC = AlgorithmSpec(
         "the soft overlong punishment is one of the rewards (TRL leaves it to the user); a group's spread is judged "
         "without it",
         "overlong filtering is off, as in the authors' best run: it would take the most punished completions out",
-        "the loss divides by the tokens of the accumulation window; where one round of rollouts feeds more than one "
-        "optimizer step, by the mean of these windows' tokens (TRL's rule; equation 12 knows one step)",
+        "the loss divides by the tokens of the accumulation window, of all its prompts, as in TRL and in the authors' "
+        "code; equation 12 as printed divides within the group of one prompt",
+        "where one round of rollouts feeds more than one optimizer step, TRL divides by the mean of these windows' "
+        "tokens; where a step takes several rounds, each round by its own tokens, then by their number. On the "
+        "documentation's batch of 8 and 4 tokens two steps of one round have losses of -0.6667 and 0.3333, by their "
+        "own tokens -0.5 and 0.5; one step of two rounds has 0, by its own tokens -0.1667",
         "with beta above 0 the KL is k3 without an importance ratio (TRL multiplies by the ratio by default)",
     ),
 )

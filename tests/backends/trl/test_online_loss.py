@@ -6,10 +6,13 @@ completion is masked whole, lengths are ragged, advantages differ.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from trl.trainer.utils import split_tensor_dict
 
 from aligntune.algorithms import dapo, dr_grpo, grpo, gspo, rloo
 from aligntune.algorithms import policy_gradient as pg
@@ -133,6 +136,56 @@ def test_trls_kl_is_another_unless_it_is_told(tmp_path: Any) -> None:
         compare(theirs, ours, trainer.model)
         losses.append(theirs.item())
     assert abs(losses[0] - losses[1]) > 1e-4
+
+
+LENGTHS, SIGNS = [6, 2, 1, 3], [1.0, -1.0, 1.0, -1.0]
+
+
+def rollout(trainer: Any, rows: slice) -> dict[str, Any]:
+    """TRL's own generation batch of these answers of the page's batch, with the page's advantages."""
+    trainer._generate_single_turn = lambda *rest: ([[9] * length for length in LENGTHS[rows]], None)
+    count = len(LENGTHS[rows])
+    out = trainer._generate_and_score_completions([{"prompt": "ab"[place // 2]} for place in range(count)])
+    out["advantages"] = torch.tensor(SIGNS[rows])
+    assert out["num_items_in_batch"] == sum(LENGTHS[rows])
+    return out
+
+
+def test_which_tokens_dapos_loss_divides_by(tmp_path: Any) -> None:
+    """The numbers of docs/algorithms/dapo.md: TRL's where a rollout is one window, two, or half of one."""
+    def trainer(accumulation: int, steps: int) -> Any:
+        made = trainer_of("dapo", tmp_path / f"{accumulation}{steps}", tiny.llama(), batch_size=2, num_generations=2,
+                          gradient_accumulation_steps=accumulation, steps_per_generation=steps, overlong_buffer_len=0,
+                          dynamic_sampling=False)
+        assert made.args.steps_per_generation == steps
+        made.current_gradient_accumulation_steps = accumulation
+        made.model.train()
+        return made
+
+    def losses(made: Any, batches: list[dict[str, Any]]) -> list[float]:
+        return [made._compute_loss(made.model, each).item() for each in batches]
+
+    def own(rows: slice) -> float:
+        mask = torch.arange(6) < torch.tensor(LENGTHS[rows])[:, None]
+        log_probs = torch.full(mask.shape, -1.0)
+        return dapo.loss(log_probs, log_probs, torch.tensor(SIGNS[rows]), mask).item()
+
+    whole, first, second = slice(0, 4), slice(0, 2), slice(2, 4)
+    default, many, few = trainer(2, 2), trainer(1, 2), trainer(2, 1)
+    window = losses(default, split_tensor_dict(rollout(default, whole), 2))
+    assert window == pytest.approx([-4 / 12, 2 / 12], abs=1e-5)
+    halves = losses(many, split_tensor_dict(rollout(many, whole), 2))
+    rounds = losses(few, [rollout(few, first), rollout(few, second)])
+    assert rounds == pytest.approx([-4 / 16, 2 / 8], abs=1e-5)
+    found = {"one rollout, one step": [sum(window)], "one rollout, two steps": halves,
+             "by their own tokens": [own(first), own(second)], "two rollouts, one step": [sum(rounds)]}
+    assert own(whole) == pytest.approx(sum(window), abs=1e-5)
+    page = (Path(__file__).parents[3] / "docs" / "algorithms" / "dapo.md").read_text()
+    said = " ".join(dapo.SPEC.differs)
+    for what, numbers in found.items():
+        (stated,) = re.findall(rf"^{what}: (.*)$", page, re.M)
+        assert [float(each) for each in stated.split(", ")] == pytest.approx(numbers, abs=6e-5), what
+        assert all(re.search(rf"(?<![\d.-]){round(number, 4) + 0.0:g}(?!\d|\.\d)", said) for number in numbers), what
 
 
 def test_rloo(tmp_path: Any) -> None:
