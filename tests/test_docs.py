@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -94,6 +95,19 @@ def test_the_code_of_an_algorithms_page_runs(page: Path, runner: Runner, tmp_pat
     """A process and an empty folder each as well, forked from one that has done the imports that all of them share."""
     (tmp_path / "page.py").write_text("\n".join(python_blocks(page.read_text())))
     check(page, *runner(tmp_path))
+
+
+@pytest.mark.parametrize("name", [page.stem for page in sorted((DOCS / "algorithms").glob("*.md"))])
+def test_an_algorithms_page_trains_that_algorithm_from_python(name: str) -> None:
+    factory = {"sft": "create_sft_trainer", "reward": "create_reward_trainer"}.get(name, "create_rl_trainer")
+    blocks = python_blocks((DOCS / "algorithms" / f"{name}.md").read_text())
+    calls = [node for block in blocks for node in ast.walk(ast.parse(block))
+             if isinstance(node, ast.Call) and getattr(node.func, "id", None) == factory]
+    given = [{each.arg: each.value.value for each in call.keywords if isinstance(each.value, ast.Constant)}
+             for call in calls]
+    own = [options for options in given if factory != "create_rl_trainer" or options.get("algorithm") == name]
+    assert own and all(options["max_steps"] <= 20 for options in own)
+    assert any(".train()" in block for block in blocks)
 
 
 @pytest.mark.parametrize(("code", "status", "said"), [
