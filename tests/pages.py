@@ -25,6 +25,7 @@ class Runner:
 
     def __enter__(self) -> Runner:
         env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        env["CUDA_VISIBLE_DEVICES"] = ""  # what the imports initialise on a GPU does not outlive a fork
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.pages"], cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             text=True)
