@@ -18,7 +18,7 @@ from aligntune.backends.fast.ops.adamw import (
 )
 from aligntune.errors import ConfigError
 from tests.backends.fast.ops.far import far_flat, first_program
-from tests.backends.fast.ops.harness import assert_close_to_truth, assert_fits, sm90_case
+from tests.backends.fast.ops.harness import assert_close_to_truth, assert_fits, launches, sm90_case
 
 BOTH = pytest.mark.parametrize("fn", [adamw_step_, adamw_step_reference_])
 
@@ -252,6 +252,20 @@ def test_what_it_refuses(fn, device):
         with pytest.raises(ConfigError, match=message):
             fn(**{"grad": grad, "lr": 0.1, **ours, **change})
     assert int(ours["step"]) == 0
+
+
+@pytest.mark.parametrize("numel", [5, 40_000])
+def test_one_launch_steps_and_clips_however_many_groups(numel, device):
+    """Clipping adds the norm's pass and a program that sums it: a norm of all must be known before the first update."""
+    ours, grad = buffers(numel, device), gradients(numel, device, 1)[0]
+    groups = {"lr": torch.tensor([1e-2, 1e-3], device=device), "weight_decay": torch.zeros(2, device=device),
+              "segment_starts": torch.tensor([0, 3], device=device)}  # fmt: skip
+    names = ("adamw_norm_kernel", "adamw_prepare_kernel", "adamw_step_kernel")
+    assert launches(lambda: adamw_step_(grad=grad, max_norm=0.1, **groups, **ours)) == dict.fromkeys(names, 1)
+    norm = grad.norm()
+    found = launches(lambda: adamw_step_(grad=grad, max_norm=0.1, grad_norm=norm, **groups, **ours))
+    assert found == dict.fromkeys(names[1:], 1)
+    assert int(ours["step"]) == 2
 
 
 def test_many_partial_norms(device, monkeypatch):

@@ -102,7 +102,10 @@ def test_the_gradient_is_that_of_finite_differences(device):
 # ----------------------------------------------------------------------------------------------------------- the op
 
 
-@pytest.mark.parametrize(("rows", "vocab"), [(5, 1000), (1, 1000), (4, 2), (3, 129), (2, 8192), (2, 8200), (2, 20001)])
+@pytest.mark.parametrize(
+    ("rows", "vocab"),
+    [(5, 1000), (1, 1000), (4, 2), (3, 129), (2, 8192), (2, 8200), (2, 20001), (1, 262_144), (1, 262_151)],
+)
 def test_odd_shapes(rows, vocab, device):
     logits, targets = make(rows, vocab, device, ignored=(1,) if rows > 2 else ())
     assert_equal_to_truth(logits, targets)
@@ -290,7 +293,10 @@ def test_misuse_is_named(device, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4, "temperature": 0.7}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4, "temperature": 0.7}, {"logit_scale": 0.3}],
+)
 @pytest.mark.parametrize("vocab", [128_256, 151_936, 262_144])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_against_the_truth(dtype, vocab, options, device):

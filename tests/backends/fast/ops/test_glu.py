@@ -245,6 +245,24 @@ def test_offsets_beyond_int32(device):
     assert torch.equal(out[0], want[1]) and torch.equal(out[1], want[2])
 
 
+def test_offsets_of_updates_beyond_int32(device):
+    """S of an adapter is a slice of a wide row; its rows, and those of what it is added to, lie past 2^31."""
+    operands, updates, _ = updated((5, 32), torch.float16, device, 4)
+    want = through_updates(operands, updates)
+
+    def spread(like):
+        rows = far_rows(*like.shape, torch.float16, device)
+        return rows.copy_(like)
+
+    far = [op.Update(spread(s), b, scaling) for s, b, scaling in updates]
+    assert all(torch.equal(a, b) and b[4].any() for a, b in zip(through_updates(operands, far), want, strict=True))
+    gate, up, dy = map(spread, operands)
+    y = glu_forward_(gate, up, gate_update=far[0], up_update=far[1])
+    glu_backward_(dy, gate, up, out_gate=gate, out_up=up, out_product=dy, dy_update=far[2], gate_update=far[0],
+                  up_update=far[1])  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip((y, gate, up), want, strict=True)) and torch.equal(dy, y)
+
+
 def test_no_rows(device):
     gate, up, dy = (torch.zeros(0, 3, 64, device=device, requires_grad=True) for _ in range(3))
     assert [t.shape for t in run(glu, gate, up, dy, "gelu")] == [gate.shape] * 3

@@ -18,7 +18,7 @@ from aligntune.backends.fast.ops.nf4 import (
 )
 from aligntune.errors import ConfigError
 from tests.backends.fast.ops.far import far_flat, first_program
-from tests.backends.fast.ops.harness import assert_fits, sm90_case
+from tests.backends.fast.ops.harness import assert_fits, launches, sm90_case
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -171,6 +171,20 @@ def test_an_empty_weight(device):
         dtype=torch.bfloat16,
     )
     assert dequantize_nf4(empty).shape == (0, 64)
+
+
+def test_both_steps_are_one_launch(device):
+    """The scales are quantised as well; nothing is unpacked before the kernel, or after it."""
+    weight, theirs, _ = quantised((64, 128), device=device)
+    assert weight.nested_absmax is not None and weight.absmax.dtype == torch.uint8
+    out = torch.zeros(64, 128, device=device)
+    assert launches(lambda: dequantize_nf4(weight, out=out)) == {"nf4_dequant_kernel": 1}
+    assert torch.equal(out, theirs)
+    with torch.profiler.profile() as trace:
+        dequantize_nf4(weight, out=out)
+    # The interpreter copies to and fro; beside that no torch op computes.
+    computed = {event.key for event in trace.key_averages()}
+    assert not computed & {"aten::mul", "aten::add", "aten::index", "aten::to", "aten::bitwise_and"}, computed
 
 
 def test_what_it_refuses(device):
