@@ -7,7 +7,7 @@ import torch
 
 from aligntune.backends.fast.ops.head import linear_cross_entropy, token_log_probs, token_loss
 from tests.backends.fast.ops.harness import assert_close_to_truth
-from tests.backends.fast.ops.head_cases import KINDS, kept_rows, make, ratio_loss, run, token_constants
+from tests.backends.fast.ops.head_cases import CAPPED, KINDS, kept_rows, make, ratio_loss, run, token_constants
 
 pytestmark = pytest.mark.gpu
 GIB = 2**30
@@ -32,6 +32,21 @@ def test_against_the_truth(dtype, vocab, kind, trained, device):
     eager = run(kind, *tensors, reference=True, **options)
     truth = run(kind, *[None if t is None else t.double() for t in tensors[:3]], tensors[3], reference=True, **options)
     for name in ("log_probs", "entropy", "dx", *(("dweight", "dbias") if trained else ())):
+        assert_close_to_truth(ours[name], eager[name], truth[name], what=f"{kind} {name}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_option_against_the_truth(dtype, kind, device):
+    """Cap, scale and temperature, rows named by an index; for the loss smoothing, z-loss and a denominator as well."""
+    x, weight, bias, targets = make(700, 512, 32_000, device, dtype=dtype, bias=True)
+    options = {"outputs": ("log_probs", "entropy"), "upstream": 2.0, "kept": kept_rows(targets), **CAPPED}
+    if kind == "loss":
+        options |= {"label_smoothing": 0.1, "z_loss": 1e-3, "num_items_in_batch": torch.tensor(300, device=device)}
+    ours = run(kind, x, weight, bias, targets, reference=False, memory_budget=1, **options)
+    eager = run(kind, x, weight, bias, targets, reference=True, **options)
+    truth = run(kind, x.double(), weight.double(), bias.double(), targets, reference=True, **options)
+    for name in ("log_probs", "entropy", "dx", "dweight", "dbias"):
         assert_close_to_truth(ours[name], eager[name], truth[name], what=f"{kind} {name}")
 
 

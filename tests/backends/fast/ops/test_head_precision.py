@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aligntune.backends.fast.ops import _projection, _runtime, head
 from aligntune.backends.fast.ops._logits_pass import STATISTICS
@@ -168,6 +169,36 @@ def test_the_plan_keeps_to_the_budget():
         for rows in (1, 255, 257, 5000, 100_000):
             plan = _projection.plan_rows(rows, 1024, 300_000, budget, 132)
             assert 1 <= plan <= min(rows, 4096) and (plan * 300_000 <= budget or plan <= 256)
+
+
+class _LargestRows(TorchDispatchMode):
+    """The most rows of any tensor as wide as the vocabulary that a torch op hands out."""
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__()
+        self.vocab, self.rows = vocab, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor) and t.dim() > 1 and self.vocab <= t.shape[-1] < 2 * self.vocab:
+                self.rows = max(self.rows, t.numel() // t.shape[-1])
+        return out
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_logits_of_all_rows_are_never_held(kind, trained, device, monkeypatch):
+    """Forward and backward, whatever is asked for; the reference, which holds them, shows that it would be seen."""
+    monkeypatch.setattr(head, "plan_rows", lambda *_: 8)
+    tensors = make(30, 8, 1000, device)  # a transposed weight has 8 rows, too
+    found = {}
+    for reference in (False, True):
+        options = {} if reference else {"memory_budget": 1}
+        with _LargestRows(1000) as seen:
+            run(kind, *tensors, reference=reference, trained=trained, outputs=STATISTICS, **options)
+        found[reference] = seen.rows
+    assert found == {True: 30, False: 8}
 
 
 @pytest.mark.parametrize(("vocab", "hidden"), [(300, 7), (100, 5), (1, 3), (9001, 8), (128, 1)])

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from pathlib import Path
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
+from aligntune.backends.fast import ops
 from aligntune.backends.fast.ops import _runtime
 from aligntune.errors import BackendUnavailableError
+from tests.backends.fast.ops import harness
 from tests.backends.fast.ops.harness import assert_close_to_truth, assert_fits, far_rows, resources, sm90_case
 
 
@@ -131,3 +137,18 @@ def test_the_compile_check_reads_what_the_compiler_made():
         assert_fits(SPILLS)
     with pytest.raises(AssertionError, match="missing"):
         resources(sm90_case(harness_add_one, {"x_ptr": "*bf16"}, {}))
+
+
+def test_every_kernel_is_among_those_compiled_for_sm90():
+    """Each at least once in bf16 (its largest class), in the cases that test modules make when they are imported."""
+    for module in pkgutil.iter_modules(ops.__path__):
+        importlib.import_module(f"{ops.__name__}.{module.name}")
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        importlib.import_module(f"{__package__}.{path.stem}")
+    cases = [*harness._pending, *harness._results]
+    compiled = {case.kernel.partition(":")[2] for case in cases}
+    mine = {name for name, kernel in _runtime.KERNELS.items() if kernel.fn.__module__.startswith("aligntune.")}
+    assert len(mine) > 20 and mine - compiled == set()
+    half = {case.kernel.partition(":")[2] for case in cases if "*bf16" in dict(case.signature).values()}
+    # These read and write nothing in the model's type.
+    assert mine - half == {"adamw_norm_kernel", "adamw_prepare_kernel", "nucleus_floor_kernel"}
