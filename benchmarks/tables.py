@@ -304,6 +304,8 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "ops-cross-entropy": ("ops/head.json", logits_table),
     "ops-lora": ("ops/lora.json", bounded(_lora_label)),
     "ops-nf4": ("ops/nf4.json", bounded(lambda entry: " x ".join(map(str, entry["shape"])))),
+    "ops-fp8": ("ops/fp8.json", bounded(lambda entry: " x ".join(map(str, entry["shape"])))),
+    "ops-decode": ("ops/decode.json", bounded(lambda entry: f"{entry['op']}: {entry['shape']}")),
     "ops-adamw": ("ops/adamw.json", bounded(lambda entry: f"{entry['numel']:,} parameters")),
     **{f"sft-{name}": (f"sft/{name}.json", sft) for name in SFT_ROWS},
     "sft-summary": (" ".join(f"sft/{name}.json" for name in SFT_ROWS), sft_summary),
