@@ -100,9 +100,8 @@ class LossPassPlan(MemoryPlan):
     def _budget(self) -> float:
         return super()._budget() - (0 if self.budget is not None else self._idle)
 
-    def __str__(self) -> str:
-        held = f", {self.cache / GIB:.2f} of them the rollouts' cache" if self.cache and self.costs is not None else ""
-        return super().__str__().replace(" GiB between steps", f" GiB between steps{held}")
+    def _standing(self) -> str:
+        return f"{self.cache / GIB:.2f} of them the rollouts' cache" if self.cache else ""
 
 
 def idle_in_pools() -> int:
