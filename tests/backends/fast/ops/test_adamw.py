@@ -33,9 +33,9 @@ def buffers(numel: int, device: str, *, dtype=torch.float32, state=torch.float32
     }
 
 
-def gradients(numel: int, device: str, steps: int = 10) -> list[torch.Tensor]:
+def gradients(numel: int, device: str, steps: int = 10, *, seed: int = 0) -> list[torch.Tensor]:
     """Growing ones, so that clipping to 1 begins in the middle."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed + 1)
     return [torch.randn(numel, generator=generator).to(device) * 0.005 * (i + 1) for i in range(steps)]
 
 
@@ -206,10 +206,10 @@ def test_stochastic_rounding_draws_by_seed_step_and_place(device):
 
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_buffers(fn, dtype, device):
-    ours = buffers(2000, device, dtype=dtype, state=dtype)
+def test_half_precision_buffers(fn, dtype, device, seed=0):
+    ours = buffers(2000, device, dtype=dtype, state=dtype, seed=seed)
     truth = {name: value.float() if value.is_floating_point() else value.clone() for name, value in ours.items()}
-    grad = gradients(2000, device)[9].to(dtype)
+    grad = gradients(2000, device, seed=seed)[9].to(dtype)
     # Beside the truth, the same step by torch in the same dtype.
     theirs = torch.nn.Parameter(ours["param"].clone())
     theirs.grad = grad.clone()
@@ -356,7 +356,7 @@ def test_ten_steps_on_the_gpu(numel):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_on_the_gpu(dtype):
-    test_half_precision_buffers(adamw_step_, dtype, "cuda")
+    test_half_precision_buffers(adamw_step_, dtype, "cuda", torch.seed() % 2**31)
     test_stochastic_rounding_is_right_on_average("cuda")
     test_stochastic_rounding_draws_by_seed_step_and_place("cuda")
 

@@ -50,9 +50,11 @@ MLPS: dict[str, dict[str, Any]] = {
 }
 
 
-def gradients(fn: Any, build: Any, dtype: torch.dtype, device: str, *, wide: bool, nf4: bool, **options: Any) -> dict:
+def gradients(
+    fn: Any, build: Any, dtype: torch.dtype, device: str, *, wide: bool, nf4: bool, seed: int, **options: Any
+) -> dict[str, torch.Tensor]:
     """Outputs and gradients by name, of fp32 adapters over weights in `dtype`; `wide`: the same numbers in float64."""
-    low = Maker(device, weight_dtype=dtype)
+    low = Maker(device, seed=seed, weight_dtype=dtype)
     layers, maker = build(low), low
     if nf4:
         layers = [None if one is None else one._replace(weight=quantised(one.weight)) for one in layers]
@@ -66,7 +68,7 @@ def gradients(fn: Any, build: Any, dtype: torch.dtype, device: str, *, wide: boo
         if nf4:
             layers = [one and one._replace(weight=dequantize_nf4_reference(weight, dtype=torch.float32).double())
                       for one, weight in zip(layers, weights, strict=True)]  # fmt: skip
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed + 1)
     hidden = 255 if "odd" in options.pop("name") and fn in (lora_linear_group, lora_linear_group_reference) else WIDTH
     x = torch.randn(ROWS, hidden, generator=generator).to(device, dtype)
     x = (x.double() if wide else x).requires_grad_()
@@ -85,13 +87,13 @@ def quantised(weight: torch.Tensor) -> NF4Weight:
 
 
 def compare(ours: Any, reference: Any, build: Any, dtype: torch.dtype, device: str, **options: Any) -> None:
-    options = {"nf4": False, **options}
+    options = {"nf4": False, "seed": torch.seed() % 2**31, **options}
     truth = gradients(reference, build, dtype, device, wide=True, **options)
     eager = gradients(reference, build, dtype, device, wide=False, **options)
     found = gradients(ours, build, dtype, device, wide=False, **options)
     assert found.keys() == eager.keys() == truth.keys() and len(truth) > 3
     for name, wanted in truth.items():
-        assert_close_to_truth(found[name], eager[name], wanted, what=f"{options['name']}: {name}")
+        assert_close_to_truth(found[name], eager[name], wanted, what=f"{options['name']}, seed {options['seed']}: {name}")
 
 
 @pytest.mark.parametrize("dtype", HALF)
