@@ -92,8 +92,9 @@ def compare(ours: Any, reference: Any, build: Any, dtype: torch.dtype, device: s
     eager = gradients(reference, build, dtype, device, wide=False, **options)
     found = gradients(ours, build, dtype, device, wide=False, **options)
     assert found.keys() == eager.keys() == truth.keys() and len(truth) > 3
+    what = f"{options['name']}, seed {options['seed']}"
     for name, wanted in truth.items():
-        assert_close_to_truth(found[name], eager[name], wanted, what=f"{options['name']}, seed {options['seed']}: {name}")
+        assert_close_to_truth(found[name], eager[name], wanted, what=f"{what}: {name}")
 
 
 @pytest.mark.parametrize("dtype", HALF)
