@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,7 +56,8 @@ class FastRollouts:
     rollout_engine: RolloutEngine | None = None
     _engine_options: dict[str, Any] | None = None
     _sampled: tuple[torch.Tensor, torch.Tensor] | None = None
-    _drawn_at: tuple[int, int] = (-1, 0)
+    # (optimizer step, number within it) of the last rollout, in training (True) and in evaluation.
+    _drawn_at: Mapping[bool, tuple[int, int]] = MappingProxyType({})
 
     def rollouts_on(self: Any, *, max_len: int, memory_gib: float | None = None, **options: Any) -> None:
         """Generate with our engine from now on; `options` are those of `RolloutEngine`.
@@ -105,20 +108,26 @@ class FastRollouts:
         return rollout.completion_ids, rollout.log_probs
 
     def _sampling(self: Any) -> Sampling:
-        args, step = self.args, self.state.global_step
-        at, calls = self._drawn_at
-        self._drawn_at = (step, calls + 1 if at == step else 0)
-        # A function of the step, so that a resumed run draws what it would have drawn; no process draws another's.
-        stream = random.Random(f"{args.seed}/{self.model.training}/{self._drawn_at}/{self.accelerator.process_index}")
+        args, step, training = self.args, self.state.global_step, self.model.training
+        at, calls = self._last_drawn()
+        drawn = (step, calls + 1 if at == step else 0)
+        self._drawn_at = {**self._drawn_at, training: drawn}
+        # A function of the step, so that a resumed run draws what it would have drawn, whether or not an evaluation
+        # came with the checkpoint; no process draws another's.
+        stream = random.Random(f"{args.seed}/{training}/{drawn}/{self.accelerator.process_index}")
         return Sampling(
             max_new_tokens=self.max_completion_length, temperature=self.temperature, top_k=self.top_k or 0,
             top_p=self.top_p, min_p=self.min_p, repetition_penalty=self.repetition_penalty,
             stop_token_ids=tuple(self.eos_token_ids), seed=stream.getrandbits(62),
         )
 
+    def _last_drawn(self: Any) -> tuple[int, int]:
+        """Of this mode's rollouts; the step is -1 where there was none."""
+        return self._drawn_at.get(self.model.training, (-1, 0))
+
     def _compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         drawn = inputs.get("sampling_per_token_logps")
-        if drawn is not None and self.state.global_step == self._drawn_at[0]:
+        if drawn is not None and self.state.global_step == self._last_drawn()[0]:
             self._sampled = (drawn, inputs["completion_mask"])
         try:
             return super()._compute_loss(model, inputs)  # type: ignore[misc]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from aligntune.backends.base import Prepared, require
 from aligntune.backends.fast.attachment import detach
@@ -98,6 +99,39 @@ def test_seeds(tmp_path: Any) -> None:
     assert first[0] != other[0]
     assert first[0] != first[1] != first[2]
     assert len({tuple(row) for ids in first for row in ids}) > 8
+
+
+def test_an_evaluation_changes_no_draw_of_training_and_no_comparison(tmp_path: Any) -> None:
+    """A run that resumes from a checkpoint at which another evaluated draws the same."""
+    from tests.backends.fast.test_token_gradients import loss_pass
+
+    def seeds(trainer: Any, *, evaluates: bool) -> list[int]:
+        found = []
+        for step in (4, 5):
+            trainer.state.global_step = step
+            if evaluates:
+                trainer.model.eval()
+                held_out.extend(trainer._sampling().seed for _ in range(2))
+            trainer.model.train()
+            found += [trainer._sampling().seed for _ in range(2)]
+        return found
+
+    held_out: list[int] = []
+    plain, evaluated = (built_of("fast", "grpo", tmp_path).trainer for _ in range(2))
+    expected = seeds(plain, evaluates=False)
+    assert seeds(evaluated, evaluates=True) == expected and len({*expected, *held_out}) == 8
+
+    detach(evaluated.model)
+    evaluated.rows_end_to_end = False
+    inputs = loss_pass(evaluated, sampling_per_token_logps=torch.zeros(2, 4, device=evaluated.accelerator.device))
+    name = "sampling/sampling_logp_difference/max"
+    for step, compared in ((5, 1), (6, 1)):
+        evaluated.state.global_step = step
+        evaluated.model.eval()
+        evaluated._sampling()
+        evaluated.model.train()
+        evaluated._compute_loss(evaluated.model, inputs)
+        assert len(evaluated._metrics["train"][name]) == compared, "at step 6 the policy is not the one that drew"
 
 
 def test_sampling_options_arrive(tmp_path: Any) -> None:
