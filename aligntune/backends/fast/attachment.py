@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,8 @@ class Attachment:
     patches: list[Patch] = field(default_factory=list)
     decisions: list[tuple[str, str, str | None]] = field(default_factory=list)
     head: head.Head | None = None
+    # What else was set on the model, how it is set on a model that is looked at anew, and how it is taken off.
+    also: list[Callable[[Attachment], Any]] = field(default_factory=list)
     undo: list[Callable[[], None]] = field(default_factory=list)
 
     @property
@@ -119,6 +122,7 @@ class Attachment:
     def detach(self) -> None:
         """Undo every patch. The forward that TRL put on the instance stays where TRL put it."""
         self._reset()
+        self.also = []
         recompute.remove(self.model)
         fp8_base.remove(self.model)
 
@@ -173,26 +177,31 @@ def attach(model: nn.Module, *, strict: bool = False) -> Attachment:
         strict: anything that would run eager is an error.
     Raises:
         BackendUnavailableError: there is no CUDA device and TRITON_INTERPRET=1 is not set.
-        ConfigError: `strict`, and something stays eager; every such line is listed, and the model is left as it was.
+        ConfigError: `strict`, and something stays eager; every such line is listed, and nothing is attached.
     """
     _require_backend()
     base = base_model(model)
     record: Attachment = base.__dict__.get(RECORD) or Attachment(base, strict)
     record._reset()  # how layers are recomputed, and a base in fp8, are the trainer's business, and stay
     record.strict = strict
-    for path, module in base.named_modules():
-        if path.endswith(".base_layer"):  # the adapter around it is what is called
-            continue
-        decision = plan.decide(module)
-        if decision is None:
-            continue
-        record.decisions.append((path, decision.op, decision.reason))
-        if decision.forward is not None:
-            record.patches.append(_patch(module, path, decision, strict))
-    record.head = head.install(base, strict=strict)
+    with ExitStack() as undone:
+        undone.callback(record.detach)  # an error leaves nothing behind
+        for path, module in base.named_modules():
+            if path.endswith(".base_layer"):  # the adapter around it is what is called
+                continue
+            decision = plan.decide(module)
+            if decision is None:
+                continue
+            record.decisions.append((path, decision.op, decision.reason))
+            if decision.forward is not None:
+                record.patches.append(_patch(module, path, decision, strict))
+        record.head = head.install(base, strict=strict)
+        for again in list(record.also):
+            again(record)
+        if strict:
+            _refuse_eager(record)
+        undone.pop_all()
     base.__dict__[RECORD] = record
-    if strict:
-        _refuse_eager(record)
     return record
 
 
@@ -226,7 +235,6 @@ def _patch(module: nn.Module, path: str, decision: plan.Decision, strict: bool) 
 def _refuse_eager(record: Attachment) -> None:
     faults = [str(line) for line in record.report if line.eager]
     if faults:
-        record.detach()
         raise ConfigError.from_faults(faults, where="attach(strict=True): these would run eager")
 
 

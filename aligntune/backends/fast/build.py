@@ -20,12 +20,12 @@ from aligntune.backends.fast.preference import FlatPreference
 from aligntune.backends.fast.recompute import install, recompute_of, remove
 from aligntune.backends.fast.rollout.serve import of_trainer
 from aligntune.backends.fast.rollout.trl import FastRollouts, engine_cannot_because
-from aligntune.backends.fast.scripts import attach_trainer
+from aligntune.backends.fast.scripts import attach_trainer, detach_trainer
 from aligntune.backends.fast.support import SEQUENCE_RATIOS
 from aligntune.backends.fast.token_gradients import TokenGradients
 from aligntune.backends.fast.trainers import FAST_TRAINERS, FastSFT, padded_because
 from aligntune.backends.trl.build import build as build_trl
-from aligntune.errors import ConfigError, UnsupportedAlgorithmError
+from aligntune.errors import AlignTuneError, ConfigError, UnsupportedAlgorithmError
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -49,6 +49,15 @@ def build(job: Job, prepared: Prepared) -> Built:
         UnsupportedAlgorithmError: `trainer_options` ask for ratios of whole sequences.
     """
     built = build_trl(job, prepared, trainers=FAST_TRAINERS)
+    try:
+        return _with_kernels(job, prepared, built)
+    except AlignTuneError:
+        detach_trainer(built.trainer)  # the model may be the caller's own object
+        raise
+
+
+def _with_kernels(job: Job, prepared: Prepared, built: Built) -> Built:
+    """TRL's trainer as it was built, with our kernels and our ways around the step."""
     _refuse_sequence_ratios(built.trainer.args)
     if job.options.embedding_learning_rate is not None:
         built.notices.append(built.trainer.train_embeddings_at(job.options.embedding_learning_rate))

@@ -62,14 +62,16 @@ def score_last_tokens(attachment: Attachment) -> str | None:
         bound = MethodType(_scoring_forward(cls), model)  # type: ignore[arg-type]
         model.__dict__["forward"] = bound
         attachment.decisions.append(("score", "scores of rows' last tokens", None))
-
-        def undo() -> None:
-            # Under accelerate's mixed precision ours stays, below it, and only passes calls on.
-            if model.__dict__.get("forward") is bound:
-                del model.__dict__["forward"]
-
-        attachment.undo.append(undo)
+        attachment.undo.append(functools.partial(_take_off, model, bound))  # a copy's undo holds the copy
+        if score_last_tokens not in attachment.also:
+            attachment.also.append(score_last_tokens)
     return None
+
+
+def _take_off(model: nn.Module, bound: Any) -> None:
+    # Under accelerate's mixed precision ours stays, below it, and only passes calls on.
+    if model.__dict__.get("forward") is bound:
+        del model.__dict__["forward"]
 
 
 class FastReward(EmbeddingRate, FlatPreference, Reward):

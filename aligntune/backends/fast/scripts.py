@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from aligntune.backends.fast.attachment import Attachment, attach
-from aligntune.errors import ConfigError
+from aligntune.backends.fast.attachment import Attachment, attach, detach
+from aligntune.errors import AlignTuneError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def attach_trainer(trainer: Trainer, *, strict: bool = False) -> Attachment:
     """Attach the model of a trainer, and its reference model where it holds one; returns the model's attachment.
 
-    Raises what `attach` raises, and:
+    Raises what `attach` raises, with nothing attached, and:
         ConfigError: its arguments hold an `embedding_learning_rate`, which its class does not know.
     """
     rate = getattr(trainer.args, "embedding_learning_rate", None)
@@ -28,8 +28,19 @@ def attach_trainer(trainer: Trainer, *, strict: bool = False) -> Attachment:
     attachment = attach(trainer.model, strict=strict)
     reference = getattr(trainer, "ref_model", None)
     if reference is not None:
-        attach(reference, strict=strict)
+        try:
+            attach(reference, strict=strict)
+        except AlignTuneError:
+            attachment.detach()
+            raise
     return attachment
+
+
+def detach_trainer(trainer: Trainer) -> None:
+    """Undo `attach_trainer`."""
+    for model in (trainer.model, getattr(trainer, "ref_model", None)):
+        if model is not None:
+            detach(model)
 
 
 def fast_train(trainer: Trainer, *, strict: bool = False, **train_arguments: Any) -> TrainOutput:

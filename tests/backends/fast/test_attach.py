@@ -13,6 +13,7 @@ from torch import nn
 from trl.trainer.utils import add_fused_lm_head
 
 from aligntune.backends.fast import attach, attachment_of, detach
+from aligntune.backends.fast import attachment as attachment_module
 from aligntune.errors import ConfigError
 from tests.backends.fast.minis import MINIS, VOCAB, batch, build
 
@@ -135,6 +136,21 @@ def test_an_activation_without_a_kernel_is_a_line_and_an_error_under_strict():
         p: {k for k in found if k != "_modules"} for p, found in before.items()
     }
     assert attachment_of(model) is None
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_an_error_halfway_leaves_nothing_attached(attached, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("halfway")
+
+    model = build("llama")
+    before = snapshot(model)
+    if attached:
+        attach(model)
+    monkeypatch.setattr(attachment_module.head, "install", fails)
+    with pytest.raises(RuntimeError, match="halfway"):
+        attach(model)
+    assert snapshot(model) == before
 
 
 def test_strict_names_every_fault_at_once():
@@ -306,6 +322,7 @@ def test_a_family_outside_the_table_takes_what_structure_shows():
     plain = copy.deepcopy(model)
     lines = [str(line) for line in attach(model).report]
     assert lines == [
+        "model.layers.*: eager, GemmaDecoderLayer is in no family of the table",
         "model.layers.*.self_attn: eager, GemmaAttention is in no family of the table",
         "model.layers.*.mlp: glu, gelu_tanh (x2)",
         "model.layers.*.input_layernorm: rms_norm, gemma convention (x2)",

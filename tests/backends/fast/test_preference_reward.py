@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 
-from aligntune.backends.fast import attachment_of, detach
+from aligntune.backends.fast import attach, attach_trainer, attachment_of, detach
 from aligntune.backends.fast.preference_rows import ScoredPairsEndToEnd
 from tests.backends.fast.preference_steps import LENGTHS, assert_same_step, built_of, ids, step
 from tests.core import tiny
@@ -50,6 +51,26 @@ def test_detach_gives_the_forward_back(tmp_path: Any) -> None:
     detach(model)
     assert "forward" not in vars(model)
     torch.testing.assert_close(model(**padded).logits, with_ours, rtol=1e-5, atol=1e-6)
+
+
+def test_attaching_again_keeps_the_scores(tmp_path: Any) -> None:
+    trainer = built_of("fast", "reward", tmp_path, scored(), model_name=scorer()).trainer
+    before = step(trainer)
+    attach_trainer(trainer)  # as `fast_train` does
+    assert_same_step(step(trainer), before, without=("num_tokens",))  # which are counted on
+    detach(trainer.model)
+    assert "forward" not in vars(trainer.model) and attach(trainer.model).also == []
+
+
+def test_copies_of_the_model_are_their_own(tmp_path: Any) -> None:
+    model = scorer()
+    built_of("fast", "reward", tmp_path, scored(), model_name=model)
+    flat = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "last_tokens": torch.tensor([1, 3])}
+    clone = copy.deepcopy(model)
+    detach(clone)
+    assert "forward" not in vars(clone) and model(**flat).logits.shape == (2, 1)
+    torch.save(model, tmp_path / "model.pt")
+    assert type(torch.load(tmp_path / "model.pt", weights_only=False)) is type(model)
 
 
 def test_the_last_token_is_the_one_that_transformers_finds() -> None:

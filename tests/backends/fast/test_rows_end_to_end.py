@@ -10,9 +10,11 @@ from datasets import Dataset
 from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from aligntune.backends.base import Prepared
+from aligntune.backends.fast.attachment import attachment_of
 from aligntune.backends.fast.build import build as build_fast
 from aligntune.backends.fast.ops.attention import attention, attention_reference
 from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd, bucket
+from aligntune.backends.fast.recompute import recompute_of
 from aligntune.backends.trl.build import build as build_trl
 from aligntune.core.resolve import resolve
 from aligntune.errors import ConfigError
@@ -160,6 +162,9 @@ def test_padding_free_that_cannot_be_is_an_error(tmp_path: Any) -> None:
     model = tiny.llama(attention_dropout=0.1)
     with pytest.raises(ConfigError, match="its attention has dropout"):
         trainer_of("fast", "llama", tmp_path, model_name=model, padding_free=True)
+    # The model is the caller's: nothing of ours stays on it.
+    assert attachment_of(model) is None and recompute_of(model) is None
+    assert not any("_aligntune" in name for module in model.modules() for name in vars(module))
 
 
 # The collator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from trl import DPOConfig, DPOTrainer, SFTTrainer
 
 from aligntune.backends.fast import FastLanguageModel, accelerate_trl, attach, attachment_of, detach, fast_train
 from aligntune.backends.fast.recompute import recompute_of
+from aligntune.backends.fast.scripts import attach_trainer
 from aligntune.errors import ConfigError
 from tests.core import tiny
 
@@ -131,6 +133,14 @@ def test_strict_reaches_the_trainer(tmp_path):
     with pytest.raises(ConfigError, match="relu2"):
         fast_train(trainer, strict=True)
     assert trainer.state.global_step == 0
+
+
+def test_a_reference_that_strict_refuses_leaves_the_policy_as_it_was():
+    trainer = SimpleNamespace(args=SimpleNamespace(), model=tiny.llama(), ref_model=tiny.llama(hidden_act="relu2"))
+    with pytest.raises(ConfigError, match="relu2"):
+        attach_trainer(trainer, strict=True)
+    for model in (trainer.model, trainer.ref_model):
+        assert attachment_of(model) is None and not any("forward" in vars(module) for module in model.modules())
 
 
 def test_a_model_that_accelerate_prepared_before_attach(tmp_path):
