@@ -113,8 +113,13 @@ def _layer(module: nn.Module, family: Family) -> Decision | None:
 
 def _checkpoints_in_forward(layer: nn.Module) -> bool:
     """Newer transformers wrap the class's `forward` with the recomputation, older ones `__call__`, which we leave."""
-    base = next((cls for cls in type(layer).__mro__ if cls.__name__ == "GradientCheckpointingLayer"), None)
+    base = _checkpointed_class(layer)
     return base is not None and "__call__" not in base.__dict__
+
+
+def _checkpointed_class(layer: nn.Module) -> type | None:
+    """The class that transformers' blocks have in common, or None for a module that is no block."""
+    return next((cls for cls in type(layer).__mro__ if cls.__name__ == "GradientCheckpointingLayer"), None)
 
 
 def _experts(module: nn.Module, family: Family) -> Decision:
@@ -169,4 +174,6 @@ def _by_structure(module: nn.Module) -> Decision | None:
         return eager("experts", "routed experts have no kernel")
     if name.endswith(("MLP", "FeedForward")) and list(module.children()):
         return eager("glu", f"{name} is no gate_proj, up_proj, down_proj with an activation")
+    if _checkpointed_class(module) is not None:  # a block; its parts may have names that nothing above knows
+        return eager("layer", f"{name} is in no family of the table")
     return None
