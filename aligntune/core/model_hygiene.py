@@ -18,6 +18,9 @@ from torch import nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
+ATTACHMENT = "_aligntune_attachment"
+"""Where a backend leaves, on a model that it put kernels under, what undoes that: an object with `detach()`."""
+
 # `_original_forward` is where accelerate's mixed precision keeps the forward it wrapped: the same closure.
 _NAMES = ("forward", "_original_forward")
 
@@ -28,6 +31,18 @@ def _patched(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             # accelerate's device hooks are partials over the module, which deepcopy follows; they stay.
             if name in vars(module) and not isinstance(vars(module)[name], functools.partial):
                 yield module, name
+
+
+def detach_backends(model: nn.Module) -> None:
+    """Undo what a backend has put on `model` or a part of it, beside forwards too; that there was one is forgotten.
+
+    For a model that is handed to another trainer: how layers are recomputed, a plan of which, copies of its base in
+    another precision were the first one's.
+    """
+    for module in list(model.modules()):
+        attachment = vars(module).get(ATTACHMENT)
+        if attachment is not None:
+            attachment.detach()
 
 
 def forget_patched_forward(model: nn.Module) -> int:
@@ -99,7 +114,7 @@ def keep_4bit_layout(model: nn.Module) -> None:
 
 
 def copy_model(model: Model, *, device: str | torch.device | None = None) -> Model:
-    """A copy of `model` that shares nothing with it: plain `forward`, frozen, in eval mode.
+    """A copy of `model` that shares nothing with it: plain `forward`, nothing of a backend's, frozen, in eval mode.
 
     Args:
         model: a model of any state; a quantised base and adapters are copied as they are.
@@ -112,6 +127,7 @@ def copy_model(model: Model, *, device: str | torch.device | None = None) -> Mod
             memo[id(tensor)] = _moved(tensor, torch.device(device))
     with plain_forward(model):
         clone = copy.deepcopy(model, memo)
+    detach_backends(clone)
     clone.requires_grad_(False)
     return clone.eval()
 

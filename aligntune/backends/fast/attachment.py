@@ -20,12 +20,13 @@ from aligntune.backends.fast import fp8_base, head, plan, recompute
 from aligntune.backends.fast.forwards import KEY, Spec
 from aligntune.backends.fast.lora import slot
 from aligntune.backends.fast.ops._runtime import interpreting
+from aligntune.core.model_hygiene import ATTACHMENT
 from aligntune.errors import BackendUnavailableError, ConfigError
 
 if TYPE_CHECKING:
     from aligntune.backends.fast.attestation import Attestation
 
-RECORD = "_aligntune_attachment"
+RECORD = ATTACHMENT
 _SLOTS = ("forward", "_old_forward")
 
 

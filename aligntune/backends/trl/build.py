@@ -15,7 +15,7 @@ from aligntune.backends.trl.options import trl_config
 from aligntune.backends.trl.ppo_build import value_model
 from aligntune.backends.trl.reward_model import load_reward_model
 from aligntune.backends.trl.trainers import TRAINERS, reference_from_memory
-from aligntune.core.model_hygiene import copy_model, forget_patched_forward
+from aligntune.core.model_hygiene import copy_model, detach_backends, forget_patched_forward
 from aligntune.errors import ConfigError, DataError
 from aligntune.rewards.overlong import SoftOverlong
 
@@ -41,6 +41,7 @@ def build(job: Job, prepared: Prepared, *, trainers: Mapping[str, type] = TRAINE
     job.notices.append(f"precision: {precision.why}")
     model = load_model(job, precision, scores=job.spec.takes == "reward")
     # Another trainer's patched forward would stay under this one's, and follow that trainer's model.
+    detach_backends(model)
     forget_patched_forward(model)
     rewards = _rewards(job, precision, prepared.tokenizer) if job.spec.online else []
     args = trl_config(job, precision, eval_rows=len(prepared.eval) if prepared.eval is not None else 0)
@@ -127,7 +128,10 @@ def _reference(job: Job, model: PreTrainedModel, precision: Precision, adapters:
     """The reference model, from memory; None where TRL takes the base with adapters off."""
     source = job.options.ref_model_name
     if source is not None and not isinstance(source, str):
-        return copy_model(source) if source is model else source
+        if source is model:
+            return copy_model(source)
+        detach_backends(source)
+        return source
     if source is not None:
         import copy
 

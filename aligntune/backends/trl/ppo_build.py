@@ -11,7 +11,7 @@ from aligntune.backends.loading import nf4_config
 from aligntune.backends.trl.ppo_critic import backbone_of
 from aligntune.backends.trl.reward_model import RewardModel
 from aligntune.builtin import is_builtin, model_path
-from aligntune.core.model_hygiene import copy_model, keep_4bit_layout
+from aligntune.core.model_hygiene import copy_model, detach_backends, keep_4bit_layout
 from aligntune.errors import AlignTuneError, ConfigError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def value_model(job: Job, model: Any, precision: Precision, peft_config: LoraCon
         critic = copy_model(scorer.model)
     else:
         critic = _load(wanted, job, precision) if isinstance(wanted, str) else wanted
+        detach_backends(critic)
     _check(critic, wanted, model)
     keep_4bit_layout(critic)
     if hasattr(critic, "peft_config"):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aligntune.builtin import is_builtin, model_path
+from aligntune.core.model_hygiene import detach_backends
 from aligntune.errors import AlignTuneError, ConfigError
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def load_reward_model(job: Job, precision: Precision, policy_tokenizer: Any) -> 
 
     given, options = job.options.reward_model_name, job.options
     model = _load(given, job, precision) if isinstance(given, str) else given
+    detach_backends(model)
     source = given if isinstance(given, str) else getattr(model.config, "_name_or_path", "")
     name = os.path.basename(source.rstrip("/")) if source else type(model).__name__
     tokenizer = None
