@@ -5,13 +5,14 @@ derivative of the loss is known token by token, three. Where the logits fit the 
 weight is frozen dX is made in the forward anyway: three and two products, with nothing to gain.
 
 The trainer's own code still computes the loss and the metrics, out of the log-probs of that forward; only the gradient
-comes from the rule. In the first such pass the two are compared: a version of TRL whose loss is another one is caught,
-and goes on with log-probs first.
+comes from the rule. In the first such pass whose gradient is not 0 the two are compared: a version of TRL whose loss is
+another one is caught, and goes on with log-probs first.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,7 @@ class TokenGradients:
         (made, leaves), self._made = self._made, None
         if self._token_rule_holds is None:
             self._token_rule_holds = _equal(loss, leaves, rule)
-            if not self._token_rule_holds:
+            if self._token_rule_holds is False:
                 logger.warning("this trainer's loss is not the one that is known here token by token: its gradients "
                                "are made after the forward")
                 return super()._compute_loss(model, inputs)  # type: ignore[misc]
@@ -87,15 +88,22 @@ class TokenGradients:
         return loss + (made - made.detach())
 
 
-def _equal(loss: torch.Tensor, leaves: list[torch.Tensor], rule: TokenRule) -> bool:
-    """Whether the gradients of the loss that was computed are the rule's, to rounding."""
+def _equal(loss: torch.Tensor, leaves: list[torch.Tensor], rule: TokenRule) -> bool | None:
+    """Whether the gradients of the loss that was computed are the rule's, to rounding.
+
+    None where they tell nothing: all are 0, as where every reward is the same, or one is not finite.
+    """
     theirs = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
+    zero, told = torch.zeros_like(leaves[0]), False
     for found, expected in zip(theirs, rule.gradients(*leaves), strict=True):
-        zero = torch.zeros_like(leaves[0])
         found, expected = (zero if each is None else each for each in (found, expected))
-        if float((found - expected).abs().max()) > 1e-4 * float(expected.abs().max()):
+        apart, size = float((found - expected).abs().max()), float(expected.abs().max())
+        if not math.isfinite(apart):
+            return None
+        if apart > 1e-4 * size:
             return False
-    return True
+        told = told or size > 0
+    return True if told else None
 
 
 class GRPOTokenGradients(TokenGradients):

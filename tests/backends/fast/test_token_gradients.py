@@ -85,6 +85,23 @@ def test_a_rule_that_is_not_the_loss_is_caught(no_room: None, tmp_path: Any, cap
     assert not trainer.makes_token_gradients()
 
 
+def test_gradients_that_tell_nothing_are_no_comparison(no_room: None, tmp_path: Any) -> None:
+    """Where every reward is the same, and the policy is the reference, a wrong rule would give the same zeros."""
+    trainer = built_of("fast", "grpo", tmp_path, beta=0.0).trainer
+    inputs = loss_pass(trainer)
+    same = inputs | {"advantages": torch.zeros_like(inputs["advantages"])}
+    assert gradient_of(trainer, same).norm() == 0 and trainer._token_rule_holds is None
+    lost = inputs | {"advantages": torch.full_like(inputs["advantages"], float("nan"))}
+    assert gradient_of(trainer, lost).isnan().any() and trainer._token_rule_holds is None
+    assert gradient_of(trainer, inputs).norm() > 0.1 and trainer._token_rule_holds is True
+    assert trainer.in_forward == 3
+    weights = trainer._token_weights
+    trainer._token_weights, trainer._token_rule_holds = lambda given: 1.01 * weights(given), None
+    gradient_of(trainer, same)
+    gradient_of(trainer, inputs)
+    assert trainer._token_rule_holds is False
+
+
 @pytest.mark.parametrize("what", [
     "fits", "frozen", *(slow(what) for what in ("eval", "tools", "entropy", "quantile", "padded"))])
 def test_what_is_not_covered_takes_log_probs_first(
