@@ -17,7 +17,7 @@ from aligntune.backends.fast.memory import GIB, MemoryPlan
 from aligntune.backends.fast.online import FlatLogProbs, LossPassPlan
 from aligntune.backends.fast.ppo import FastPPO, attach_critic
 from aligntune.backends.fast.preference import FlatPreference
-from aligntune.backends.fast.recompute import install, recompute_of, remove
+from aligntune.backends.fast.recompute import install, recompute_of, recomputes, remove
 from aligntune.backends.fast.rollout.serve import of_trainer
 from aligntune.backends.fast.rollout.trl import FastRollouts, engine_cannot_because
 from aligntune.backends.fast.scripts import attach_trainer, detach_trainer
@@ -108,8 +108,7 @@ def recompute_layers(
                           "with it; leave it out")
     made = recompute_of(model)
     offload = wanted == "offload" or (wanted is None and made is not None and made.offload)
-    if not (args.gradient_checkpointing or any(getattr(part, "gradient_checkpointing", False)
-                                               for part in model.modules())):
+    if not (args.gradient_checkpointing or recomputes(model)):
         return "activations: kept"
     why = None
     if args.gradient_checkpointing_kwargs:

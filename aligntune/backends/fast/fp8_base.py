@@ -111,6 +111,8 @@ def unsupported_because(trainer: Trainer) -> str | None:
         return "the base is quantised to 4 bits already"
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return "the model is sharded"
+    if getattr(trainer, "precompute_ref_logps", False):
+        return "precompute_ref_log_probs has scored the reference over the base as it is loaded"
     weight: Any = layers[0].base_layer.weight
     if weight.is_cuda:
         capability = torch.cuda.get_device_capability(weight.device)

@@ -26,7 +26,7 @@ from aligntune.backends.fast.attachment import base_model
 from aligntune.backends.fast.ledger import writing_to
 from aligntune.backends.fast.lora import kind_of, read
 from aligntune.backends.fast.packing import IGNORED
-from aligntune.backends.fast.recompute import Recompute, recompute_of
+from aligntune.backends.fast.recompute import Recompute, recompute_of, recomputes
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -52,8 +52,7 @@ def eager_because(trainer: Trainer) -> str | None:
         return "several processes exchange gradients while the backward runs"
     if not (args.bf16 or args.fp16 or model.dtype in (torch.bfloat16, torch.float16)):
         return "in fp32 attention over ragged rows waits for their lengths"
-    recomputed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
-    if (args.gradient_checkpointing or recomputed) and recompute_of(base_model(model)) is None:
+    if (args.gradient_checkpointing or recomputes(model)) and recompute_of(base_model(model)) is None:
         return "torch's recomputation restores the generator's state, which waits for the GPU"
     if sum(_numbers(p) for p in trained) * 8 > sum(_numbers(p) for p in model.parameters()):
         return "more than an eighth of the parameters train: the GPU is busy for longer than the CPU"
@@ -294,6 +293,29 @@ class GraphedModel:
             if p.grad is not None and p.grad is not buffer:
                 buffer.copy_(p.grad)
             p.grad = buffer
+
+
+class ReplayedSteps:
+    """Mixin before a transformers Trainer: with `capture`, passes of training go through graphs.
+
+    What was captured goes when a training begins: adapters may have been switched since, and which parameters train.
+    """
+
+    capture = False
+    graphed: GraphedModel | None = None
+
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers'."""
+        self.graphed = None
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def _graphs(self: Any, model: Any) -> GraphedModel | None:
+        """What replays passes of `model`, or None where they are launched."""
+        if not (self.capture and self.model.training):
+            return None
+        if self.graphed is None or self.graphed.model is not model:
+            self.graphed = GraphedModel(model, [p for p in self.model.parameters() if p.requires_grad])
+        return self.graphed
 
 
 class _Replay(torch.autograd.Function):

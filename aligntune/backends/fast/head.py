@@ -36,7 +36,7 @@ from aligntune.backends.fast.ops.head import (
     token_log_probs,
     token_loss,
 )
-from aligntune.backends.fast.recompute import recompute_of
+from aligntune.backends.fast.recompute import recompute_of, recomputes
 from aligntune.errors import ConfigError
 
 KEY = "_aligntune_head"
@@ -185,7 +185,7 @@ def install(model: nn.Module, *, strict: bool) -> Head | None:
 def _options(model: nn.Module, lm_head: nn.Module, inner: Any) -> tuple[HeadOptions | None, str | None]:
     """The options of the head, or None and the reason why it cannot be set."""
     weight = getattr(lm_head, "weight", None)
-    if any(type(module).__name__ != "ModulesToSaveWrapper" and hasattr(module, "lora_A") for module in [lm_head]):
+    if hasattr(lm_head, "lora_A"):
         return None, "lm_head carries an adapter"
     if weight is None or weight.dim() != 2 or not weight.is_floating_point():
         return None, f"lm_head ({type(lm_head).__name__}) has no plain weight"
@@ -295,7 +295,7 @@ def _root_forward(cls: type[nn.Module]) -> Callable[..., Any]:
         given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
         kwargs.update({name: value for name, value in given.items() if value is not None})
         if fused_lm_head:
-            kwargs["fused_lm_head"] = True  # the class's forward refuses it by name, as it would without us
+            kwargs["fused_lm_head"] = True  # the class's forward does with it what it would without us
         return plain_forward(self, *args, **kwargs)
 
     return forward
@@ -353,7 +353,7 @@ class _ScoredRows:
 def _budget(model: nn.Module) -> int | None:
     """Bytes that logits may take: a quarter of what is usual where layers are recomputed to save memory."""
     ours = recompute_of(model)
-    recomputed = getattr(model, "is_gradient_checkpointing", False) if ours is None else ours.on
+    recomputed = recomputes(model) if ours is None else ours.on
     return MEMORY_BUDGET // 4 if recomputed else None
 
 

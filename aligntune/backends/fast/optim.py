@@ -128,6 +128,9 @@ def _move(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], rate: f
                           "embeddings in no parameter group; choose another optimizer")
 
 
+_MANAGER_PARTS = ("initialize", "module_weight_config_triple", "pid2config")
+
+
 def _keep_overrides_to_itself(optimizer: Any, model: nn.Module) -> None:
     """Give a bitsandbytes optimizer a manager of its own, with the overrides of this model's modules.
 
@@ -135,7 +138,7 @@ def _keep_overrides_to_itself(optimizer: Any, model: nn.Module) -> None:
     for good and remembers its place in the groups: the weight of a later run at that place got 32 bits too.
     """
     shared = getattr(optimizer, "mng", None)
-    if shared is None:
+    if shared is None or not all(hasattr(shared, name) for name in _MANAGER_PARTS):
         return
     modules = {id(module) for module in model.modules()}
     triples = shared.module_weight_config_triple

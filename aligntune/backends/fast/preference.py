@@ -19,7 +19,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from aligntune.algorithms.dpo import FORMS, Pairs
 from aligntune.backends.fast.attachment import attachment_of
-from aligntune.backends.fast.graphs import GraphedModel, named_outputs
+from aligntune.backends.fast.graphs import ReplayedSteps, named_outputs
 from aligntune.backends.fast.memory import MemoryPlan
 from aligntune.backends.fast.optim import EmbeddingRate
 from aligntune.backends.fast.packing import attention_padded_because
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _LISTS = ("_metrics", "_stored_metrics")
 
 
-class FlatPreference:
+class FlatPreference(ReplayedSteps):
     """Mixin before a TRL trainer of preferences: with `rows_end_to_end`, its batches are flat, in evaluation too."""
 
     rows_end_to_end = False
@@ -42,8 +42,6 @@ class FlatPreference:
     padded_collator: type | None = None
     _theirs: Any = None
     _flags: ReferenceFlags | None = None
-    capture = False
-    graphed: GraphedModel | None = None
     memory: MemoryPlan | None = None
     _counted = 0
     _uncounted: torch.Tensor | None = None
@@ -100,13 +98,6 @@ class FlatPreference:
 
     # Passes
 
-    def _graphs(self: Any, model: Any) -> GraphedModel | None:
-        if not (self.capture and self.model.training):
-            return None
-        if self.graphed is None or self.graphed.model is not model:
-            self.graphed = GraphedModel(model, [p for p in self.model.parameters() if p.requires_grad])
-        return self.graphed
-
     def _score(self: Any, model: Any, flat: dict[str, Any]) -> Scores:
         """One pass of the policy, with gradients where they are on."""
         inputs, graphs = model_inputs(flat), self._graphs(model)
@@ -156,11 +147,11 @@ class FlatPreference:
             return step(model, inputs, num_items_in_batch)
 
     def _precompute_ref_logps(self: Any, dataset: Any, name: str, batch_size: int) -> Any:
-        """TRL's, which runs when the trainer is built: the kernels are needed by then."""
+        """TRL's, which runs when the trainer is built (the kernels are needed by then) and in `evaluate(rows)`."""
         from aligntune.backends.fast.build import lay_rows
         from aligntune.backends.fast.scripts import attach_trainer
 
-        if not self.rows_end_to_end:
+        if self._theirs is None:  # nobody has decided yet how rows lie
             lay_rows(self, attach_trainer(self))
         return super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
 

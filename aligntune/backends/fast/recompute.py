@@ -405,6 +405,14 @@ def remove(model: nn.Module) -> None:
                 torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
 
+def recomputes(model: nn.Module) -> bool:
+    """Whether any layer is recomputed in the backward, by ours or by torch's function.
+
+    transformers' own property has another name from 5.23 on, and warns under the old one.
+    """
+    return any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+
+
 def recompute_of(model: nn.Module) -> Recompute | None:
     """What `install` made for this model, or None."""
     return model.__dict__.get(KEY)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aligntune.backends.fast.graphs import GraphedModel
+from aligntune.backends.fast.graphs import ReplayedSteps
 from aligntune.backends.fast.memory import MemoryPlan
 from aligntune.backends.fast.online import FlatLogProbs
 from aligntune.backends.fast.optim import EmbeddingRate
@@ -41,12 +41,10 @@ def padded_because(trainer: Trainer, attachment: Attachment) -> str | None:
     return attention_padded_because(attachment)
 
 
-class FastSFT(EmbeddingRate, SFT):
+class FastSFT(EmbeddingRate, ReplayedSteps, SFT):
     """TRL's SFTTrainer; training batches are rows end to end where the model allows it."""
 
     rows_end_to_end = False
-    capture = False
-    graphed: GraphedModel | None = None
     memory: MemoryPlan | None = None
 
     def get_train_dataloader(self) -> Any:
@@ -79,10 +77,9 @@ class FastSFT(EmbeddingRate, SFT):
         inputs["attention_mask"] = inputs["input_ids"].new_empty((1, 1, 1, 0), dtype=torch.bool)
         num_valid = (inputs["shift_labels"] != IGNORED).sum()
         denominator = (num_valid if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)).clamp(min=1)
-        if self.capture and self.model.training:
-            if self.graphed is None or self.graphed.model is not model:
-                self.graphed = GraphedModel(model, [p for p in self.model.parameters() if p.requires_grad])
-            outputs = SimpleNamespace(**self.graphed(inputs), loss=None)
+        graphs = self._graphs(model)
+        if graphs is not None:
+            outputs = SimpleNamespace(**graphs(inputs), loss=None)
         else:
             # The mean over tokens is a loss whose gradient the head can make in its forward.
             over = {"loss_over": denominator} if self.args.loss_type == "nll" and self._head_trains() else {}

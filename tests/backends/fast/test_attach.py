@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -151,6 +152,14 @@ def test_an_error_halfway_leaves_nothing_attached(attached, monkeypatch):
     with pytest.raises(RuntimeError, match="halfway"):
         attach(model)
     assert snapshot(model) == before
+
+
+def test_a_step_asks_nothing_that_transformers_deprecates():
+    model = build("llama")
+    attach(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        step(model)
 
 
 def test_strict_names_every_fault_at_once():

@@ -261,7 +261,8 @@ def test_what_is_asked_for_is_had_or_refused(device):
     bare = build("llama", **SIDES)
     odd = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))
     for given, reason in ((trainer(bare), "needs LoRA"), (trainer(odd), "multiples of 16"),
-                          (trainer(adapted(), is_fsdp_enabled=True), "sharded")):
+                          (trainer(adapted(), is_fsdp_enabled=True), "sharded"),
+                          (trainer(adapted(), precompute_ref_logps=True), "scored the reference over the base as it")):
         with pytest.raises(ConfigError, match=f"base_precision = 'fp8'.*{reason}"):
             quantize_base(given, "fp8")
         assert reason in quantize_base(given, "auto")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import transformers
 
 from aligntune import create_rl_trainer, create_sft_trainer
 from aligntune.backends.base import require
-from aligntune.backends.fast.optim import EmbeddingRate, _move, embedding_weights
+from aligntune.backends.fast.optim import EmbeddingRate, _keep_overrides_to_itself, _move, embedding_weights
 from aligntune.backends.fast.support import BACKEND
 from aligntune.backends.fast.trainers import FAST_TRAINERS, FastSFT
 from aligntune.errors import CheckpointError, ConfigError
@@ -312,6 +313,13 @@ def test_every_algorithm_of_fast_takes_it(tmp_path):
             assert issubclass(FAST_TRAINERS[algorithm], EmbeddingRate), algorithm
             require(BACKEND, algorithm, {"embedding_learning_rate": 1e-5})
     assert FAST_TRAINERS["sft"] is FastSFT
+
+
+def test_a_manager_of_another_make_is_left_alone():
+    optimizer = SimpleNamespace(mng=object(), param_groups=[])
+    before = optimizer.mng
+    _keep_overrides_to_itself(optimizer, torch.nn.Linear(2, 2))
+    assert optimizer.mng is before
 
 
 def test_dpo(tmp_path):

@@ -11,12 +11,27 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from aligntune.backends.fast import graphs
 from aligntune.backends.fast.ledger import Ledger
 from tests.backends.fast.preference_steps import built_of, pairs
 from tests.backends.fast.test_graphs import model
 from tests.backends.fast.test_preference_unpaired import unpaired
+from tests.backends.fast.test_rows_end_to_end import trainer_of
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "dpo"])
+def test_a_training_begins_without_the_graphs_of_the_one_before(
+    algorithm: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two, adapters may be switched: what was captured trains the ones of before."""
+    trainer = (trainer_of("fast", "llama", tmp_path) if algorithm == "sft" else
+               built_of("fast", "dpo", tmp_path, use_peft=True)).trainer
+    trainer.graphed, began = "the graphs of before", []
+    monkeypatch.setattr(transformers.Trainer, "train", lambda self, *args, **given: began.append((args, given)))
+    trainer.train("checkpoint", trial=None)
+    assert began == [(("checkpoint",), {"trial": None})] and trainer.graphed is None
 
 
 class StandIn:

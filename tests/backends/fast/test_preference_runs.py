@@ -123,6 +123,15 @@ def test_precomputed_references(algorithm: str, adapters: bool, tmp_path: Path, 
         assert len(seen) == 4
 
 
+def test_rows_that_were_asked_to_be_padded_stay_so_in_evaluation(tmp_path: Path) -> None:
+    rows = pairs().add_column("tag", [str(tmp_path)] * len(pairs()))
+    trainer = built_of("fast", "dpo", tmp_path, rows, precompute_ref_log_probs=True, use_peft=True,
+                       padding_free=False).trainer
+    assert not trainer.rows_end_to_end
+    trainer._precompute_ref_logps(rows.select(range(2)), "eval", 2)  # as `evaluate(rows)` does
+    assert not trainer.rows_end_to_end and type(trainer.data_collator) is trainer.padded_collator
+
+
 LACKING = ((3, 0, 2), (0, 1, 3), (2, 4, 0), (1, 1, 1))
 """No chosen answer; no prompt, so that nothing scores the only token; no rejected answer."""
 
