@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from aligntune.backends.fast import attach, attachment_of, detach
-from tests.backends.fast.minis import VOCAB, batch, build
+from tests.backends.fast.minis import MINIS, VOCAB, batch, build
 
 PROMPT = torch.tensor([[0, 0, 5, 9, 12], [7, 8, 9, 10, 11]])
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -34,7 +35,9 @@ def logits(model: Any) -> torch.Tensor:
         return model(**batch(), output_logits=True).logits if attachment_of(model) else model(**batch()).logits
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in MINIS if name != "llama")]
+)
 def test_generate_works_in_every_state(family):
     model = build(family)
     expected = generated(model)
@@ -228,27 +231,40 @@ import hashlib, sys, torch
 sys.path.insert(0, {root!r})
 from tests.backends.fast.minis import build, batch
 
+settings = {{"device": "cpu", "attention": "eager"}}
+if {gpu!r}:
+    settings = {{"device": "cuda", "attention": "sdpa"}}
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    for kind in ("flash", "mem_efficient", "cudnn"):
+        getattr(torch.backends.cuda, f"enable_{{kind}}_sdp")(False)
+
+def made():
+    model = build("llama", attention_dropout=0.1, attn_implementation=settings["attention"])
+    return model.to(settings["device"])
+
+def digest(tensors):
+    return hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in tensors)).hexdigest()
+
 def plain_run(model):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for step in range(3):
         optimizer.zero_grad()
-        loss = model(**batch(seed=step)).loss
+        loss = model(**batch(seed=step, device=settings["device"])).loss
         loss.backward()
         optimizer.step()
         losses.append(loss.item().hex())
-    digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
-    return " ".join([*losses, digest, hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()])
+    states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    return " ".join([*losses, digest(model.parameters()), digest(states)])
 
 if {after!r}:
     from aligntune.backends.fast import attach, detach
-    state = torch.get_rng_state()
-    model = build("llama", attention_dropout=0.1, attn_implementation="eager")
+    model = made()
     start = {{name: tensor.clone() for name, tensor in model.state_dict().items()}}
     attach(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(2):
-        model(**batch(seed=step)).loss.backward()
+        model(**batch(seed=step, device=settings["device"])).loss.backward()
         optimizer.step()
     detach(model)
     model.zero_grad()
@@ -256,19 +272,22 @@ if {after!r}:
     torch.manual_seed(0)
     print(plain_run(model))
 torch.manual_seed(0)
-model = build("llama", attention_dropout=0.1, attn_implementation="eager")
+model = made()
 torch.manual_seed(0)
 print(plain_run(model))
 """
 
 
-def test_a_plain_run_after_detach_is_bit_equal_to_one_in_a_fresh_process():
+def assert_fresh_again(*, gpu: bool) -> None:
+    """A run after detach and one of a new model, in a process that has attached, are those of one that has not."""
     root = str(Path(__file__).resolve().parents[3])
+    env = dict(os.environ) | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     runs = []
     for after in (False, True):
         done = subprocess.run(
-            [sys.executable, "-c", _SCRIPT.format(root=root, after=after)], capture_output=True, text=True
-        )
+            [sys.executable, "-c", _SCRIPT.format(root=root, after=after, gpu=gpu)],
+            capture_output=True, text=True, env=env,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
         runs.append(done.stdout.split("\n")[:-1])
     (fresh,), (detached, another) = runs
@@ -276,30 +295,11 @@ def test_a_plain_run_after_detach_is_bit_equal_to_one_in_a_fresh_process():
     assert detached == fresh and another == fresh
 
 
-@pytest.mark.gpu
-def test_on_a_gpu_a_plain_run_after_detach_is_bit_equal():
-    def run(model: Any) -> list[float]:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        found = []
-        for step in range(3):
-            optimizer.zero_grad()
-            loss = model(**batch(seed=step, device="cuda")).loss
-            loss.backward()
-            optimizer.step()
-            found.append(loss.item())
-        return found
+def test_a_plain_run_after_detach_is_bit_equal_to_one_in_a_fresh_process():
+    assert_fresh_again(gpu=False)
 
-    model = build("llama", attn_implementation="eager").cuda()
-    start = copy.deepcopy(model.state_dict())
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        expected = run(model)
-        model.load_state_dict(start)
-        attach(model)
-        run(model)
-        detach(model)
-        model.zero_grad()
-        model.load_state_dict(start)
-        assert run(model) == expected
-    finally:
-        torch.use_deterministic_algorithms(False)
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_plain_run_after_detach_is_bit_equal_to_one_in_a_fresh_process():
+    """Deterministic algorithms, attention by its definition."""
+    assert_fresh_again(gpu=True)
