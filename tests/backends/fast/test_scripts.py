@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -214,6 +217,59 @@ def test_from_pretrained_and_get_peft_model(saved, tmp_path):
     assert fast_train(trainer).global_step == 2
 
 
+def four_bits(path: str, *, asked: bool) -> Any:
+    """(model, its loss and what an attested step of its adapters says)."""
+    where = {} if torch.cuda.is_available() else {"device_map": {"": "cpu"}}
+    model, _ = FastLanguageModel.from_pretrained(path, load_in_4bit=asked, dtype=torch.float32, **where)
+    assert "model.layers.*.self_attn.q_proj: nf4 (x1)" in str(attachment_of(model))
+    state = model.model.layers[0].self_attn.q_proj.weight.quant_state
+    assert state.quant_type == "nf4" and state.nested
+    ids = torch.arange(3, 9, device=model.device)[None]
+    peft_model = FastLanguageModel.get_peft_model(model, r=4, strict=True)
+    attachment = attachment_of(peft_model)
+    assert "model.layers.*.self_attn.q_proj: lora on nf4 (x1)" in str(attachment)
+    losses = []
+
+    def step() -> None:
+        loss = peft_model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        losses.append(float(loss.detach()))
+
+    result = attachment.attest(step)
+    assert result.ok and result.kernels["nf4_dequant_kernel"] >= 7
+    assert sum(float(p.grad.norm()) > 0 for p in peft_model.parameters() if p.grad is not None) == 7
+    return peft_model, losses[0]
+
+
+@pytest.fixture
+def square(tmp_path):
+    """bitsandbytes packs rows of 64."""
+    tiny.llama(num_hidden_layers=1, hidden_size=64, head_dim=16).save_pretrained(tmp_path / "square")
+    tiny.tokenizer().save_pretrained(tmp_path / "square")
+    return str(tmp_path / "square")
+
+
+def test_four_bits_asked_for(square):
+    assert four_bits(square, asked=True)[1] > 3
+
+
+@pytest.mark.slow
+def test_four_bits_stored_load_as_they_are_asked_for_or_not(square, tmp_path):
+    model, loss = four_bits(square, asked=True)
+    model.unload().save_pretrained(tmp_path / "stored")
+    tiny.tokenizer().save_pretrained(tmp_path / "stored")
+    for asked in (False, True):
+        assert four_bits(str(tmp_path / "stored"), asked=asked)[1] == pytest.approx(loss, rel=1e-6)
+
+
+def test_full_fine_tuning_trains_every_parameter(saved):
+    model, _ = FastLanguageModel.from_pretrained(saved, full_finetuning=True, dtype=torch.float32)
+    ids = torch.arange(3, 15, device=model.device)[None]
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    grads = [p.grad for p in model.parameters()]
+    assert len(grads) == 21 and all(g is not None and g.any() for g in grads)
+
+
 def test_embeddings_among_the_targets_are_trained_whole(saved, caplog):
     model, _ = FastLanguageModel.from_pretrained(saved, dtype=torch.float32)
     with caplog.at_level("INFO", logger="aligntune"):
@@ -255,3 +311,41 @@ def test_wrong_options_say_what_would_be_right(saved):
         FastLanguageModel.get_peft_model(model, lora_alhpa=3)
     with pytest.raises(ConfigError, match="give target_modules"):
         FastLanguageModel.get_peft_model(copy.deepcopy(torch.nn.Sequential(torch.nn.Linear(2, 2))))
+
+
+# ------------------------------------------------------------------------------------------------ what is left behind
+
+_SCRIPT = """
+import hashlib, sys
+sys.path.insert(0, {root!r})
+import torch
+from tests.core import tiny
+
+def run(trainer):
+    trainer.train()
+    losses = [row["loss"].hex() for row in trainer.state.log_history if "loss" in row]
+    weights = b"".join(p.detach().cpu().numpy().tobytes() for p in trainer.model.parameters())
+    random = torch.get_rng_state().numpy().tobytes()
+    return " ".join([*losses, *(hashlib.sha256(found).hexdigest() for found in (weights, random))])
+
+if {after!r}:
+    from aligntune.backends.fast import accelerate_trl, detach, fast_train
+    with accelerate_trl():
+        trainer = tiny.sft({path!r} + "/fast", max_steps=2, peft_config=tiny.lora())
+    trainer.train()
+    detach(trainer.model)
+    fast_train(tiny.sft({path!r} + "/again", max_steps=1))
+print(run(tiny.sft({path!r} + "/plain", max_steps=2)))
+"""
+
+
+@pytest.mark.slow
+def test_a_trl_run_after_fast_ones_is_bit_equal_to_one_in_a_fresh_process(tmp_path):
+    root = str(Path(__file__).resolve().parents[3])
+    runs = []
+    for after in (False, True):
+        script = _SCRIPT.format(root=root, after=after, path=str(tmp_path / str(after)))
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        runs.append(done.stdout.splitlines()[-1])
+    assert runs[0] == runs[1] and len(runs[0].split()) == 4 and len(set(runs[0].split())) == 4
