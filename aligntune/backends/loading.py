@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aligntune.errors import AlignTuneError, BackendUnavailableError, ConfigError
@@ -105,7 +107,8 @@ def load_model(job: Job, precision: Precision, *, scores: bool = False) -> Any:
 
     Raises:
         AlignTuneError: it cannot be loaded; the message keeps the loader's reason.
-        ConfigError: quantization contradicts the checkpoint, or a 4-bit base would train whole.
+        ConfigError: quantization contradicts the checkpoint, or a 4-bit base would train whole; or the name is of
+            adapters alone, or of a reward model that lacks weights, its score head among them: names them.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 
@@ -117,6 +120,7 @@ def load_model(job: Job, precision: Precision, *, scores: bool = False) -> Any:
         _settle_quantization(job, getattr(model.config, "quantization_config", None))
         return model.to(precision.device) if _movable(model) else model
     source = _local(options.model_name)
+    adapters = _adapters_in(source, options.model_name, scores=scores)
     try:
         config = AutoConfig.from_pretrained(
             source, revision=options.model_revision, trust_remote_code=options.trust_remote_code)
@@ -138,9 +142,53 @@ def load_model(job: Job, precision: Precision, *, scores: bool = False) -> Any:
         auto, kwargs["num_labels"] = AutoModelForSequenceClassification, 1
         set_seed(options.seed)  # the new head is drawn here
     try:
-        return auto.from_pretrained(source, **kwargs)
+        model, info = auto.from_pretrained(source, output_loading_info=True, **kwargs)
     except (OSError, ValueError, ImportError, RuntimeError) as error:  # RuntimeError: weights of other shapes
         raise AlignTuneError(f"{options.model_name!r} cannot be loaded: {error}") from error
+    if scores and not adapters:  # with adapters transformers tells what these lack, and no longer what the model does
+        own = any("SequenceClassification" in kind for kind in config.architectures or [])
+        # A new head may begin with a pooler.
+        missing = sorted(key for key in info["missing_keys"] if own or (
+            key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key))
+        if missing:
+            raise ConfigError(f"model_name: {options.model_name!r} has no {', '.join(missing[:3])}, which would be "
+                              "random: it was not saved whole")
+    return model
+
+
+def _adapters_in(source: str, name: str, *, scores: bool) -> bool:
+    """Whether a folder holds adapters; an error where the model under them, or the head that they trained, is missing.
+
+    transformers gives a reward model without its head a random one and says no word of it.
+    """
+    folder = Path(source)
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return False
+    try:
+        task = json.loads(path.read_text(encoding="utf-8")).get("task_type")
+    except ValueError as error:
+        raise ConfigError(f"model_name: {str(path)!r} cannot be read: {error}") from error
+    faults = []
+    alone = not (folder / "config.json").is_file()
+    if alone:
+        faults.append(f"model_name: {name!r} holds adapters without the model under them; give a folder that "
+                      "`save_model(folder, merge_adapters=True)` wrote, or `resume` the run that trained them")
+    files = "adapter_model" if alone else "model"
+    if scores and task != "CAUSAL_LM" and not _has_head(folder, files):
+        faults.append(f"model_name: {name!r} holds adapters of a reward model, and its {files}.safetensors no "
+                      "score.weight: its scores would be random; `aligntune train` with algorithm 'reward' saves it")
+    if faults:
+        raise ConfigError.from_faults(faults)
+    return True
+
+
+def _has_head(folder: Path, files: str) -> bool:
+    """Whether a score head is among the weights in safetensors files of this name."""
+    from aligntune.core.checkpoints import safetensors_header
+
+    names = [name for file in folder.glob(f"{files}*.safetensors") for name in safetensors_header(file) or {}]
+    return any({"score", "classifier"} & set(name.split(".")) for name in names)
 
 
 def _must_score(model: Any) -> None:

@@ -251,10 +251,10 @@ def check_fits(path: Path, trainer: Trainer, mine: Mapping[str, Any]) -> None:
     if not faults:
         faults = _weight_faults(path, trainer.model)
     if faults:
-        raise CheckpointError(
-            f"{path} is of another run: " + "; ".join(faults)
-            + ". To start anew from its weights, pass the folder as model_name"
-        )
+        # Adapters alone are no model to start from.
+        whole = not (path / "adapter_config.json").is_file()
+        way_out = ". To start anew from its weights, pass the folder as model_name" if whole else ""
+        raise CheckpointError(f"{path} is of another run: {'; '.join(faults)}{way_out}")
 
 
 def _adapter_faults(path: Path, model: Any) -> list[str]:

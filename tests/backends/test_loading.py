@@ -1,15 +1,20 @@
-"""Device and precision: chosen by the machine, and said."""
+"""Device and precision: chosen by the machine, and said. A name that is of a part of a model is told what it lacks."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
 
-from aligntune.backends.loading import Precision, precision_of
+from aligntune.backends.loading import Precision, load_model, precision_of
 from aligntune.core.resolve import resolve
 from aligntune.errors import BackendUnavailableError, ConfigError
+from tests.core import tiny
 
 
 def chosen(**options: Any) -> Precision:
@@ -53,3 +58,69 @@ def test_what_the_device_cannot_do_is_an_error(card: Any) -> None:
         chosen(device="cuda")
     with pytest.raises(ConfigError, match="precision = 'fp16': CPU trains in fp32 or bf16"):
         chosen(precision="fp16")
+
+
+# A name that is of a part of a model
+
+
+def load(folder: Any, *, scores: bool = True, **options: Any) -> Any:
+    job = resolve({"model_name": str(folder), "dataset_name": "d", "algorithm": "reward" if scores else "sft",
+                   "device": "cpu", **options})
+    return load_model(job, precision_of(job), scores=scores)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """`lm`, `scorer`, and `adapters` of a scorer on `lm` with their head."""
+    tiny.llama().save_pretrained(tmp_path / "lm")
+    tiny.scorer().save_pretrained(tmp_path / "scorer")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "lm", num_labels=1)
+    peft = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    peft.save_pretrained(tmp_path / "adapters")
+    return tmp_path
+
+
+def without(part: str, file: Path) -> None:
+    kept = {name: tensor for name, tensor in load_file(file).items() if part not in name}
+    assert len(kept) == len(load_file(file)) - 1
+    save_file(kept, file, metadata={"format": "pt"})
+
+
+def test_a_scorer_is_loaded_whole_and_one_of_a_language_model_gets_a_head(saved: Path) -> None:
+    assert torch.equal(load(saved / "scorer").score.weight, tiny.scorer().score.weight)
+    fresh = [load(saved / "lm", seed=seed).score.weight for seed in (1, 1, 2)]
+    assert torch.equal(fresh[0], fresh[1]) and not torch.equal(fresh[0], fresh[2])
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertForMaskedLM(BertConfig(**sizes)).save_pretrained(saved / "encoder")  # of its head the pooler lies in the base
+    assert load(saved / "encoder").classifier.weight.shape == (1, 32)
+    quantised = load(saved / "lm", use_peft=True, quantization="nf4")
+    assert quantised.is_loaded_in_4bit and quantised.score.weight.shape == (1, 32)
+
+
+@pytest.mark.parametrize(("folder", "part"), [
+    ("scorer", "score.weight"), ("scorer", "model.norm.weight"), ("lm", "model.norm.weight")])
+def test_a_scorer_that_lacks_weights_of_its_own_is_told(folder: str, part: str, saved: Path) -> None:
+    without(part, saved / folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=rf"'{saved / folder}' has no {part}, which would be random"):
+        load(saved / folder)
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_adapters_alone_are_no_model(scores: bool, saved: Path) -> None:
+    with pytest.raises(ConfigError, match="holds adapters without the model under them.*merge_adapters=True") as caught:
+        load(saved / "adapters", scores=scores)
+    assert len(caught.value.faults) == 1  # their head is there
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a model"])
+def test_adapters_of_a_scorer_without_its_head_are_told(beside: bool, saved: Path) -> None:
+    folder = saved / "adapters"
+    without("score.weight", folder / "adapter_model.safetensors")
+    if beside:
+        tiny.llama().save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"no score\.weight: its scores would be random") as caught:
+        load(folder)
+    assert len(caught.value.faults) == 2 - beside
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(ConfigError, match="adapter_config.json' cannot be read"):
+        load(folder)
