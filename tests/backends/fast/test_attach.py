@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import os
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -389,3 +392,17 @@ def test_importing_the_package_imports_no_torch():
     code = "import sys, aligntune.backends.fast as f; dir(f); assert 'torch' not in sys.modules; print(f.__all__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "accelerate_trl" in done.stdout, done.stderr
+
+
+def test_the_errors_on_the_page_are_those_of_the_code():
+    root = Path(__file__).resolve().parents[3]
+    section = (root / "docs" / "kernels.md").read_text().partition("## Errors\n")[2].partition("\n## ")[0]
+    told = [message.removesuffix(" ...") for message in re.findall(r"^\| `([^`]+)` \|", section, re.M)]
+    assert len(told) >= 10
+    texts = [
+        node.value
+        for path in (root / "aligntune" / "backends" / "fast").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    assert [message for message in told if not any(message in text for text in texts)] == []
