@@ -56,7 +56,6 @@ class Patch:
 
     module: nn.Module
     path: str
-    slot: str
     forward: Callable[..., Any]
     original: Callable[..., Any] | None
     spec: Spec
@@ -221,7 +220,6 @@ def _patch(module: nn.Module, path: str, decision: plan.Decision, strict: bool) 
     patch = Patch(
         module=module,
         path=path,
-        slot=name,
         forward=bound,
         original=module.__dict__.get(name),
         spec=decision.spec,

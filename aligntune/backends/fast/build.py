@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch.utils.data import IterableDataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from aligntune.backends.base import Built, Prepared
@@ -140,7 +141,7 @@ def lay_rows(trainer: Trainer, attachment: Attachment, wanted: bool | str = "aut
     """
     why: str | None
     if isinstance(trainer, FlatPreference):
-        why = padded_because(trainer, attachment) if trainer.needs_head else None
+        why = _dispatched(trainer) or (padded_because(trainer, attachment) if trainer.needs_head else None)
         eager = eager_because(trainer) if trainer.needs_head else "the score head is not captured"
         return trainer.lay_rows(why or trainer.padded_because(attachment), wanted, eager=eager)
     if isinstance(trainer, FlatLogProbs):
@@ -154,7 +155,7 @@ def lay_rows(trainer: Trainer, attachment: Attachment, wanted: bool | str = "aut
     elif not isinstance(trainer.data_collator, DataCollatorForLanguageModeling):
         why = f"{type(trainer.data_collator).__name__} makes the batches"
     else:
-        why = padded_because(trainer, attachment)
+        why = _dispatched(trainer) or padded_because(trainer, attachment)
     # A batch is copied from pinned memory while the step before it runs; a copy that is waited for leaves the GPU
     # without work for as long as it takes to launch the next forward (4 ms of 112 with graphs of a 1B model).
     trainer.accelerator.dataloader_config.non_blocking = bool(trainer.args.dataloader_pin_memory)
@@ -167,6 +168,14 @@ def lay_rows(trainer: Trainer, attachment: Attachment, wanted: bool | str = "aut
     if wanted is True:
         raise ConfigError(f"data.padding_free = True: {why}")
     return f"rows: padded, {why}"
+
+
+def _dispatched(trainer: Trainer) -> str | None:
+    """Why accelerate would cut a flat batch up: it hands out what the first process read, so many of each tensor."""
+    wanted = trainer.accelerator.dataloader_config.dispatch_batches
+    if wanted is None:
+        wanted = isinstance(trainer.train_dataset, IterableDataset)
+    return "dispatch_batches hands out rows that one process has read" if wanted else None
 
 
 def _beside(trainer: Any, *, strict: bool) -> tuple[dict[str, Attachment], str]:

@@ -102,8 +102,6 @@ class Head:
             _restore(state, "forward", self.original)
         elif state.get("_original_forward") is self.forward:
             _autocast_over(model, self.original or MethodType(type(model).forward, model))
-            if self.original is None:
-                state["_original_forward"] = MethodType(type(model).forward, model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Head:
         # TRL's forward holds the original model's in its closure: a copy never gets it back, nor wrappers over it.

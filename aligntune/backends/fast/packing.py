@@ -17,15 +17,16 @@ if TYPE_CHECKING:
 IGNORED = -100
 _ROWS_STEP = 8
 _LEAST_LONGEST = 1024
+_SMALLEST = 64
 
 
-def bucket(tokens: int, *, smallest: int = 64) -> int:
-    """The flat length that `tokens` are filled up to: at most 1/8 more, beyond `smallest`.
+def bucket(tokens: int) -> int:
+    """The flat length that `tokens` are filled up to: at most 1/8 more, beyond `_SMALLEST`.
 
     Eight lengths an octave: a step of 16 ragged rows then comes in about ten shapes, which are soon all captured; with
     sixteen it is twice as many, and each costs a launched step and a capture before it is replayed once.
     """
-    step = max(smallest, 1 << max(0, tokens.bit_length() - 4))
+    step = max(_SMALLEST, 1 << max(0, tokens.bit_length() - 4))
     return -(-tokens // step) * step
 
 

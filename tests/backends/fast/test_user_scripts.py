@@ -348,6 +348,22 @@ def test_collators_and_losses_of_their_own_keep_padded_rows(tmp_path):
     assert smooth.layout.startswith("rows: padded, its loss wants logits; ")
 
 
+def test_batches_that_accelerate_cuts_up_stay_padded(saved, tmp_path):
+    """It takes as many of each tensor as there are rows: of `cu_seq_lens` one, of flat tokens one row."""
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=4, max_steps=1, report_to="none",
+                             accelerator_config={"dispatch_batches": True})
+    ragged = rows((3, 8, 5, 6))
+    trainer = FastSFTTrainer(model=saved, args=args, train_dataset=ragged, dataset_text_field="story")
+    assert trainer.layout.startswith("rows: padded, dispatch_batches hands out")
+    assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape[0] == 4
+    streamed = FastSFTTrainer(model=saved, train_dataset=ragged.to_iterable_dataset(), dataset_text_field="story",
+                              args=TrainingArguments(str(tmp_path), max_steps=1, report_to="none",
+                                                     per_device_train_batch_size=4))
+    batch = next(iter(streamed.get_train_dataloader()))
+    assert ("cu_seq_lens_q" in batch) == streamed.rows_end_to_end
+    assert not streamed.rows_end_to_end or batch["cu_seq_lens_q"].unique().numel() >= 5
+
+
 def test_the_default_folder(monkeypatch):
     """TRL's default is bf16, which transformers refuses on a CPU."""
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
