@@ -126,17 +126,18 @@ def test_the_curve_of_a_page_is_drawn_from_the_committed_history(name: str) -> N
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_builtin_recipe_learnt_something_on_held_out_rows_within_its_time(name: str) -> None:
-    """Three minutes of two cores are 360 seconds of one; a run of one thread counts no waiting."""
-    for row in curves.report_of(name)["rows"]:
+def test_a_builtin_recipe_learnt_something_on_held_out_rows_within_three_minutes(name: str) -> None:
+    """On two cores by the wall; what one thread computed is less, or two threads would not pay."""
+    rows = curves.report_of(name)["rows"]
+    for row in rows:
         scores = list(row["scores"].values())
         if row.get("probe"):
-            assert scores[0] < 0.05 and scores[-1] > scores[-2] + 0.02, row["seed"]
+            assert scores[0] < 0.05 and scores[-1] > scores[-2] + 0.1, row["seed"]
         else:
             start, end = (row["scores"][key] for key in row["scores"] if key.startswith("eval_loss"))
             assert end < 0.2 * start
-        if row.get("threads") == 1:
-            assert 10 < row["cpu_s"] < 300
+    took = [row["cpu_s" if row["threads"] == 1 else "wall_s"] for row in rows if row.get("threads", 3) <= 2]
+    assert took and 10 < min(took) <= max(took) <= 180, took
 
 
 def test_a_changed_history_changes_the_curve() -> None:
