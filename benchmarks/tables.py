@@ -315,6 +315,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "learning": ("learning.json", learning),
     **{f"learning-{name}": ("learning.json", learning_of(name)) for name in LEARNT},
     **{f"recipe-{name}": (f"recipes/{name}-builtin.json", recipe) for name in RECIPES},
+    "recipe-quickstart": ("recipes/quickstart.json", recipe),
 }
 
 QUIET = {f"learning-{name}" for name in LEARNT}
