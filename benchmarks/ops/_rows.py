@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ def measure(
         clear()
         rows.append({**common, "method": name, "ms": ms, "of_bound": bound_ms / ms, "peak_gib": gib})
     return rows
+
+
+def in_turn(calls: Mapping[str, Callable[..., Any]], sets: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
+    """The methods of `measure`: each call on every set of arguments."""
+    return {name: [functools.partial(call, *one) for one in sets] for name, call in calls.items()}
 
 
 def main(description: str | None, make_rows: Callable[[float, bool], list[Row]]) -> None:

@@ -19,7 +19,7 @@ import torch
 from aligntune.backends.fast.ops import decode_linear as linear
 from aligntune.backends.fast.ops.decode_attention import decode_attention, decode_attention_reference
 from aligntune.backends.fast.ops.sample import FIELDS, Outputs, sample_step
-from benchmarks.ops._rows import Method, Row, main, measure
+from benchmarks.ops._rows import Row, in_turn, main, measure
 from benchmarks.ops.bench import ROTATE_OVER_BYTES
 
 DTYPE = torch.bfloat16
@@ -130,9 +130,8 @@ CASES = (
 def rows_of(case: Case, bandwidth: float, device: str = "cuda") -> list[Row]:
     sets = [case.arguments(device) for _ in range(max(2, -(-ROTATE_OVER_BYTES // int(case.moved))))]
     calls = {**case.methods, "torch.compile": torch.compile(case.methods["eager"])}
-    methods: dict[str, Method | list[Method]] = {
-        name: [functools.partial(call, *one) for one in sets] for name, call in calls.items()}
-    return measure(methods, bound_ms=case.moved / bandwidth * 1e3, clear=lambda: None, op=case.op, shape=case.shape)
+    bound = case.moved / bandwidth * 1e3
+    return measure(in_turn(calls, sets), bound_ms=bound, clear=lambda: None, op=case.op, shape=case.shape)
 
 
 def make_rows(bandwidth: float, sweep: bool) -> list[Row]:

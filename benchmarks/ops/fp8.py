@@ -8,11 +8,13 @@ Rows: eager, torch.compile, ours, for 8,192 tokens of the widths that a Llama 1B
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from aligntune.backends.fast.ops.fp8 import E4M3, quantize_rows, quantize_rows_reference
-from benchmarks.ops._rows import Method, Row, main, measure
+from benchmarks.ops._rows import Row, in_turn, main, measure
 from benchmarks.ops.bench import ROTATE_OVER_BYTES
 
 TOKENS = 8192
@@ -31,10 +33,13 @@ def rows_of(width: int, bandwidth: float) -> list[Row]:
             for _ in range(max(2, -(-ROTATE_OVER_BYTES // size)))]
     calls = {"ours": quantize_rows, "eager": quantize_rows_reference,
              "torch.compile": torch.compile(quantize_rows_reference)}  # fmt: skip
-    methods: dict[str, Method | list[Method]] = {
-        name: [functools.partial(call, x, out=out) for x, out in sets] for name, call in calls.items()}
+    methods = in_turn({name: functools.partial(_into, call) for name, call in calls.items()}, sets)
     return measure(methods, bound_ms=size / bandwidth * 1e3, clear=lambda: None, op="quantize_rows",
                    shape=(TOKENS, width))
+
+
+def _into(call: Callable[..., Any], x: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor]) -> Any:
+    return call(x, out=out)
 
 
 def make_rows(bandwidth: float, sweep: bool) -> list[Row]:
