@@ -28,7 +28,7 @@ def shaken(model: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "modules_to_save" in name:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
     return model
 
 
