@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 import pytest
 
@@ -39,6 +40,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET", "0") == "1":
         pytest.skip("needs an NVIDIA GPU, and TRITON_INTERPRET unset")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """What a `gpu` test left in its process's cache goes back: a dozen processes share the card."""
+    if item.get_closest_marker("gpu") is None or "torch" not in sys.modules:
+        return
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")

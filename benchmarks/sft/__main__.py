@@ -4,6 +4,7 @@ python -m benchmarks.sft --json FILE                        every row
 python -m benchmarks.sft lora-1b qlora-8b --json FILE       some
 python -m benchmarks.sft lora-1b --arms fast,fast-gc        some arms
 python -m benchmarks.sft smoke --arms trl,fast              toy sizes, any machine; the times mean nothing
+python -m benchmarks.sft lora-1b --arms trl,fast,fast-cold  the time to the first step
 python -m benchmarks.sft --longest qlora-8b --json FILE     the longest row that trains (benchmarks.sft.longest)
 
 Arms are those of `aligntune compare`, and so are the processes, the clocks and the statistics: every arm runs --repeats
@@ -40,6 +41,8 @@ from benchmarks.sft.longest import longest
 from benchmarks.sft.workloads import MODELS, WORKLOADS, Workload, recipe, write_model, write_rows
 
 PLAIN, RECOMPUTE = {"gradient_checkpointing": False}, {"gradient_checkpointing": True}
+COLD = "fast-cold"
+"""Of the time to the first step: every run compiles its kernels, into an empty Triton cache of its own."""
 END_TO_END = {"UNSLOTH_PADDING_CHOICE": "padding_free"}
 ARMS: dict[str, Arm] = {arm.label: arm for arm in (
     Arm("trl", "trl", PLAIN), Arm("trl-gc", "trl", RECOMPUTE),
@@ -50,6 +53,7 @@ ARMS: dict[str, Arm] = {arm.label: arm for arm in (
     # Its offloading one.
     Arm("unsloth-gc", "trl", {"gradient_checkpointing": "auto"}, "unsloth", environment=END_TO_END),
     Arm("fast", "fast", PLAIN), Arm("fast-gc", "fast", RECOMPUTE),
+    Arm(COLD, "fast", PLAIN),
     Arm("fast-offload", "fast", {"gradient_checkpointing": "offload"}),
     # Of LoRA alone: on other rows it fails, and says why.
     Arm("fast-fp8", "fast", {**PLAIN, "base_precision": "fp8"}),
@@ -80,6 +84,9 @@ def run_arms(
         for arm in (arms if repeat % 2 == 0 else list(reversed(arms))):
             if isinstance(found[arm.label], str):
                 continue
+            if arm.label == COLD:
+                cache = str(folder / arm.label / f"triton-{repeat}")
+                arm = replace(arm, environment={**arm.environment, "TRITON_CACHE_DIR": cache})
             settings = Settings("benchmark", config, {}, a=arm, b=arm)
             spec = spec_of(settings, Run("a", repeat, arm), folder / arm.label, seed=1, online=False, peft=False)
             # All that draw adapters draw the same, also beside arms that do not make their own. Losses tell whether
@@ -155,7 +162,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.sft", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("rows", nargs="*", metavar="row", help=f"of {', '.join(WORKLOADS)}; all but smoke by default")
-    parser.add_argument("--arms", default=",".join(ARMS), help=f"of {', '.join(ARMS)}; the first is the reference")
+    parser.add_argument("--arms", default=",".join(name for name in ARMS if name != COLD),
+                        help=f"of {', '.join(ARMS)}; the first is the reference; by default all but {COLD}")
     parser.add_argument("--json", type=Path, help="write versions, card, commit, command, ceilings and rows here")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each arm; with 1 no noise is measured")
     parser.add_argument("--site-liger", type=Path)

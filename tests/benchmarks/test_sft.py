@@ -85,6 +85,20 @@ def test_unsloth_s_two_layouts_are_forced() -> None:
         assert arm.environment == {"UNSLOTH_PADDING_CHOICE": wanted} and "padding_free" not in arm.options
 
 
+def test_a_cold_arm_s_runs_have_a_cache_of_their_own_each(tmp_path: Path) -> None:
+    caches: list[str | None] = []
+    inner = runner([], tmp_path)
+
+    def run(spec: Any, arm: Any) -> dict[str, Any]:
+        caches.append(arm.environment.get("TRITON_CACHE_DIR"))
+        return inner(spec, benchmark.ARMS["trl"])
+
+    benchmark.main(["smoke", "--arms", "fast-cold,trl"], run)
+    assert caches[0] and caches[3] and caches[0] != caches[3] and caches[1] is caches[2] is None
+    assert not any(Path(cache).exists() for cache in caches if cache)
+    assert "fast-cold" not in benchmark.parse([]).arms
+
+
 def test_only_the_steps_after_the_warm_up_are_measured(tmp_path: Path) -> None:
     runs = [made_up.result(tmp_path, repeat=repeat) for repeat in range(2)]
     for one in runs:
