@@ -229,7 +229,8 @@ def missing_kl(a: Arm, b: Arm, common: int, tolerance: float) -> list[Finding]:
     """The KL term is in one arm's loss and not in the other's although beta > 0; below `tolerance` it tells nothing."""
     found = []
     for one, name in ((a, "a"), (b, "b")):
-        later = [step["metrics"].get("kl") for step in one["steps"][1:]]
+        # The model has not moved at the first step, and a KL of rollouts is told with the next round's alone.
+        later = [step["metrics"].get("kl") for step in one["steps"][max(1, one["round"]):]]
         if one["beta"] > 0 and len(later) >= 2 and not any(later):
             found.append(Finding("kl-missing", FAILED, f"{name} ({one['label']}): beta is {one['beta']:g}, but "
                                  "the KL to the reference is 0 or absent in every step after the first"))

@@ -98,7 +98,8 @@ def _charts(report: Mapping[str, Any]) -> list[str]:
         title="loss by step"))]
     found.append(_residuals(report))
     for name in report["parity"]["bands"]:
-        lines = [_band_line(report["parity"]["bands"][name][role], role) for role in ("a", "b")]
+        band = report["parity"]["bands"][name]
+        lines = [_line(np.array(band[role], dtype=float), role, band["steps"]) for role in ("a", "b")]
         found.append(_figure(name, "Mean over the seeds; the band is their range.", svg.line_chart(
             lines, x_label="optimizer step", y_label=name, title=f"{name} by step")))
     if report["speed"]:
@@ -145,13 +146,8 @@ def _mean_line(runs: Sequence[Mapping[str, Any]], name: str, role: str) -> svg.L
     return _line(np.array([run[name][:count] for run in runs], dtype=float), role)
 
 
-def _band_line(curves: Sequence[Sequence[float]], role: str) -> svg.Line:
-    count = min(len(curve) for curve in curves)
-    return _line(np.array([curve[:count] for curve in curves], dtype=float), role)
-
-
-def _line(values: np.ndarray, role: str) -> svg.Line:
-    steps = list(range(1, values.shape[1] + 1))
+def _line(values: np.ndarray, role: str, steps: Sequence[int] | None = None) -> svg.Line:
+    steps = steps or list(range(1, values.shape[1] + 1))
     return svg.Line(role, steps, values.mean(0).tolist(), role, (values.min(0).tolist(), values.max(0).tolist()))
 
 

@@ -252,12 +252,18 @@ def _distribution(result: Mapping[str, Any]) -> Any:
 
 
 def _bands(parity: Parity, a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -> None:
-    """Reward, KL, entropy and length of online methods: a band over the seeds, and the paired difference."""
+    """Reward, KL, entropy and length of online methods: a band over the seeds, and the paired difference.
+
+    Where a round of rollouts feeds several optimizer steps, what tells of rollouts is there at the first of them only.
+    """
     for name in BANDS:
-        curves = {label: [[step["metrics"].get(name) for step in one["steps"]] for one in runs]
-                  for label, runs in (("a", a), ("b", b))}
-        if any(value is None for runs in curves.values() for curve in runs for value in curve):
+        count = min(len(one["steps"]) for one in (*a, *b))
+        known = [index for index in range(count)
+                 if all(one["steps"][index]["metrics"].get(name) is not None for one in (*a, *b))]
+        if not known:
             continue
+        curves = {label: [[one["steps"][index]["metrics"][name] for index in known] for one in runs]
+                  for label, runs in (("a", a), ("b", b))}
         apart = [[y - x for x, y in zip(one, two, strict=True)]
                  for one, two in zip(curves["a"], curves["b"], strict=True)]
         difference = mean_interval(apart)
@@ -266,6 +272,6 @@ def _bands(parity: Parity, a: Sequence[dict[str, Any]], b: Sequence[dict[str, An
         size = float(np.mean(np.abs(means))) or 1.0
         limit = max(spread or 0.0, 0.02 * size)
         ok = difference.contains(0.0) or abs(difference.value) <= limit
-        parity.bands[name] = {"a": curves["a"], "b": curves["b"], "difference": difference.as_list(),
-                              "spread_over_seeds": spread}
+        parity.bands[name] = {"a": curves["a"], "b": curves["b"], "steps": [index + 1 for index in known],
+                              "difference": difference.as_list(), "spread_over_seeds": spread}
         parity.checks.append(Check(name, ok, abs(difference.value), limit, f"mean difference of {name} over the seeds"))

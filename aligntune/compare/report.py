@@ -146,7 +146,7 @@ def _curves(results: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
     return {role: [{name: [step[name] for step in one["steps"]] for name in names}
                    | {"repeat": one["repeat"] + 1, "seed": one["seed"],
                       "metrics": {key: [step["metrics"].get(key) for step in one["steps"]]
-                                  for key in one["steps"][-1]["metrics"]}}
+                                  for key in sorted({key for step in one["steps"] for key in step["metrics"]})}}
                    for one in results[role] if one["status"] == "ok" and one["steps"]]
             for role in ("a", "b", "yardstick")}
 

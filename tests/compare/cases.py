@@ -23,6 +23,10 @@ GRPO = {"algorithm": "grpo", "model": {"model_name": "builtin:tiny-instruct"},
         "train": {"max_steps": 6, "batch_size": 8, "learning_rate": 1e-3},
         "loss": {"beta": 0.04}, "rollout": {"num_generations": 4, "max_completion_length": 6, "temperature": 1.5},
         "rewards": {"reward_functions": ["exact_match"]}}
+# Every round of rollouts feeds four steps: what tells of rollouts is in the first of them.
+PPO = {**GRPO, "algorithm": "ppo", "loss": {"kl_coef": 0.05, "num_ppo_epochs": 4},
+       "train": {"max_steps": 4, "batch_size": 8, "learning_rate": 1e-3},
+       "rollout": {"max_completion_length": 6, "temperature": 1.5}}
 
 # recipe, fault, kind of the finding, words of it, whether the comparison is still valid
 FAULTS: list[tuple[dict[str, Any], str, str, str, bool]] = [

@@ -9,7 +9,7 @@ import pytest
 
 import aligntune
 from tests import small_jobs
-from tests.compare.cases import DPO, FAULTS, GRPO, LORA, PACKED, SFT, Once, kinds
+from tests.compare.cases import DPO, FAULTS, GRPO, LORA, PACKED, PPO, SFT, Once, kinds
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,8 @@ def test_each_fault_is_caught_and_named(
     assert report.exit_code == (9 if valid else 10)
 
 
-@pytest.mark.parametrize("recipe", [SFT, PACKED, GRPO, LORA, DPO], ids=["sft", "packed", "grpo", "lora", "dpo"])
+@pytest.mark.parametrize("recipe", [SFT, PACKED, GRPO, LORA, DPO, PPO],
+                         ids=["sft", "packed", "grpo", "lora", "dpo", "ppo"])
 def test_without_a_fault_nothing_is_found(recipe: Any, run: Any) -> None:
     report = run(recipe, None, asserts=["parity", "data", "attestation"])
     assert kinds(report) == {}
@@ -50,6 +51,11 @@ def test_without_a_fault_nothing_is_found(recipe: Any, run: Any) -> None:
     # The judgement rests on numbers that are not 0 against 0: the yardstick differs from a.
     assert report.data["parity"]["losses"]["scale"] > 0 and checks["losses"]["limit"] > 0
     assert report.data["parity"]["gradients"][0]["error_a"] > 0
+    online = recipe["algorithm"] in ("grpo", "ppo")
+    assert set(report.data["parity"]["bands"]) == ({"reward", "kl", "entropy", "completions/mean_length"} if online
+                                                   else set())
+    if recipe is GRPO:
+        assert all(report.data["speed"][arm]["phases"][name] > 0 for arm in ("a", "b") for name in ("rollout", "reward"))
 
 
 def test_adapters_gradients_are_looked_at_again_where_they_are_not_0(run: Any) -> None:

@@ -163,6 +163,43 @@ def test_another_order_of_the_same_rows_is_told_from_other_rows(tmp_path: Path) 
         assert [found["kind"] for found in report["findings"] if found["severity"] == "invalid"] == [kind]
 
 
+def online(tmp_path: Path, *, reward: float = 0.0, every: int = 4) -> dict[str, Any]:
+    """Rounds of `every` steps, whose first tells of its rollouts; b's rewards are higher by `reward`."""
+    results = made_up.results(tmp_path, b={"online": True})
+    for role in ("a", "b"):
+        for one in results[role]:
+            one |= {"online": True, "round": every, "seed": 42 + one["repeat"], "beta": 0.04}
+            for index, step in enumerate(one["steps"]):
+                value = 0.5 + 0.01 * one["repeat"] + (reward if role == "b" else 0.0)
+                step["metrics"] = {"entropy": 1.0} if index % every else {"reward": value, "kl": 0.1, "entropy": 1.0}
+    return results
+
+
+def test_rollouts_that_feed_several_steps_have_bands_over_the_seeds(tmp_path: Path) -> None:
+    report = built(tmp_path, online(tmp_path))
+    bands = report["parity"]["bands"]
+    assert set(bands) == {"reward", "kl", "entropy"} and bands["reward"]["steps"] == [1, 5, 9, 13, 17]
+    assert bands["reward"]["a"] == bands["reward"]["b"] == [[0.5] * 5, [0.51] * 5]
+    assert bands["reward"]["spread_over_seeds"] == pytest.approx(0.01) and bands["entropy"]["steps"][:3] == [1, 2, 3]
+    page = html.html(jsonable(report))
+    assert "reward by step" in page and "Rollouts, means over the run" in page
+    outputs.write(Report(report, tmp_path))
+    lines = list(csv.DictReader((tmp_path / "steps.csv").open()))
+    assert [line["reward"] for line in lines[:5]] == ["0.5", "", "", "", "0.5"]
+    worse = built(tmp_path, online(tmp_path, reward=-0.2))["parity"]["checks"]
+    assert [one["passed"] for one in worse if one["name"] == "reward"] == [False]
+
+
+def test_a_round_that_no_other_follows_tells_of_no_missing_kl(tmp_path: Path) -> None:
+    results = online(tmp_path, every=made_up.STEPS)
+    assert built(tmp_path, results)["findings"] == []
+    results = online(tmp_path)
+    for one in results["b"]:
+        for step in one["steps"]:
+            step["metrics"].pop("kl", None)
+    assert {one["kind"] for one in built(tmp_path, results)["findings"]} == {"kl-missing"}
+
+
 def test_a_shared_or_slow_card_is_said(tmp_path: Path) -> None:
     results = made_up.results(tmp_path)
     results["a"][0]["machine"] = {"shared": True, "memory_before_mib": 9000.0, "throttled": ["power brake"]}
