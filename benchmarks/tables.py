@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plot
+from benchmarks.sft import roofline
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -150,6 +151,19 @@ def sft(report: Report) -> str:
     head = ["arm", "tokens/s", *([f"{reference} over it"] if compared else []), "step ms", "peak GiB", "first step s",
             "first loss" if compared else "first logged loss", "last"]  # fmt: skip
     return markdown(head, rows) + "\n" + source(report | {"versions": versions})
+
+
+def roofline_table(*reports: Report) -> str:
+    """Where a step of fast goes: milliseconds of each part of a traced step, the least it can take; a row a column."""
+    found = {report["rows"][0]["row"]: roofline.parts(report) for report in reports}
+    names = list(dict.fromkeys(name for parts in found.values() for name, _, _ in parts[:-1]))
+    cells = {row: {name: f"{ms:.1f}" if bound is None else f"{ms:.1f} / {bound:.1f}" for name, ms, bound in parts}
+             for row, parts in found.items()}  # fmt: skip
+    whole = [parts[-1][0] for parts in found.values()][:1]
+    rows = [[name, *(cells[row].get(name, "-") for row in found)] for name in [*names, *whole]]
+    step = (f"{one['step_ms']:.1f}" for report in reports for one in report["rows"] if one["arm"] == "fast")
+    return markdown(["ms / least ms", *(SFT_ROWS[row] for row in found)],
+                    [*rows, ["a step, mean of those measured", *step]])
 
 
 def _with_versions(versions: dict[str, str], entry: dict[str, Any]) -> dict[str, str]:
@@ -308,6 +322,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "ops-decode": ("ops/decode.json", bounded(lambda entry: f"{entry['op']}: {entry['shape']}")),
     "ops-adamw": ("ops/adamw.json", bounded(lambda entry: f"{entry['numel']:,} parameters")),
     **{f"sft-{name}": (f"sft/{name}.json", sft) for name in SFT_ROWS},
+    "sft-roofline": (" ".join(f"sft/{name}.json" for name in roofline.ROWS), roofline_table),
     "sft-start": ("sft/start.json", sft),
     "sft-summary": (" ".join(f"sft/{name}.json" for name in SFT_ROWS), sft_summary),
     "rollout": ("rollout.json", rollout),
