@@ -257,11 +257,18 @@ def outcome(spec: ArmSpec) -> dict[str, Any]:
     except AlignTuneError as error:
         return {"status": "error", "kind": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
     except (RuntimeError, MemoryError) as error:
-        if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):
+        if not too_little_memory(error):
             raise
         traceback.print_exc()
         return {"status": "out of memory", "kind": type(error).__name__, "message": str(error).partition("\n")[0],
                 "exit_code": 1}
+
+
+def too_little_memory(error: Exception) -> bool:
+    """Whether an error says that memory did not suffice: near the limit it is not only torch's allocator that asks."""
+    text = str(error)
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or "out of memory" in text.lower() or "STATUS_ALLOC_FAILED" in text)
 
 
 def write_spec(spec: ArmSpec) -> Path:

@@ -185,27 +185,35 @@ def _gradients(
         parity.gradients.append({**together, "zero_in_both": zero})
         parity.worst += gradients.worst(rows)
         parity.findings += findings.zero_gradients(rows)
-        parity.checks += _gradient_checks(step, together, rows, floor)
+        if together["error_b"] is None:
+            limit = 4 * floor
+            parity.checks.append(Check(f"gradient, step {step}", together["relative"] <= limit, together["relative"],
+                                       limit, "relative difference of the gradients (no oracle to hold them against)"))
+            continue
+        parity.checks += _to_oracle("b", step, together, rows, ("error_a", "error_y1", "error_y2"), floor)
+        known = together["error_y1"] is not None or together["error_y2"] is not None
+        if known and yard is not None and yard[0] is not a:  # a plain trl arm is one of the yardstick's two
+            parity.checks += _to_oracle("a", step, together, rows, ("error_y1", "error_y2"), floor)
 
 
-def _gradient_checks(
-    step: int, together: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], floor: float
+def _to_oracle(
+    arm: str, step: int, together: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], held_to: Sequence[str],
+    floor: float,
 ) -> list[Check]:
-    if together["error_b"] is None:
-        limit = 4 * floor
-        return [Check(f"gradient, step {step}", together["relative"] <= limit, together["relative"], limit,
-                      "relative difference of the gradients (no oracle to hold them against)")]
-    limit = GRADIENT * _most(together, ("error_a", "error_y1", "error_y2")) + floor
-    checks = [Check(f"gradient, step {step}", together["error_b"] <= limit, together["error_b"], limit,
-                    "relative distance of b's gradient to the oracle's")]
+    """An arm's distance to the oracle beside that of those it is held to, as one vector and by parameter."""
+    error, of = f"error_{arm}", "" if arm == "b" else " of a"
+    limit = GRADIENT * _most(together, held_to) + floor
+    checks = [Check(f"gradient{of}, step {step}", together[error] <= limit, together[error], limit,
+                    f"relative distance of {arm}'s gradient to the oracle's")]
     over = []
     for row in rows:
-        allowed = PARAMETER * _most(row, ("error_a", "error_y1", "error_y2")) + 10 * floor
-        if row["error_b"] is not None and row["error_b"] > allowed:
-            over.append((row["error_b"] / allowed, row["error_b"], allowed, row["name"]))
+        allowed = PARAMETER * _most(row, held_to) + 10 * floor
+        known = any(row[name] is not None for name in held_to)
+        if known and row[error] is not None and row[error] > allowed:
+            over.append((row[error] / allowed, row[error], allowed, row["name"]))
     if over:
         _, value, allowed, name = max(over)
-        checks.append(Check(f"parameters, step {step}", False, value, allowed,
+        checks.append(Check(f"parameters{of}, step {step}", False, value, allowed,
                             f"{len(over)} of {len(rows)} parameters are further from the oracle than equal "
                             f"implementations are, most of all {name}"))
     return checks

@@ -27,6 +27,11 @@ LATER_STEP = 3
 """Where adapters' gradients are looked at again: at the first step those of lora_A are 0, for B is 0; at the second
 they still are under a warm-up that starts from 0."""
 
+HOW = ("precision", "model_dtype", "base_precision", "attn_implementation", "device", "strict", "padding_free",
+       "gradient_checkpointing", "memory_budget_gib", "rollout_engine", "rollout_memory_gib", "log_completions",
+       "dataloader_num_workers", "trainer_options")
+"""Options of how a model is trained. All others say what is trained: oracle and yardstick have arm a's."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -56,7 +61,7 @@ def plan(settings: Settings, *, attention: str | None) -> list[Run]:
     timed = [Run(name, repeat, arms[name]) for name, repeat in order(settings.repeats)]
     if not settings.oracle:
         return timed
-    shared = {name: value for name, value in settings.a.options.items() if _data_option(name)}
+    shared = {name: value for name, value in settings.a.options.items() if name.rpartition(".")[2] not in HOW}
     fp32 = {**shared, "model.precision": "fp32", "model.model_dtype": "fp32", "model.attn_implementation": "eager"}
     oracle = Run("oracle", 0, Arm("oracle (fp32, eager attention)", "trl", fp32))
     # Two implementations of one function: eager and sdpa attention of transformers. A plain trl arm is one of them.
@@ -68,11 +73,6 @@ def plan(settings: Settings, *, attention: str | None) -> list[Run]:
                                                {**shared, "model.attn_implementation": name}))
                   for number, name in enumerate(names)]
     return [oracle, *timed, *yardsticks]
-
-
-def _data_option(name: str) -> bool:
-    return name.rpartition(".")[2] in ("packing", "batch_size", "gradient_accumulation_steps", "max_seq_length", "beta",
-                                       "use_peft", "lora_r", "lora_alpha", "learning_rate")
 
 
 def spec_of(settings: Settings, run: Run, folder: Path, *, seed: int, online: bool, peft: bool) -> ArmSpec:

@@ -14,6 +14,7 @@ from typing import Any
 from aligntune.compare import outputs
 from aligntune.compare.fits import WHAT, largest, require_card
 from aligntune.compare.protocol import Runner, execute, in_a_fresh_process, leftovers, plan, spec_of
+from aligntune.compare.reach import require
 from aligntune.compare.report import SCHEMA, Report, build
 from aligntune.compare.schema import faults_of
 from aligntune.compare.settings import Settings, check_counts, read_arm, read_assertion
@@ -32,7 +33,7 @@ def run(
     fits: str | None, runner: Runner | None, command: Sequence[str] | None,
 ) -> Report:
     """`aligntune.compare`, see there."""
-    check_counts(steps=steps, repeats=repeats, warmup=warmup)
+    check_counts(steps=steps, repeats=repeats, warmup=warmup, price=price, target_loss=target_loss)
     read = read_recipe(recipe)
     config = one_stage(read, stage, overrides)
     arms = read_arm(a, python=python_a, setup=setup_a), read_arm(b, python=python_b, setup=setup_b)
@@ -98,6 +99,8 @@ def _check(settings: Settings, folder: Path) -> Job:
         if one.role in ("a", "b") and one.arm.peer is None and one.arm.python is None:
             choose_backend(job)  # what cannot run here is told now, not when the other arm has trained
         found = job if one.role == "a" else found
+    for arm in (settings.a, settings.b):
+        require(arm)
     assert found is not None
     plain = resolve({**settings.overrides, **settings.a.options, "backend": "trl"}, settings.config)
     found.set("seed", plain.options.seed)

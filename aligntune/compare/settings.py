@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -163,7 +164,8 @@ class Settings:
     keep: bool = False
 
 
-def check_counts(*, steps: int | None, repeats: int, warmup: int) -> None:
+def check_counts(*, steps: int | None, repeats: int, warmup: int, price: float | None = None,
+                 target_loss: float | None = None) -> None:
     """Raise a ConfigError unless there is something left to measure."""
     faults = []
     if repeats < 1:
@@ -172,5 +174,9 @@ def check_counts(*, steps: int | None, repeats: int, warmup: int) -> None:
         faults.append(f"warmup = {warmup}: 0 or more")
     if steps is not None and steps < warmup + 2:
         faults.append(f"steps = {steps}: at least warmup + 2 = {warmup + 2}")
+    if price is not None and not 0 < price < math.inf:
+        faults.append(f"price = {price}: above 0, in any currency an hour")
+    if target_loss is not None and not math.isfinite(target_loss):
+        faults.append(f"target_loss = {target_loss}: a number")
     if faults:
         raise ConfigError.from_faults(faults, "the comparison")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import aligntune
+from aligntune.compare.arm import too_little_memory
 from aligntune.compare.fits import fill, largest, require_card
 from aligntune.compare.settings import Settings, read_arm
 from aligntune.errors import BackendUnavailableError, ComparisonError, ConfigError
@@ -41,6 +42,16 @@ def test_context_nothing_and_everything(tmp_path: Path) -> None:
     assert search(tmp_path, 0, start=4)[0] is None
     assert search(tmp_path, 10**9, start=1000)[0] == 1000 * 4
     assert 2800 <= search(tmp_path, 3000, start=512, option="context")[0] <= 3000
+
+
+@pytest.mark.parametrize(("error", "wanted"), [
+    (MemoryError(), True), (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+    (RuntimeError("CUDA error: out of memory"), True), (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+    (RuntimeError("out of resource: shared memory, Required: 300000"), False), (RuntimeError("shape mismatch"), False),
+])
+def test_memory_runs_out_in_more_than_one_place(error: Exception, wanted: bool) -> None:
+    assert too_little_memory(error) is wanted
 
 
 def test_another_error_is_no_answer(tmp_path: Path) -> None:

@@ -25,10 +25,11 @@ from aligntune.compare.protocol import (
     spec_of,
     write_spec,
 )
+from aligntune.compare.reach import require
 from aligntune.compare.run import one_stage, read_baseline
 from aligntune.compare.settings import Arm, Settings, read_arm
 from aligntune.core.recipes import read_recipe
-from aligntune.errors import ComparisonError, ConfigError
+from aligntune.errors import BackendUnavailableError, ComparisonError, ConfigError
 from tests import small_jobs
 from tests.core import tiny
 
@@ -52,6 +53,15 @@ def test_the_oracle_comes_first_and_the_yardstick_last() -> None:
                                                                                                          "sdpa"]
     assert plan(settings(), attention="eager")[-1].arm.options["model.attn_implementation"] == "sdpa"
     assert {run.role for run in plan(settings(oracle=False), attention=None)} == {"a", "b"}
+
+
+def test_oracle_and_yardstick_train_what_arm_a_trains_however_it_does() -> None:
+    runs = plan(settings(a=read_arm("trl,quantization=nf4,loss.beta=0.3,padding_free=true,precision=bf16")),
+                attention=None)
+    oracle, *_, last = runs
+    assert oracle.arm.options == {"quantization": "nf4", "loss.beta": 0.3, "model.precision": "fp32",
+                                  "model.model_dtype": "fp32", "model.attn_implementation": "eager"}
+    assert last.arm.options == {"quantization": "nf4", "loss.beta": 0.3, "model.attn_implementation": "sdpa"}
 
 
 def test_how_many_runs_and_how_long_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,15 +133,34 @@ def test_one_stage_of_several(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("given", "words"), [
     ({"overrides": {"lerning_rate": 1}}, "learning_rate"), ({"b": "fast,packin=true"}, "packing"),
     ({"b": "fastt"}, "fast"), ({"asserts": ["speed>=1"]}, "speedup"), ({"baseline": "nowhere.json"}, "no file"),
-    ({"repeats": 0}, "repeats"), ({"steps": 3}, "warmup"),
+    ({"repeats": 0}, "repeats"), ({"steps": 3}, "warmup"), ({"price": -1.0}, "price"),
+    ({"target_loss": float("nan")}, "target_loss"), ({"python_b": "/nowhere/python"}, "cannot be started"),
+    ({"python_b": "false"}, "no Python that works"), ({"setup_b": "nowhere_at_all:f"}, "no module 'nowhere_at_all'"),
+    ({"setup_a": "tests.compare.faults"}, "not module:function"),
 ])
 def test_faults_are_told_before_anything_runs(given: dict[str, Any], words: str, tmp_path: Path) -> None:
     def never(*_: Any) -> dict[str, Any]:
         raise AssertionError("an arm was started")
 
     with pytest.raises(ConfigError, match=words):
-        aligntune.compare("sft-builtin", runner=never, output_dir=tmp_path / "out", **given)
+        aligntune.compare("sft-builtin", **{"b": "trl", "runner": never, "output_dir": tmp_path / "out", **given})
     assert not (tmp_path / "out").exists()
+
+
+def test_a_peer_that_is_not_here_is_told_before_anything_runs(tmp_path: Path) -> None:
+    other = tmp_path / "python"
+    other.write_text("#!/bin/sh\necho trl unsloth\n")  # what it does not find
+    other.chmod(0o755)
+    for python, words in ((None, "unsloth not found by this interpreter; pip install unsloth"),
+                          (str(tmp_path), f"unsloth not found by '{tmp_path}'; pip install unsloth"),
+                          (str(other), "trl, unsloth not found by .*python'; pip install trl unsloth")):
+        with pytest.raises(BackendUnavailableError, match=words):
+            aligntune.compare("sft-builtin", b="unsloth", python_b=python, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "unsloth").mkdir()
+    (tmp_path / "unsloth" / "__init__.py").touch()
+    require(read_arm("unsloth", python=str(tmp_path)))
+    require(read_arm("trl", python=sys.executable, setup="tests.compare.faults:eager"))
 
 
 @pytest.mark.parametrize("given", ["overrides", "recipe"])

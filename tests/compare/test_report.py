@@ -87,6 +87,20 @@ def test_a_gradient_as_far_from_the_oracle_as_the_yardsticks_passes(tmp_path: Pa
     assert built(tmp_path, results)["parity"]["passed"] is True
 
 
+def test_arm_a_is_held_to_the_oracle_too(tmp_path: Path) -> None:
+    for wrong, passed in ((9e-7, True), (0.01, False)):
+        results = made_up.results(tmp_path, b={"gradient": 8e-7})
+        results["a"] = [made_up.result(tmp_path, "a", label="liger", repeat=n, gradient=wrong) for n in range(2)]
+        results["yardstick"] = [made_up.result(tmp_path, "yardstick", repeat=n, noise=n * 1e-8, gradient=8e-7)
+                                for n in range(2)]
+        report = build(dataclasses.replace(settings(), a=read_arm("liger")), results, command=[])
+        checks = {one["name"]: one["passed"] for one in report["parity"]["checks"]}
+        assert checks["gradient, step 1"] and checks["gradient of a, step 1"] is passed, report["verdict"]
+        assert report["parity"]["passed"] is passed
+        assert ("gradient of a, step 1 0.01" in report["verdict"]) is not passed
+    assert "gradient of a, step 1" not in {one["name"] for one in built(tmp_path)["parity"]["checks"]}
+
+
 def test_one_parameter_among_many(tmp_path: Path) -> None:
     results = made_up.results(tmp_path)
     from safetensors.torch import load_file, save_file
