@@ -95,7 +95,7 @@ def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
         peers.draw_adapters(trainer.model, spec.seed)
     if spec.setup is not None:
         attribute(spec.setup)(trainer)
-    rows = batches.rows_digest(inner.train_dataset)
+    rows = batches.rows_digest(inner.train_dataset, packed=bool(getattr(inner.args, "packing", False)))
     recorder = Recorder(inner, started=spec.started, gradient_steps=tuple(spec.gradient_steps),
                         stop_after=spec.stop_after,
                         trace_step=_trace_step(spec, trainer))

@@ -152,15 +152,35 @@ def sizes(found: list[Document]) -> dict[str, int]:
 
 
 MOST_ROWS = 10_000
-_TRAINED = ("input_ids", "labels", "prompt", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids")
+_TRAINED = ("prompt", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids")
 
 
-def rows_digest(dataset: Any) -> str | None:
-    """A digest of a dataset's rows that does not depend on their order; None for streams and beyond `MOST_ROWS`."""
+def rows_digest(dataset: Any, *, packed: bool = False) -> str | None:
+    """A digest of a dataset's documents that depends neither on their order nor on how rows are packed of them.
+
+    None for streams, beyond `MOST_ROWS`, and for packed rows that do not say where a document ends.
+    """
     if dataset is None or not hasattr(dataset, "__len__") or len(dataset) > MOST_ROWS:
         return None
-    total = 0
+    total = count = 0
     for row in dataset:
-        text = repr([(name, row[name]) for name in _TRAINED if name in row] or sorted(row.items())).encode()
-        total += int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
-    return f"{len(dataset)}:{total % 2**64:016x}"
+        if packed and "seq_lengths" not in row:
+            return None
+        for text in _texts(row):
+            total += int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+            count += 1
+    return f"{count}:{total % 2**64:016x}"
+
+
+def _texts(row: Mapping[str, Any]) -> list[str]:
+    """What is trained of a row, a text for each document in it."""
+    if "input_ids" not in row:
+        return [repr([(name, row[name]) for name in _TRAINED if name in row] or sorted(row.items()))]
+    ids = list(row["input_ids"])
+    labels = list(row.get("labels") or ids)  # rows without labels are learnt whole
+    found, start = [], 0
+    for length in row.get("seq_lengths") or [len(ids)]:
+        end = start + length
+        found.append(repr((ids[start:end], labels[start + 1:end])))  # nothing predicts the first token
+        start = end
+    return found

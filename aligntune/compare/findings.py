@@ -55,7 +55,7 @@ def compare_data(a: Arm, b: Arm, *, online: bool, repacked: bool) -> Data:
     """
     one, two = a["steps"], b["steps"]
     if repacked:
-        return _repacked(one, two)
+        return _repacked(a, b)
     part = "prompts" if online else "ids"
     # Online, TRL mixes the rows of a round of generation with the random state that sampling left.
     span = a["round"] if online else 1
@@ -105,9 +105,14 @@ def _other_labels(a: Arm, step: Arm, number: int) -> Finding:
     return Finding("mask", INVALID, text)
 
 
-def _repacked(one: Sequence[Arm], two: Sequence[Arm]) -> Data:
-    mine, theirs = (Counter(name for step in steps for name in step["data"]["ids"]) for steps in (one, two))
+def _repacked(a: Arm, b: Arm) -> Data:
+    mine, theirs = (Counter(name for step in one["steps"] for name in step["data"]["ids"]) for one in (a, b))
     shared = sum((mine & theirs).values())
+    held = [one.get("dataset") for one in (a, b)]
+    if None not in held and held[0] != held[1]:
+        return Data(False, 0, (Finding(
+            "data", INVALID, "the arms fill their steps differently (packing), and with documents of different data: "
+            f"{shared:,} of {sum(mine.values()):,} are common to both runs"),))
     return Data(True, 0, (Finding(
         "packing", SAID, f"the arms fill their steps differently (packing): {sum(mine.values()):,} and "
         f"{sum(theirs.values()):,} documents, {shared:,} common to both; their losses are not paired step by step"),))

@@ -94,8 +94,14 @@ def test_a_datasets_digest_is_of_its_rows_and_not_of_their_order(monkeypatch: py
     assert digest is not None and digest == batches.rows_digest(rows[::-1])
     assert digest == batches.rows_digest([{**row, "note": "other"} for row in rows])
     assert digest != batches.rows_digest([rows[0], rows[0]]) != batches.rows_digest(rows[:1])
-    assert digest != batches.rows_digest([rows[0], {**rows[1], "labels": [-100]}])
+    assert digest != batches.rows_digest([{**rows[0], "labels": [-100, -100]}, rows[1]])
     assert batches.rows_digest([{"text": "a"}]) != batches.rows_digest([{"text": "b"}])
+    packed = [{"input_ids": [3, 1, 2], "labels": [-100, -100, 2], "seq_lengths": [1, 2]}]
+    assert digest == batches.rows_digest(packed, packed=True)
+    assert digest != batches.rows_digest([{**packed[0], "seq_lengths": [2, 1]}], packed=True)
+    assert batches.rows_digest([{"input_ids": [3, 1, 2]}], packed=True) is None
+    whole = [{"input_ids": [1, 2]}, {"input_ids": [3]}]
+    assert batches.rows_digest(whole) == digest != batches.rows_digest([{"input_ids": [1, 2, 3]}])
     assert batches.rows_digest(iter(rows)) is None and batches.rows_digest(None) is None
     monkeypatch.setattr(batches, "MOST_ROWS", 1)
     assert batches.rows_digest(rows) is None

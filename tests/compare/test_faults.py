@@ -72,6 +72,15 @@ def test_a_layer_without_gradient_in_adapters_too(run: Any) -> None:
     assert "layers.1.mlp" in found["zero-gradient"]
 
 
+@pytest.mark.parametrize(("option", "valid"), [("", True), (",max_samples=150", False)])
+def test_arms_that_differ_in_packing(option: str, valid: bool, run: Any) -> None:
+    report = run(SFT, None, b=f"trl,packing=true{option}")
+    (found,) = report.data["findings"]
+    assert report.valid is valid and "fill their steps differently (packing)" in found["text"]
+    assert (found["kind"], found["severity"]) == (("packing", "said") if valid else ("data", "invalid"))
+    assert report.data["parity"]["losses"] == {}
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A job of 40,000 parameters and a few dozen tokens a step, for Triton's interpreter."""

@@ -139,6 +139,18 @@ def test_packing_is_said_and_not_held_against_the_arms(tmp_path: Path) -> None:
     assert report["parity"]["losses"] == {} and report["speed"]["steps"] == 10
 
 
+def test_other_data_beside_other_packing_is_no_comparison(tmp_path: Path) -> None:
+    for a, b, valid in (("200:aa", "200:aa", True), ("200:aa", "200:bb", False), (None, "200:bb", True)):
+        results = made_up.results(tmp_path / f"{a}{b}")
+        for one in results["a"]:
+            one["dataset"] = a
+        for one in results["b"]:
+            one["config"], one["dataset"] = {"data": {"packing": True}}, b
+        report = built(tmp_path, results)
+        assert report["valid"] is valid and "packing" in report["findings"][0]["text"]
+        assert ("NOT COMPARABLE" in report["verdict"] and "different data" in report["verdict"]) is not valid
+
+
 @pytest.mark.parametrize(("change", "words"), [
     (lambda paper: paper["step"]["problems"].append("rms_norm_forward: promised 5, the trace shows 0"), "fell back"),
     (lambda paper: paper.update(step=None), "no step was traced"),
