@@ -78,6 +78,9 @@ class Head:
             return "head", self.reason
         if covered_by_trl(model):
             return "head", "TRL's own (attached before the trainer)"
+        late = _unread(model.get_output_embeddings())  # type: ignore[operator]
+        if late is not None:
+            return "head", late
         assert self.options is not None
         if self.options.trl:
             also = " and plain labels" if self.options.plain is None else ""
@@ -182,11 +185,9 @@ def install(model: nn.Module, *, strict: bool) -> Head | None:
 
 def _options(model: nn.Module, lm_head: nn.Module, inner: Any) -> tuple[HeadOptions | None, str | None]:
     """The options of the head, or None and the reason why it cannot be set."""
-    weight = getattr(lm_head, "weight", None)
-    if hasattr(lm_head, "lora_A"):
-        return None, "lm_head carries an adapter"
-    if weight is None or weight.dim() != 2 or not weight.is_floating_point():
-        return None, f"lm_head ({type(lm_head).__name__}) has no plain weight"
+    unread = _unread(lm_head)
+    if unread is not None:
+        return None, unread
     family = families.family_of(model.config.get_text_config().model_type)
     known = families.identify(model)
     plain = None
@@ -220,6 +221,16 @@ def _options(model: nn.Module, lm_head: nn.Module, inner: Any) -> tuple[HeadOpti
     divisor = getattr(config, family.logits_divisor) if family.logits_divisor else 1.0
     softcap = getattr(config, family.logits_softcap, None) if family.logits_softcap else None
     return HeadOptions(softcap=softcap, logit_scale=1.0 / divisor), None
+
+
+def _unread(lm_head: nn.Module) -> str | None:
+    """Why `lm_head` is more than its weight; None where that is all. Asked at calls too: adapters may come later."""
+    if type(lm_head).__module__.startswith("peft.") and "modules_to_save" not in lm_head._modules:
+        return "lm_head carries an adapter"
+    weight = getattr(lm_head, "weight", None)
+    if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+        return f"lm_head ({type(lm_head).__name__}) has no plain weight"
+    return None
 
 
 def _loss_is_causal(model: nn.Module) -> bool:
@@ -309,6 +320,7 @@ def _trains(model: nn.Module, options: HeadOptions, kwargs: dict[str, Any]) -> b
         and kwargs.get("ignore_index", _IGNORED) == _IGNORED
         and not hooked(lm_head)
         and "forward" not in lm_head.__dict__
+        and _unread(lm_head) is None
         and _loss_is_causal(model)
     )
 

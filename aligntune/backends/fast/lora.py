@@ -174,7 +174,15 @@ def _group(parent: nn.Module, names: tuple[str, ...], note: Callable[[str], None
                 note(f"{name}: {found}")
             return None
         linears.append(found)
-    return linears
+    return None if _multiply_apart(parent, names, linears) else linears
+
+
+def _multiply_apart(parent: nn.Module, names: tuple[str, ...], linears: Sequence[LoraLinear]) -> bool:
+    """True where 4-bit layers multiply in another dtype than the weights of plain ones among them: one by one, then."""
+    plain = {linear.weight.dtype for linear in linears if isinstance(linear.weight, torch.Tensor)}
+    packed = [name for name, linear in zip(names, linears, strict=True) if isinstance(linear.weight, NF4Weight)]
+    asked = {_compute_dtype(getattr(parent, name)) for name in packed} - {None} if plain else set()
+    return bool(asked) and asked != plain
 
 
 def ready_to_read(module: nn.Module) -> LoraLinear | None:

@@ -43,7 +43,7 @@ def decide(module: nn.Module) -> Decision | None:
         family, part = known
         decision = _BY_PART[part](module, family) if part in _BY_PART else None
     else:
-        decision = _by_structure(module)
+        decision = _other_linear(module) or _by_structure(module)
     if decision is None or decision.forward is None:
         return decision
     if lora.instance_forward(module) is not None:
@@ -137,6 +137,17 @@ def _linear(module: nn.Module) -> Decision:
     nf4 = " on nf4" if adapted and lora.kind_of(base) == "nf4" else ""
     fp8 = ", fp8 base" if isinstance(found.weight, Fp8Weight) else ""
     return Decision(f"{op}{nf4}{fp8}", lora.linear_forward, Spec(op))
+
+
+def _other_linear(module: nn.Module) -> Decision | None:
+    """A layer under adapters of another kind, or a linear layer of another make: called as it is."""
+    base = module._modules.get("base_layer")
+    if base is not None and type(module).__module__.startswith("peft.tuners."):
+        kind = type(module).__module__.split(".")[2]
+        return eager(kind, f"{kind} adapters on {type(base).__name__} have no kernel")
+    if isinstance(module, nn.Linear) and lora.kind_of(module) is None:
+        return eager("linear", f"{type(module).__name__} has no kernel")
+    return None
 
 
 _BY_PART: dict[str, Callable[[Any, Family], Decision | None]] = {

@@ -16,7 +16,7 @@ from trl.trainer.utils import add_fused_lm_head
 from aligntune.backends.fast import attach, attachment_of, detach
 from aligntune.backends.fast.ops.nf4 import NF4Weight, dequantize_nf4_reference
 from tests.backends.fast.minis import batch, build
-from tests.backends.fast.test_adapters import ALL, adapted, draw_b
+from tests.backends.fast.test_adapters import ALL, adapted, assert_same_step, draw_b
 from tests.backends.fast.test_model_states import generated
 
 WHOLE = ["embed_tokens", "lm_head"]
@@ -103,6 +103,18 @@ def test_an_adapter_on_the_head_leaves_the_head_to_the_model():
     assert compared == 4
 
 
+def test_an_adapter_that_came_to_the_head_after_attach_counts():
+    model = build("llama", num_hidden_layers=1)
+    attachment = attach(model)
+    ours = adapted(model=get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "lm_head"])), name="other",
+                   target_modules=["q_proj", "lm_head"])
+    ours.set_adapter("other")
+    theirs = copy.deepcopy(ours)
+    detach(theirs)
+    assert_same_step(ours, theirs)
+    assert "head: eager, lm_head carries an adapter" in str(attachment)
+
+
 # --------------------------------------------------------------------------------------------------------- an NF4 base
 
 
@@ -164,6 +176,23 @@ def test_nf4_in_every_state():
             texts += [generated(ours), losses[1]]
             assert texts[-2] == generated(plain)
     assert texts[0] != texts[2] and abs(texts[1] - texts[3]) > 0.05
+
+
+def test_layers_that_four_bits_left_out_keep_their_dtype():
+    """As checkpoints that quantise layer by layer have them, loaded in another dtype than they multiply in."""
+    def made() -> Any:
+        model = build("llama", **SIZES)
+        kept = {path: copy.deepcopy(model.get_submodule(path)) for path in ("self_attn.v_proj", "mlp.gate_proj")
+                for path in [f"model.layers.0.{path}"]}
+        model = four_bits(model, torch.float16, "cpu")
+        for path, layer in kept.items():
+            model.set_submodule(path, layer.requires_grad_(False))
+        return under_lora(model)
+
+    ours, theirs = made(), made()
+    attachment = attach(ours, strict=True)  # layer by layer is no eager call
+    assert_same_step(ours, theirs, atol=2e-3)
+    assert "model.layers.*.self_attn.v_proj: lora (x1)" in str(attachment)
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 
 from aligntune.backends.fast import attach, detach
 from aligntune.errors import ConfigError
@@ -126,6 +126,56 @@ def test_attached_before_the_adapters_came_and_again_after():
     detach(theirs)
     assert_same_step(ours, theirs)
     assert attach(ours) is attachment and "model.layers.*.self_attn.o_proj: lora (x1)" in str(attachment)
+    assert_same_step(ours, theirs)
+
+
+def other_adapters(config: Any, family: str = "llama") -> Any:
+    """A mini model under adapters of another kind, moved from where they do nothing."""
+    torch.manual_seed(5)
+    model = get_peft_model(build(family, num_hidden_layers=1), config)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.train()
+
+
+def test_adapters_of_another_kind_stay_pefts_and_are_named():
+    ours = other_adapters(IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]))
+    theirs = copy.deepcopy(ours)
+    attachment = attach(ours)
+    assert [str(line) for line in attachment.report if line.eager] == [
+        "model.layers.*.self_attn.k_proj: eager, ia3 adapters on Linear have no kernel",
+        "model.layers.*.mlp.down_proj: eager, ia3 adapters on Linear have no kernel",
+    ]
+    assert_same_step(ours, theirs)
+    with pytest.raises(ConfigError, match="ia3 adapters"):
+        attach(ours, strict=True)
+
+
+def test_linear_layers_of_another_make_are_named():
+    class EightBits(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    ours = build("llama", num_hidden_layers=1)
+    mlp = ours.model.layers[0].mlp
+    mlp.up_proj = EightBits(44, 70, bias=False)
+    theirs = copy.deepcopy(ours)
+    attachment = attach(ours)
+    lines = [str(line) for line in attachment.report if line.eager]
+    assert lines == ["model.layers.*.mlp.up_proj: eager, EightBits has no kernel"]
+    assert_same_step(ours, theirs)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"], ids=["tied", "apart"])
+def test_tokens_that_train_by_themselves(family):
+    """Tied, the head carries them too: its weight alone is not what it multiplies by."""
+    tokens = batch()["input_ids"][0, :3].tolist()
+    ours = other_adapters(LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=tokens), family)
+    theirs = copy.deepcopy(ours)
+    lines = [str(line) for line in attach(ours).report if line.eager]
+    assert ("head: eager, lm_head carries an adapter" in lines) == (family == "qwen2")
+    assert "model.embed_tokens.token_adapter: eager, trainable_tokens adapters on Embedding have no kernel" in lines
     assert_same_step(ours, theirs)
 
 
