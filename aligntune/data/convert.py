@@ -255,6 +255,12 @@ def _starts_as_assistant(reply: list[Message], name: str) -> None:
         raise RowFault(name, f"starts with the turn of {reply[0]['role']!r}, expected the assistant's")
 
 
+def _ends_as_assistant(reply: Speech, name: str) -> None:
+    """Every token of a compared reply counts: a user's turn at its end would be learnt too."""
+    if not isinstance(reply, str) and reply[-1]["role"] != "assistant":
+        raise RowFault(name, f"ends with the turn of {reply[-1]['role']!r}, expected the assistant's")
+
+
 def _chosen_to_sft(row: Row, plan: Plan) -> list[Example]:
     context, chosen, _ = _pair(row, plan)
     return [Example(context, (chosen,))]
@@ -270,7 +276,7 @@ def _answer_to_sft(row: Row, plan: Plan) -> list[Example]:
 
 
 def _pair_to_pair(row: Row, plan: Plan) -> list[Example]:
-    context, chosen, rejected = _pair(row, plan)
+    context, chosen, rejected = _pair(row, plan) if plan.takes == "reward" else _answers(row, plan)
     extra = {}
     if plan.takes == "reward" and "margin" in plan.recognised.columns:  # the collator takes it of all rows or none
         margin = present(row, "margin")
@@ -280,17 +286,24 @@ def _pair_to_pair(row: Row, plan: Plan) -> list[Example]:
     return [Example(context, (chosen, rejected), extra)]
 
 
+def _answers(row: Row, plan: Plan) -> tuple[Speech, Speech, Speech]:
+    """`_pair` of which both replies end as the assistant's."""
+    context, chosen, rejected = _pair(row, plan)
+    _ends_as_assistant(chosen, "chosen")
+    _ends_as_assistant(rejected, "rejected")
+    return context, chosen, rejected
+
+
 def _pair(row: Row, plan: Plan) -> tuple[Speech, Speech, Speech]:
     """(prompt, chosen, rejected), each text or each turns."""
     good, bad = present(row, "chosen"), present(row, "rejected")
     name = plan.recognised.roles.get("prompt")
-    if is_transcript(good) and is_transcript(bad):
-        prompt, chosen, rejected = split_shared(transcript(good), transcript(bad))
-        return plan.open(prompt), chosen, rejected
-    if isinstance(good, str) and isinstance(bad, str):
+    dialogues = is_transcript(good) and is_transcript(bad)
+    if isinstance(good, str) and isinstance(bad, str) and not dialogues:
         return _pair_of_strings(row, plan, good, bad)
-    chosen, rejected = _reply(good, "chosen"), _reply(bad, "rejected")
-    if name is None or chosen[0]["role"] != "assistant":
+    chosen = transcript(good) if dialogues else _reply(good, "chosen")
+    rejected = transcript(bad) if dialogues else _reply(bad, "rejected")
+    if dialogues or name is None or chosen[0]["role"] != "assistant":
         # Whole conversations: a prompt column beside them repeats what they start with (ultrafeedback).
         if plan.takes == "reward":  # it scores both whole; they need share nothing
             return [], plan.open(chosen), plan.open(rejected)
@@ -333,6 +346,7 @@ def _pair_of_strings(row: Row, plan: Plan, chosen: str, rejected: str) -> tuple[
 
 def _unpaired_to_unpaired(row: Row, plan: Plan) -> list[Example]:
     context, reply = _prompt_and_reply(row, plan)
+    _ends_as_assistant(reply, plan.recognised.roles["completion"])
     label = as_label(present(row, "label"))
     if label is None:
         raise RowFault("label", f"is {row['label']!r}, expected true or false")
@@ -340,7 +354,7 @@ def _unpaired_to_unpaired(row: Row, plan: Plan) -> list[Example]:
 
 
 def _pair_to_unpaired(row: Row, plan: Plan) -> list[Example]:
-    context, chosen, rejected = _pair(row, plan)
+    context, chosen, rejected = _answers(row, plan)
     return [Example(context, (chosen,), {"label": True}), Example(context, (rejected,), {"label": False})]
 
 

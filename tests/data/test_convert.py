@@ -165,6 +165,33 @@ def test_transcripts_and_prompt_columns_beside_whole_conversations():
     assert converted(mixed, "preference")[0] == Example([user("q")], ([assistant("a")], [assistant("b")]))
 
 
+def test_a_scorer_reads_transcripts_whole_though_they_share_no_turn():
+    pair = {"chosen": "\n\nHuman: one\n\nAssistant: a", "rejected": "\n\nHuman: two\n\nAssistant: b"}
+    expected = ([user("one"), assistant("a")], [user("two"), assistant("b")])
+    assert converted([pair], "reward") == [Example([], expected)]
+    with pytest.raises(RowFault, match="share no first turn"):
+        converted([pair], "preference")
+    opened = converted([pair], "reward", system_prompt="s")[0]
+    assert opened.replies == ([system("s"), *expected[0]], [system("s"), *expected[1]])
+
+
+@pytest.mark.parametrize("takes", ["preference", "unpaired"])
+@pytest.mark.parametrize("part", ["chosen", "rejected"])
+def test_an_answer_that_ends_with_the_users_turn_is_none(part, takes):
+    """Every token of it would count, those that the user should write too."""
+    transcripts = {name: f"\n\nHuman: q\n\nAssistant: {name}" for name in ("chosen", "rejected")}
+    turns = {"prompt": Q, "chosen": [assistant("a")], "rejected": [assistant("b")]}
+    said_on = {**transcripts, part: transcripts[part] + "\n\nHuman: bye"}
+    for row in (said_on, {**turns, part: [*turns[part], user("c")]}):
+        with pytest.raises(RowFault) as caught:
+            converted([row], takes)
+        assert str(caught.value) == f"{part}: ends with the turn of 'user', expected the assistant's"
+        assert converted([row], "prompts")  # the prompt is whole
+    if takes == "unpaired":
+        with pytest.raises(RowFault, match="completion: ends with the turn of 'user'"):
+            converted([{"prompt": Q, "completion": [assistant("a"), user("c")], "label": True}], takes)
+
+
 def test_plain_pairs_without_prompt_part_where_trl_parts_them():
     rows = [{"chosen": "The sky is blue", "rejected": "The sky is green"}]
     assert converted(rows, "preference", has_template=False) == [Example("The sky is", (" blue", " green"))]
