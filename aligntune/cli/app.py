@@ -21,9 +21,10 @@ from aligntune.cli import comparing, doctor, inspecting, launching, modelling, r
 from aligntune.errors import AlignTuneError
 
 EPILOG = (
-    "Exit codes: 0 done; 1 an unforeseen error or a failed check of doctor; 2 command line or configuration; 3 data; "
-    "4 backend not available here; 5 algorithm not supported by the backend; 6 checkpoint; 7 a loss, gradient or "
-    "reward that is not a number; 9 an assertion of compare does not hold; 10 arms that cannot be compared; 130 Ctrl-C."
+    "Exit codes: 0 done; 1 an unforeseen error, a model that cannot be loaded, or a failed check of doctor; 2 command "
+    "line or configuration; 3 data; 4 backend not available here; 5 algorithm not supported by the backend; "
+    "6 checkpoint; 7 a loss, gradient or reward that is not a number; 8 a reward function that failed; 9 an assertion "
+    "of compare does not hold; 10 arms that cannot be compared; 11 the GPU ran out of memory; 130 Ctrl-C."
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from aligntune import errors
 from aligntune.algorithms import ALGORITHMS
 from aligntune.cli import doctor as doctor_module
 from aligntune.cli.app import app
@@ -18,6 +20,7 @@ from aligntune.cli.launching import command_of
 from aligntune.core.recipes import packaged
 from aligntune.core.resolve import option_table, takers
 from aligntune.errors import (
+    AlignTuneError,
     BackendUnavailableError,
     CheckpointError,
     ConfigError,
@@ -48,7 +51,13 @@ def test_help_names_every_command_and_the_exit_codes() -> None:
     for command in COMMANDS:
         assert f"\n  {command}" in result.stdout
         assert run(command, "--help").exit_code == 0
-    assert "130 Ctrl-C" in result.stdout and "9 an assertion of compare" in " ".join(result.stdout.split())
+    page = Path(__file__).parents[2].joinpath("docs/command-line.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^\| (\d+) \| (.+) \|$", page, re.MULTILINE)
+    raised = {error.exit_code for error in vars(errors).values()
+              if isinstance(error, type) and issubclass(error, AlignTuneError)}
+    assert raised | {0, 9, 130} == {int(code) for code, _ in documented}
+    told = result.stdout.split("Exit codes: ")[1]
+    assert re.findall(r"(?:^|; )(\d+) ", " ".join(told.split())) == [code for code, _ in documented]
     assert set(COMMANDS) == set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
