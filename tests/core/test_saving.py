@@ -175,6 +175,7 @@ def test_a_wrong_merge_is_caught_and_nothing_is_saved(tmp_path, monkeypatch, dam
     (1e-6, 0.3, 1.0, 1e-4, True), (0.3, 0.3, 0.0, 1e-4, False), (0.3, 0.3, 2.0, 5e-2, False),
     (0.02, 0.02, 0.0, 5e-2, False), (0.01, 0.02, 1.05, 5e-2, True), (0.01, 0.001, 0.3, 5e-2, True),
     (0.0, 0.0, 1.0, 1e-4, True), (0.06, 0.1, 1.0, 5e-2, False), (1e-6, 1e-5, 0.5, 1e-4, False),
+    (0.0072, 0.006, 0.64, 5e-2, True), (0.03, 0.02, 1.8, 5e-2, False), (0.01, 0.03, 0.64, 5e-2, False),
 ])
 def test_what_passes_as_the_same_model(error, effect, share, rounding, passed):
     assert saving.MergeCheck(error, effect, share, rounding).passed is passed
