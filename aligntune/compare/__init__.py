@@ -57,7 +57,7 @@ def compare(
         repeats: runs of each arm, in the order A B B A; with 2 or more the noise is measured.
         warmup: first steps that no speed is taken from.
         oracle: also run an fp32 oracle (the first steps) and a yardstick, TRL with another attention.
-        target_loss: of "time to loss"; None takes where arm a ends.
+        target_loss: of "time to loss"; None takes where arm a has all but a hundredth of its way down behind it.
         price: of the machine an hour, in any currency.
         asserts: "speedup>=1.3", "parity", ...; `Report.failed` says which do not hold.
         baseline: an earlier report.json.

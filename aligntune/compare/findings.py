@@ -169,8 +169,9 @@ def machine_findings(results: Mapping[str, Sequence[Arm]]) -> list[Finding]:
             machine = one.get("machine") or {}
             run = f"{role}{one['repeat'] + 1}"
             if machine.get("shared"):
+                others = "".join(f"; {other}" for other in (machine.get("others") or [])[:3])
                 found.append(Finding("card-shared", SAID, f"{run}: somebody else was on the card "
-                                     f"({machine['memory_before_mib']:,.0f} MiB in use before it started)"))
+                                     f"({machine['memory_before_mib']:,.0f} MiB in use before it started{others})"))
             if machine.get("throttled"):
                 found.append(Finding("card-throttled", SAID, f"{run}: the card slowed down: "
                                      f"{', '.join(machine['throttled'])}"))
@@ -196,11 +197,14 @@ def leaks(arm: Arm, name: str, floor: float) -> list[Finding]:
 
 
 def mask_mistake(a: Arm, b: Arm, hypotheses: Mapping[str, float] | None, tolerance: float) -> list[Finding]:
-    """The first loss of B is what the oracle computes under a known mistake, and A's is what it computes without."""
+    """The first loss of an arm is what the oracle computes under a known mistake, the other's what it is without."""
     if not hypotheses or "right" not in hypotheses:
         return []
+    wrong, name_of = b, "b"
     mine, theirs = a["steps"][0]["loss"], b["steps"][0]["loss"]
     right = hypotheses["right"]
+    if abs(mine - right) > tolerance:
+        wrong, name_of, mine, theirs = a, "a", theirs, mine
     words = {"mask+1": "the loss mask is shifted by one token (+1)",
              "mask-1": "the loss mask is shifted by one token (-1)",
              "all": "every token is learnt, the prompt too", "leak": "attention leaks across documents"}
@@ -212,8 +216,8 @@ def mask_mistake(a: Arm, b: Arm, hypotheses: Mapping[str, float] | None, toleran
         value = next((one for one in values if abs(theirs - one) <= tolerance < abs(right - one)), None)
         if value is not None:
             kind = "document-leak" if name == "leak" else "mask"
-            return [Finding(kind, FAILED, f"b ({b['label']}): {text}: its first loss is {theirs:.6g}; the oracle gets "
-                            f"{value:.6g} under that mistake and {right:.6g} without")]
+            return [Finding(kind, FAILED, f"{name_of} ({wrong['label']}): {text}: its first loss is {theirs:.6g}; the "
+                            f"oracle gets {value:.6g} under that mistake and {right:.6g} without")]
     return []
 
 

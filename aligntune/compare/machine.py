@@ -64,6 +64,9 @@ class Watch:
             return []
         self._process.terminate()
         self._process.wait(timeout=30)
+        tool = shutil.which("nvidia-smi")
+        if tool is not None:  # the arm is gone: who is there now came while it ran
+            self._others += [one for one in _compute_apps(tool, ["-i", card()])[0] if one not in self._others]
         lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
         self._path.unlink()
         return lines

@@ -80,7 +80,9 @@ def build(
         "curves": _curves(results), "assertions": [], "baseline": None,
     }
     report["verdict"] = verdict(report)
-    report["baseline"] = against(report, baseline) if baseline is not None else None
+    if baseline is not None:
+        report["baseline"] = against(report, baseline)
+        report["findings"] += [one.as_dict() for one in other_job(report, baseline)]
     report["assertions"] = [check(one, report) for one in settings.asserts]
     return report
 
@@ -257,10 +259,24 @@ def against(report: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str,
             worse.append(f"speedup fell from {_ratio(then)} to {_ratio(now)}")
     if baseline["parity"]["passed"] and not report["parity"]["passed"]:
         worse.append("parity passed in the baseline and does not now")
-    mine, theirs = report["memory"]["b"]["peak"], baseline["memory"]["b"]["peak"]
-    if mine and theirs and mine > 1.05 * theirs:
+    now, then = report["memory"]["b"], baseline["memory"]["b"]
+    mine, theirs = now["peak"], then["peak"]
+    if mine and theirs and now["peak_is"] == then["peak_is"] and mine > 1.05 * theirs:
         worse.append(f"b's peak grew from {theirs / 2**30:.2f} to {mine / 2**30:.2f} GiB")
     return {**found, "worse": worse}
+
+
+def other_job(report: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[Finding]:
+    """What the earlier report measured otherwise: then its numbers are no measure of this one's."""
+    def told(one: Mapping[str, Any]) -> dict[str, str]:
+        cards = {role: ", ".join(card["name"] for card in one["arms"][role].get("gpus") or []) or "no card"
+                 for role in ("a", "b")}
+        return {"recipe": one["recipe"], "algorithm": one["algorithm"], "options": json.dumps(one["overrides"]),
+                **{f"arm {role}": one["arms"][role]["label"] for role in cards}, "card": cards["b"]}
+
+    now, then = told(report), told(baseline)
+    apart = [f"{name} {then[name]}, here {now[name]}" for name in now if now[name] != then[name]]
+    return [Finding("baseline", findings.SAID, f"the baseline is of another job: {'; '.join(apart)}")] if apart else []
 
 
 def _ratio(speed: Mapping[str, Any]) -> str:

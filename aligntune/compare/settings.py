@@ -143,7 +143,7 @@ class Settings:
         warmup: steps at the start that no speed is taken from.
         seed: None keeps the recipe's.
         oracle: judge gradients against an fp32 run, and run the yardstick.
-        target_loss: None takes what arm a ends at.
+        target_loss: None takes what arm a nearly ends at.
         price: of the machine, an hour; None leaves cost out.
         keep: leave gradients and probe distributions on disk.
     """

@@ -82,6 +82,15 @@ def test_a_shared_and_throttling_card_is_said(tmp_path: Path, monkeypatch: pytes
     assert found["throttled"] == ["hardware slowdown", "software thermal slowdown"]
 
 
+def test_who_comes_while_an_arm_runs_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(tmp_path, monkeypatch, apps=f"test -e {tmp_path}/came && echo '123, python, 5'")
+    watch = machine.Watch(tmp_path)
+    watch.start()
+    (tmp_path / "came").touch()
+    found = watch.summary(watch.stop(), None)
+    assert found["shared"] is True and found["others"] == ["123, python, 5"] and found["memory_before_mib"] == 4
+
+
 def test_what_this_process_itself_holds_is_nobody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake(tmp_path, monkeypatch, used=530, apps=f"echo '{os.getpid()}, python, 520'")
     watch = machine.Watch(tmp_path)

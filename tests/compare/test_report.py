@@ -60,6 +60,11 @@ def test_time_to_a_loss_and_cost(tmp_path: Path) -> None:
     assert report["cost"]["a"]["per_million_tokens"] == pytest.approx(3.6 / 3600 * 1e6 / a["tokens_per_second"])
     assert built(tmp_path, target_loss=0.1)["speed"]["a"]["time_to_target"] == [None, None]
     assert built(tmp_path)["cost"]["a"]["per_run"] is None
+    # b's losses are a hair above a's: without a target of its own the comparison takes one that both reach.
+    default = built(tmp_path)["speed"]
+    assert default["target_loss"] == pytest.approx(2.1 + 0.01 * 0.75)
+    assert default["a"]["time_to_target"][0] == pytest.approx(2.0, rel=0.03)
+    assert default["b"]["time_to_target"][0] == pytest.approx(2.0 / 1.8, rel=0.03)
 
 
 def test_traced_steps_and_the_warm_up_count_for_no_speed(tmp_path: Path) -> None:
@@ -232,6 +237,8 @@ def test_a_shared_or_slow_card_is_said(tmp_path: Path) -> None:
     texts = [one.text for one in machine_findings(results)]
     assert "a1: somebody else was on the card (9,000 MiB in use before it started)" in texts
     assert any("power brake" in text for text in texts)
+    results["a"][0]["machine"]["others"] = ["123, python, 9000"]
+    assert machine_findings(results)[0].text.endswith("before it started; 123, python, 9000)")
 
 
 @pytest.mark.parametrize(("text", "holds"), [
@@ -254,6 +261,29 @@ def test_a_baseline(tmp_path: Path) -> None:
     assert same.failed == [] and same.exit_code == 0
     broken = built(tmp_path, made_up.results(tmp_path, b={"noise": 1e-3}), baseline=built(tmp_path))
     assert "parity passed in the baseline and does not now" in broken["baseline"]["worse"]
+
+
+def test_a_baseline_of_another_job_is_said(tmp_path: Path) -> None:
+    before = jsonable(built(tmp_path))
+    assert built(tmp_path, baseline=before)["findings"] == []
+    before["arms"]["b"]["gpus"], before["recipe"], before["overrides"] = [], "dpo-builtin", {"batch_size": 8}
+    before["memory"]["b"] |= {"peak_is": "resident set of the process (no card)", "peak": 2**20}
+    report = built(tmp_path, baseline=before)
+    (found,) = report["findings"]
+    assert (found["kind"], found["severity"]) == ("baseline", "said") and report["baseline"]["worse"] == []
+    assert found["text"] == ("the baseline is of another job: recipe dpo-builtin, here sft-builtin; "
+                             'options {"batch_size": 8}, here {}; card no card, here NVIDIA H100 80GB HBM3')
+
+
+def test_a_known_mistake_is_named_in_either_arm(tmp_path: Path) -> None:
+    for role, other in (("a", "b"), ("b", "a")):
+        results = made_up.results(tmp_path)
+        results["oracle"][0]["hypotheses"] = {"right": results[other][0]["steps"][0]["loss"], "mask+1": 3.5, "all": 2.0}
+        for one in results[role]:
+            one["steps"][0]["loss"] = 3.5
+        found = [one for one in built(tmp_path, results)["findings"] if one["kind"] == "mask"]
+        assert len(found) == 1 and found[0]["text"].startswith(f"{role} (")
+        assert "shifted by one token (+1)" in found[0]["text"]
 
 
 # ------------------------------------------------------------------------------------------------------------ the files
