@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import time
 from typing import Any
 
@@ -29,9 +31,15 @@ def memory_now() -> float:
     """Memory in use, in GiB: what torch has reserved on the GPU, or the resident set of this process."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.memory_reserved() / 2**30
+    return _process(os.getpid()).memory_info().rss / 2**30
+
+
+@functools.lru_cache(maxsize=1)
+def _process(pid: int) -> Any:
+    """Kept: to make one reads when the process began, which takes longer than all else that a log does."""
     import psutil
 
-    return psutil.Process().memory_info().rss / 2**30
+    return psutil.Process(pid)
 
 
 def describe(logs: dict[str, Any]) -> str:

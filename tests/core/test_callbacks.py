@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from aligntune.core import plots
 from aligntune.core.callbacks import Clock, Interrupt, TokenCounter
-from aligntune.core.progress import Progress, describe, duration, speed
+from aligntune.core.progress import Progress, describe, duration, memory_now, speed
 from tests.core import tiny
 
 
@@ -79,6 +81,21 @@ def test_an_error_leaves_the_terminal_usable(monkeypatch):
     shown.close()
     shown.close()
     assert terminal.getvalue().endswith("\x1b[?25h")  # the cursor is shown again
+
+
+def test_memory_is_that_of_this_process_now():
+    """Also after a fork; and once it is read, reading it again costs a log nothing to speak of."""
+    before = memory_now()
+    held = bytearray(b"x" * (256 << 20))
+    assert 0.2 < memory_now() - before < 0.4
+    begun = time.perf_counter()
+    for _ in range(20):
+        memory_now()
+    assert (time.perf_counter() - begun) / 20 < 1e-3
+    if (child := os.fork()) == 0:
+        forked = bytearray(b"y" * (256 << 20))
+        os._exit(0 if memory_now() - before > 0.4 and forked else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and held
 
 
 def test_online_methods_show_reward_and_generated_tokens():
