@@ -30,7 +30,7 @@ def compare(
     warmup: Annotated[int, typer.Option(help="First steps that no speed is taken from.")] = 5,
     oracle: Annotated[bool, typer.Option("--oracle/--no-oracle", help="Hold gradients against an fp32 run, and losses "
                                          "against two implementations known to be equal.")] = True,
-    target_loss: Annotated[float | None, typer.Option(help="Time to this loss; where arm a ends by default.",
+    target_loss: Annotated[float | None, typer.Option(help="Time to this loss; by default nearly where arm a ends.",
                                                       show_default=False)] = None,
     price: Annotated[float | None, typer.Option(help="Of the machine an hour.", show_default=False)] = None,
     asserts: Annotated[list[str] | None, typer.Option(
