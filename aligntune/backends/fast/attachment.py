@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from aligntune.backends.fast import fp8_base, head, plan, recompute
-from aligntune.backends.fast.forwards import KEY, Spec
+from aligntune.backends.fast.forwards import KEY, OURS, Spec
 from aligntune.backends.fast.lora import slot
 from aligntune.backends.fast.ops._runtime import interpreting
 from aligntune.core.model_hygiene import ATTACHMENT
@@ -133,11 +133,25 @@ class Attachment:
             self.head.remove(self.model)
         for undo in self.undo:
             undo()
+        _strip_copies(self.model)
         self.patches, self.decisions, self.head, self.undo = [], [], None, []
         self.model.__dict__.pop(RECORD, None)
 
     def __str__(self) -> str:
         return "\n".join(str(line) for line in self.report)
+
+
+def _strip_copies(model: nn.Module) -> None:
+    """Take our forwards off copies of attached modules (PEFT's `modules_to_save` makes some), which no patch lists."""
+    for module in model.modules():
+        spec: Spec | None = module.__dict__.get(KEY)
+        if spec is None or spec.of == id(module):
+            continue
+        state = module.__dict__
+        for name in _SLOTS:
+            if getattr(state.get(name), "__func__", None) in OURS:
+                Patch(module, "", state[name], None, spec, "", ()).undo()
+        state.pop(KEY, None)
 
 
 def _lines(rows: list[tuple[str, str, str | None]]) -> list[Line]:
@@ -215,7 +229,7 @@ def detach(model: nn.Module) -> None:
 def _patch(module: nn.Module, path: str, decision: plan.Decision, strict: bool) -> Patch:
     name = slot(module)
     assert decision.forward is not None and decision.spec is not None
-    decision.spec.strict = strict
+    decision.spec.strict, decision.spec.of = strict, id(module)
     bound = MethodType(decision.forward, module)
     patch = Patch(
         module=module,

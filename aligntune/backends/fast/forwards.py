@@ -35,6 +35,7 @@ class Spec:
     kind: str
     strict: bool = False
     eager: dict[str, int] = field(default_factory=dict)
+    of: int = 0  # `id` of the module it was made for, which a copy of that module is not
 
     def fall_out(self, reason: str) -> None:
         """Record that this call runs the modules themselves; under strict an error."""
@@ -210,7 +211,8 @@ def _rotated(
                 q, k, self.q_norm.weight, self.k_norm.weight, cos, sin, eps=norm.eps, convention=norm.convention
             )
             return q, k, v
-        note("q_norm and k_norm run apart from the rotary embedding: they have hooks")
+        if norm is not None:
+            note("q_norm and k_norm run apart from the rotary embedding: they have hooks")
         q, k = self.q_norm(q), self.k_norm(k)
     promise(self, "rope", q, k)
     q, k = rope(q, k, cos, sin)
@@ -279,6 +281,8 @@ def _branch(self: nn.Module, family: Family, x: torch.Tensor, which: int) -> tor
     return x
 
 
+OURS = (norm_forward, mlp_forward, attention_forward, layer_forward, linear_forward)
+
 # A bound method is pickled by its function's name: under the class's own, a pickled model loads with its own forward.
-for _forward in (norm_forward, mlp_forward, attention_forward, layer_forward, linear_forward):
+for _forward in OURS:
     _forward.__name__ = "forward"

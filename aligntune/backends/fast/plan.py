@@ -96,7 +96,8 @@ def _attention(module: nn.Module, family: Family) -> Decision:
         return Decision("projections; no rotary embedding in this layer", forwards.attention_forward, spec)
     if family.qk_norm != "head":
         return Decision("rope", forwards.attention_forward, spec, static_ops=("rope",))
-    if any(_norm(norm, family).forward is None for norm in (module.q_norm, module.k_norm)):
+    norms = (module.q_norm, module.k_norm)  # under `modules_to_save` they are wrappers
+    if any(families.identify(norm) != (family, "norm") or _norm(norm, family).forward is None for norm in norms):
         return Decision("rope", forwards.attention_forward, spec, static_ops=("rope",))
     return Decision("qk_norm + rope", forwards.attention_forward, spec, static_ops=("qk_norm_rope",))
 

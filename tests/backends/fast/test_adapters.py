@@ -129,6 +129,33 @@ def test_attached_before_the_adapters_came_and_again_after():
     assert_same_step(ours, theirs)
 
 
+def test_copies_that_peft_makes_of_attached_modules_are_attached_and_detached_too():
+    """As `FastLanguageModel` goes: attached when it is loaded, then `modules_to_save` copies what is there."""
+    model = build("qwen3", num_hidden_layers=1)
+    before = {path: set(vars(module)) for path, module in model.named_modules()}
+    attach(model)
+    config = LoraConfig(r=3, target_modules=["k_proj"], modules_to_save=["q_norm", "post_attention_layernorm", "mlp"])
+    ours = get_peft_model(model, config)
+    draw_b(ours)
+    for _ in range(2):
+        attachment = attach(ours)
+        text = str(attachment)
+        assert "model.layers.*.mlp.modules_to_save.default: glu, silu (x1)" in text
+        assert "model.layers.*.self_attn.q_norm.modules_to_save.default: rms_norm" in text
+        assert "model.layers.*.self_attn: rope (x1)" in text
+        assert [str(line) for line in attachment.report if line.eager] == [
+            "model.layers.*: eager, its second norm has no kernel"]
+        theirs = copy.deepcopy(ours)
+        detach(theirs)
+        assert not any("forward" in vars(module) for module in theirs.modules())
+        assert_same_step(ours, theirs)
+        assert [line for line in attachment.report if line.eager][1:] == []
+    detach(ours)
+    kept = ours.merge_and_unload()
+    assert {path: set(vars(module)) - {"_is_hf_initialized"} for path, module in kept.named_modules()} == {
+        path: names - {"_is_hf_initialized"} for path, names in before.items()}
+
+
 def other_adapters(config: Any, family: str = "llama") -> Any:
     """A mini model under adapters of another kind, moved from where they do nothing."""
     torch.manual_seed(5)
