@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aligntune.builtin import is_builtin
+from aligntune.core.inference import locate
 from aligntune.errors import AlignTuneError, BackendUnavailableError, ConfigError
 
 if TYPE_CHECKING:
@@ -68,8 +70,10 @@ def load_tokenizer(job: Job) -> Any:
     from transformers import AutoTokenizer
 
     options = job.options
-    source = options.tokenizer_name if options.tokenizer_name is not None else options.model_name
+    own = options.tokenizer_name is None
+    source = options.model_name if own else options.tokenizer_name
     if not isinstance(source, str):
+        own = False
         if hasattr(source, "encode"):
             tokenizer = source
             source = None
@@ -79,7 +83,8 @@ def load_tokenizer(job: Job) -> Any:
                 raise ConfigError("tokenizer_name: the model object names no checkpoint to take a tokenizer from; "
                                   "pass tokenizer_name=<a tokenizer or where to load one>")
     if source is not None:
-        source = _local(source)
+        # A folder of a tokenizer alone holds no model.
+        source = locate(source, option="model_name") if own or is_builtin(source) else source
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 source, revision=options.model_revision, trust_remote_code=options.trust_remote_code
@@ -93,10 +98,17 @@ def load_tokenizer(job: Job) -> Any:
     return tokenizer
 
 
-def _local(name: str) -> str:
-    from aligntune.builtin import is_builtin, model_path
+def weights_of(job: Job, option: str) -> str:
+    """Where the weights lie that the option names: a folder or a hub id. What of a run folder is taken is said.
 
-    return str(model_path(name)) if is_builtin(name) else name
+    Raises:
+        ConfigError, CheckpointError: no such folder, or no model in it.
+    """
+    name = getattr(job.options, option)
+    found = locate(name, option=option)
+    if not is_builtin(name) and Path(found) != Path(name).expanduser():
+        job.notices.append(f"{option}: {name!r} is a run; its newest complete checkpoint is taken, {found}")
+    return found
 
 
 def load_model(job: Job, precision: Precision, *, scores: bool = False) -> Any:
@@ -119,7 +131,7 @@ def load_model(job: Job, precision: Precision, *, scores: bool = False) -> Any:
             _must_score(model)
         _settle_quantization(job, getattr(model.config, "quantization_config", None))
         return model.to(precision.device) if _movable(model) else model
-    source = _local(options.model_name)
+    source = weights_of(job, "model_name")
     adapters = _adapters_in(source, options.model_name, scores=scores)
     try:
         config = AutoConfig.from_pretrained(

@@ -34,7 +34,7 @@ class RunSection:
 @dataclass
 class ModelSection:
     model_name: str | None = option(
-        None, "Hub id, local folder, 'builtin:NAME', or a model object.", objects="a transformers model"
+        None, "Hub id, local folder (of a run too), 'builtin:NAME', or a model object.", objects="a transformers model"
     )
     model_revision: str | None = option(None, "Branch, tag or commit of a hub model.")
     tokenizer_name: str | None = option(

@@ -15,10 +15,11 @@ ENGINES = ("auto", "fast", "hf")
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
 
-def locate(name: str) -> str:
+def locate(name: str, *, option: str = "model") -> str:
     """Where the weights that `name` means lie: a folder, or a hub id as it stands.
 
-    A recipe's folder means its last finished stage, a run folder its newest complete checkpoint.
+    A recipe's folder means its last finished stage, a run folder its newest complete checkpoint. `option` is what the
+    user gave `name` as, for the errors.
 
     Raises:
         ConfigError: a folder without a model, or no such folder.
@@ -30,13 +31,13 @@ def locate(name: str) -> str:
         return str(model_path(name))
     path = Path(name).expanduser()
     if path.is_dir():
-        return str(_within(path))
+        return str(_within(path, option))
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"model: {name!r} is " + ("a file, not a folder" if path.exists() else "no folder here"))
+        raise ConfigError(f"{option}: {name!r} is " + ("a file, not a folder" if path.exists() else "no folder here"))
     return name
 
 
-def _within(folder: Path) -> Path:
+def _within(folder: Path, option: str) -> Path:
     from aligntune.core.checkpoints import all_checkpoints, newest_complete
 
     if any((folder / name).is_file() for name in _MODEL_FILES):
@@ -47,12 +48,12 @@ def _within(folder: Path) -> Path:
         if not stages:
             raise CheckpointError(f"no stage of {folder} is finished")
         last = stages[-1]["result"]
-        return _within(folder / (last["model"] or last["output_dir"]))
+        return _within(folder / (last["model"] or last["output_dir"]), option)
     if all_checkpoints(folder):
         return newest_complete(folder)
     if (folder / "config.yaml").is_file():
         raise CheckpointError(f"{folder} is a run without a checkpoint")
-    raise ConfigError(f"model: {str(folder)!r} holds no model (no {' or '.join(_MODEL_FILES)}) and is no run folder")
+    raise ConfigError(f"{option}: {str(folder)!r} holds no model (no {' or '.join(_MODEL_FILES)}) and is no run folder")
 
 
 def load(name: str, *, device: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:

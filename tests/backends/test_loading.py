@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
 
-from aligntune.backends.loading import Precision, load_model, precision_of
+from aligntune import create_sft_trainer
+from aligntune.backends.loading import Precision, load_model, load_tokenizer, precision_of
 from aligntune.core.resolve import resolve
 from aligntune.errors import BackendUnavailableError, ConfigError
 from tests.core import tiny
@@ -58,6 +59,36 @@ def test_what_the_device_cannot_do_is_an_error(card: Any) -> None:
         chosen(device="cuda")
     with pytest.raises(ConfigError, match="precision = 'fp16': CPU trains in fp32 or bf16"):
         chosen(precision="fp16")
+
+
+# Names that are paths
+
+
+def test_a_run_folder_is_the_model_of_its_newest_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = create_sft_trainer(tiny.llama(), [{"text": f"{i} and {i}"} for i in range(4)], backend="trl", device="cpu",
+                             tokenizer_name=tiny.tokenizer(), max_steps=2, save_steps=1, batch_size=2, report_to="none",
+                             learning_rate=0.1, output_dir=str(folder))
+    run.train()
+    job = resolve({"model_name": str(folder), "dataset_name": "d", "algorithm": "sft", "device": "cpu"})
+    newest = load_model(job, precision_of(job)).lm_head.weight
+    assert torch.equal(newest, run.model.lm_head.weight)
+    assert load_tokenizer(job).get_vocab() == tiny.tokenizer().get_vocab()
+    assert job.notices == [
+        f"model_name: {str(folder)!r} is a run; its newest complete checkpoint is taken, {folder / 'checkpoint-2'}"]
+    (folder / "checkpoint-2/model.safetensors").unlink()
+    earlier = load(folder, scores=False).lm_head.weight
+    assert torch.equal(earlier, load(folder / "checkpoint-1", scores=False).lm_head.weight)
+    assert not torch.equal(earlier, newest)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "./model", "runs/sft/model"])
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"model_name: '{name}' is no folder here"):
+        load(name)
+    job = resolve({"model_name": name, "dataset_name": "d", "algorithm": "sft"})
+    with pytest.raises(ConfigError, match=f"model_name: '{name}' is no folder here"):
+        load_tokenizer(job)
 
 
 # A name that is of a part of a model

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aligntune.backends.loading import nf4_config
+from aligntune.backends.loading import nf4_config, weights_of
 from aligntune.backends.trl.ppo_critic import backbone_of
 from aligntune.backends.trl.reward_model import RewardModel
-from aligntune.builtin import is_builtin, model_path
 from aligntune.core.model_hygiene import copy_model, detach_backends, keep_4bit_layout
 from aligntune.errors import AlignTuneError, ConfigError
 
@@ -44,7 +43,7 @@ def value_model(job: Job, model: Any, precision: Precision, peft_config: LoraCon
             raise ConfigError("loss.value_model_name = 'reward': there is no reward_model_name to copy")
         critic = copy_model(scorer.model)
     else:
-        critic = _load(wanted, job, precision) if isinstance(wanted, str) else wanted
+        critic = _load(weights_of(job, "value_model_name"), job, precision) if isinstance(wanted, str) else wanted
         detach_backends(critic)
     _check(critic, wanted, model)
     keep_4bit_layout(critic)
@@ -87,10 +86,9 @@ def _add_adapters(critic: Any, peft_config: LoraConfig, seed: int) -> None:
         inject_adapter_in_model(config, backbone)
 
 
-def _load(name: str, job: Job, precision: Precision) -> Any:
+def _load(source: str, job: Job, precision: Precision) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    source = str(model_path(name)) if is_builtin(name) else name
     kwargs: dict[str, Any] = {"trust_remote_code": job.options.trust_remote_code}
     if job.options.quantization == "nf4":
         kwargs |= {"quantization_config": nf4_config(precision), "device_map": {"": precision.device}}
@@ -101,4 +99,4 @@ def _load(name: str, job: Job, precision: Precision) -> Any:
         dtype = precision.dtype if job.options.use_peft else torch.float32
         return kind.from_pretrained(source, dtype=dtype, **kwargs)
     except (OSError, ValueError, ImportError) as error:
-        raise AlignTuneError(f"the critic {name!r} cannot be loaded: {error}") from error
+        raise AlignTuneError(f"the critic {source!r} cannot be loaded: {error}") from error

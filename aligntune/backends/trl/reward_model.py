@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aligntune.builtin import is_builtin, model_path
+from aligntune.backends.loading import weights_of
 from aligntune.core.model_hygiene import detach_backends
 from aligntune.errors import AlignTuneError, ConfigError
 
@@ -112,14 +112,16 @@ def load_reward_model(job: Job, precision: Precision, policy_tokenizer: Any) -> 
     from transformers import AutoTokenizer
 
     given, options = job.options.reward_model_name, job.options
-    model = _load(given, job, precision) if isinstance(given, str) else given
+    found = weights_of(job, "reward_model_name") if isinstance(given, str) else None
+    model = given if found is None else _load(given, found, job, precision)
     detach_backends(model)
-    source = given if isinstance(given, str) else getattr(model.config, "_name_or_path", "")
-    name = os.path.basename(source.rstrip("/")) if source else type(model).__name__
+    source = found or getattr(model.config, "_name_or_path", "")
+    label = given if isinstance(given, str) else source  # a run folder has a name of its own
+    name = os.path.basename(label.rstrip("/")) if label else type(model).__name__
     tokenizer = None
     if source:
         with contextlib.suppress(OSError, ValueError, ImportError):
-            tokenizer = AutoTokenizer.from_pretrained(_local(source), trust_remote_code=options.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=options.trust_remote_code)
     if tokenizer is None:
         vocabulary = model.config.get_text_config().vocab_size
         if len(policy_tokenizer) > vocabulary:
@@ -145,10 +147,6 @@ def _device(precision: Precision) -> torch.device:
     return torch.device("cuda", local) if precision.device == "cuda" else torch.device("cpu")
 
 
-def _local(name: str) -> str:
-    return str(model_path(name)) if is_builtin(name) else name
-
-
 def _is_adapter(name: str) -> bool:
     """Whether `name` is a folder of adapters that `algorithm: reward` trained.
 
@@ -166,13 +164,13 @@ def _is_adapter(name: str) -> bool:
     return True
 
 
-def _load(name: str, job: Job, precision: Precision) -> Any:
+def _load(name: str, source: str, job: Job, precision: Precision) -> Any:
     kwargs: dict[str, Any] = {"trust_remote_code": job.options.trust_remote_code, "dtype": precision.dtype}
     if precision.device == "cuda":
         kwargs["device_map"] = {"": _device(precision).index}
-    load = _with_adapters if _is_adapter(name) else _whole
+    load = _with_adapters if _is_adapter(source) else _whole
     try:
-        model, missing = load(_local(name), kwargs)
+        model, missing = load(source, kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise AlignTuneError(f"the reward model {name!r} cannot be loaded: {error}") from error
     if missing:

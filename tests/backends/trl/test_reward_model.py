@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from aligntune import create_rl_trainer
+from aligntune import create_reward_trainer, create_rl_trainer
 from aligntune.backends.trl.reward_model import RewardModel
 from aligntune.errors import AlignTuneError, ConfigError
 from tests.backends.trl.ppo_cases import PROMPTS, distinct, job, reward_model
@@ -138,6 +138,17 @@ def test_a_path_brings_its_tokenizer_and_functions_count_beside_it(tmp_path: Any
     assert logged["rewards/scorer/mean"] != 0
 
 
+def test_the_folder_of_the_run_that_trained_it_is_a_path_too(tmp_path: Any) -> None:
+    pairs = [{"prompt": f"{i}?", "chosen": f"{i} good", "rejected": f"{i} bad"} for i in range(4)]
+    trained = create_reward_trainer(tiny.scorer(), pairs, tokenizer_name=tiny.tokenizer(), backend="trl", max_steps=1,
+                                    output_dir=str(tmp_path / "scorer"), report_to="none", batch_size=2)
+    trained.train()
+    run = job(tmp_path / "run", reward_model_name=str(tmp_path / "scorer"))
+    (scorer,) = run.trainer.reward_funcs
+    assert scorer.__name__ == "scorer"
+    assert torch.equal(scorer.model.score.weight, trained.model.score.weight)
+
+
 def test_grpo_takes_a_reward_model_object_too(tmp_path: Any) -> None:
     run = create_rl_trainer(tiny.llama(), PROMPTS, algorithm="grpo", backend="trl", reward_model_name=reward_model(),
                             batch_size=4, num_generations=4, max_steps=1, max_completion_length=6, max_seq_length=64,
@@ -151,8 +162,12 @@ def test_what_is_no_reward_model_is_told(tmp_path: Any) -> None:
     tiny.tokenizer().save_pretrained(tmp_path / "lm")
     with pytest.raises(ConfigError, match=r"is no reward model: it has no score\.weight"):
         job(tmp_path / "a", reward_model_name=str(tmp_path / "lm"))
-    with pytest.raises(AlignTuneError, match="cannot be loaded"):
+    with pytest.raises(ConfigError, match="reward_model_name: '.*nothing' is no folder here"):
         job(tmp_path / "b", reward_model_name=str(tmp_path / "nothing"))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.json").write_text("{}")
+    with pytest.raises(AlignTuneError, match="the reward model '.*broken' cannot be loaded"):
+        job(tmp_path / "b", reward_model_name=str(tmp_path / "broken"))
     with pytest.raises(ConfigError, match="the policy's has 259 tokens to its 100"):
         job(tmp_path / "c", reward_model_name=reward_model(vocab_size=100))
 
