@@ -4,6 +4,7 @@
     python -m tests.full_report --part compare       # one; the report keeps the other parts' sections
     python -m tests.full_report --part fast -- -x    # what follows goes to pytest
     python -m tests.full_report --part gpu           # on a card: the tests that need one, only where it is named
+    python -m tests.full_report --part two_gpus      # on two: those that need two, likewise
 
 Tests of one file run in one process, those that name an `xdist_group` in that group's.
 """
@@ -27,13 +28,15 @@ PARTS: dict[str, tuple[str, ...]] = {
     "recipes": ("tests/backends/trl", "tests/cli"),
     "fast": ("tests/backends/fast",),
 }
-REST, GPU = "rest", "gpu"
+REST, GPU, TWO_GPUS = "rest", "gpu", "two_gpus"
+ON_CARDS = {GPU: [], TWO_GPUS: ["-k", TWO_GPUS]}
+"""What chooses the tests that need one card, or two."""
 _SHOWN = 60
 
 
 def paths(part: str) -> list[str]:
     """What pytest is given for a part; `rest` is all that no other part holds."""
-    if part == GPU:
+    if part in ON_CARDS:
         return ["tests"]
     if part != REST:
         return list(PARTS[part])
@@ -42,10 +45,10 @@ def paths(part: str) -> list[str]:
 
 def run(part: str, arguments: list[str], workers: int, commit: str | None = None) -> tuple[int, str]:
     """pytest's exit status, and the part's section of the report."""
-    marks = "gpu" if part == GPU else "not gpu and not mutation"
-    spread = "load" if part == GPU else "loadgroup"  # on a card one file's tests are a third of all the time
+    marks = "gpu" if part in ON_CARDS else "not gpu and not mutation"
+    spread = "load" if part in ON_CARDS else "loadgroup"  # on a card one file's tests are a third of all the time
     command = ["-m", "pytest", "-q", "-n", str(workers), "--dist", spread, "-m", marks,
-               "--durations=20", *paths(part), *arguments]
+               "--durations=20", *ON_CARDS.get(part, []), *paths(part), *arguments]
     done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout, flush=True)
     git = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
@@ -60,25 +63,25 @@ def run(part: str, arguments: list[str], workers: int, commit: str | None = None
 
 
 def _card(part: str) -> str:
-    if part != GPU:
+    if part not in ON_CARDS:
         return ""
     import torch
 
-    return f", {torch.cuda.get_device_name()}"
+    return f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
 
 
 def merged(report: str, part: str, section: str) -> str:
     """The report with this part's section new and the others' as they were, in the order of the parts."""
     found = re.split(r"^=== part (\w+) ===\n", report, flags=re.M)
     sections = {**dict(zip(found[1::2], found[2::2], strict=True)), part: section}
-    order = [name for name in (*PARTS, REST, GPU) if name in sections]
+    order = [name for name in (*PARTS, REST, *ON_CARDS) if name in sections]
     return "\n".join(f"=== part {name} ===\n{sections[name].strip()}\n" for name in order)
 
 
 def main(argv: list[str]) -> int:
     """1 if a test of any part failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", action="append", choices=[*PARTS, REST, GPU], help="this part only; may be repeated")
+    parser.add_argument("--part", action="append", choices=[*PARTS, REST, *ON_CARDS], help="this part only; may be repeated")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 2, 16), help="processes of tests")
     parser.add_argument("--commit", help="the commit, where this tree is not a checkout")
     parser.add_argument("pytest", nargs="*", help="after --: arguments for pytest")

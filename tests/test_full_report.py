@@ -51,5 +51,8 @@ def test_the_part_for_a_card_is_every_test_that_wants_one(monkeypatch):
     assert seen[0][seen[0].index("-m", 3) + 1] == "gpu" and seen[0][-1] == "tests" and "processes, a card" in section
     _, section = full_report.run("compare", [], 2, commit="abc")
     assert "not gpu" in seen[-1][seen[-1].index("-m", 3) + 1] and "a card" not in section
-    merged = full_report.merged(full_report.merged("", "gpu", "card"), "rest", "none")
-    assert merged.index("part rest") < merged.index("part gpu")
+    full_report.run("two_gpus", [], 2, commit="abc")
+    assert seen[-1][-3:] == ["-k", "two_gpus", "tests"] and seen[-1][seen[-1].index("-m", 3) + 1] == "gpu"
+    merged = full_report.merged(full_report.merged("", "two_gpus", "cards"), "gpu", "card")
+    merged = full_report.merged(merged, "rest", "none")
+    assert merged.index("part rest") < merged.index("part gpu") < merged.index("part two_gpus")
