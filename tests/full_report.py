@@ -81,7 +81,8 @@ def merged(report: str, part: str, section: str) -> str:
 def main(argv: list[str]) -> int:
     """1 if a test of any part failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", action="append", choices=[*PARTS, REST, *ON_CARDS], help="this part only; may be repeated")
+    parser.add_argument("--part", action="append", choices=[*PARTS, REST, *ON_CARDS],
+                        help="this part only; may be repeated")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 2, 16), help="processes of tests")
     parser.add_argument("--commit", help="the commit, where this tree is not a checkout")
     parser.add_argument("pytest", nargs="*", help="after --: arguments for pytest")
