@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aligntune.errors import AlignTuneError, ConfigError
+from aligntune.errors import AlignTuneError, ConfigError, GpuMemoryError
 
 _TRACED = 4  # within the warm-up, after compilation; fast attests this one, and the next is traced
 RESULT, GRADIENTS, PROBE = "arm.json", "gradients.safetensors", "probe.safetensors"
@@ -254,18 +254,22 @@ def outcome(spec: ArmSpec) -> dict[str, Any]:
         with uncollected():
             package = peers.prepare(spec.peer)
         return run_arm(spec, package)
-    except AlignTuneError as error:
-        return {"status": "error", "kind": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
-    except (RuntimeError, MemoryError) as error:
-        if not too_little_memory(error):
+    except (AlignTuneError, RuntimeError, MemoryError) as error:
+        if too_little_memory(error):
+            traceback.print_exc()
+            # Ours says on further lines what would lower the need; torch's own are a table of its allocator.
+            text = str(error) if isinstance(error, AlignTuneError) else str(error).partition("\n")[0]
+            return {"status": "out of memory", "kind": type(error).__name__, "message": text,
+                    "exit_code": GpuMemoryError.exit_code}
+        if not isinstance(error, AlignTuneError):
             raise
-        traceback.print_exc()
-        return {"status": "out of memory", "kind": type(error).__name__, "message": str(error).partition("\n")[0],
-                "exit_code": 1}
+        return {"status": "error", "kind": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
 
 
 def too_little_memory(error: Exception) -> bool:
     """Whether an error says that memory did not suffice: near the limit it is not only torch's allocator that asks."""
+    if isinstance(error, AlignTuneError):
+        return isinstance(error, GpuMemoryError)
     text = str(error)
     return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
             or "out of memory" in text.lower() or "STATUS_ALLOC_FAILED" in text)

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from trl import SFTTrainer
 
 import aligntune
-from aligntune.compare.arm import too_little_memory
+from aligntune.compare.arm import ArmSpec, outcome, too_little_memory
 from aligntune.compare.fits import fill, largest, require_card
+from aligntune.compare.protocol import in_this_process
 from aligntune.compare.settings import Settings, read_arm
-from aligntune.errors import BackendUnavailableError, ComparisonError, ConfigError
+from aligntune.errors import BackendUnavailableError, ComparisonError, ConfigError, GpuMemoryError
 
 
 def search(tmp_path: Path, limit: int, *, start: int, option: str = "batch", arm: str = "trl,batch_size=99"
@@ -48,10 +50,32 @@ def test_context_nothing_and_everything(tmp_path: Path) -> None:
     (MemoryError(), True), (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
     (RuntimeError("CUDA error: out of memory"), True), (RuntimeError("Triton Error [CUDA]: out of memory"), True),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+    (GpuMemoryError("step 1: the GPU's memory ran out"), True), (ConfigError("out of memory? no: a typo"), False),
     (RuntimeError("out of resource: shared memory, Required: 300000"), False), (RuntimeError("shape mismatch"), False),
 ])
 def test_memory_runs_out_in_more_than_one_place(error: Exception, wanted: bool) -> None:
     assert too_little_memory(error) is wanted
+
+
+def test_an_arm_of_too_many_rows_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An arm's own training runs out, as torch says it on a card, with more than 5 rows."""
+    compute_loss = SFTTrainer.compute_loss
+
+    def scarce(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if len(inputs["input_ids"]) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", scarce)
+    config = {"algorithm": "sft", "model": {"model_name": "builtin:tiny"},
+              "data": {"dataset_name": "builtin:arithmetic", "max_samples": 8, "max_seq_length": 32}}
+    settings = Settings("x", config, {}, read_arm("trl"), read_arm("trl"))
+    found = largest(settings, settings.a, "a", "batch", tmp_path, start=4, seed=0, runner=in_this_process,
+                    say=lambda _: None)
+    assert found == {"value": 5, "tried": {4: True, 5: True, 6: False, 8: False}}
+    options = {"backend": "trl", "batch_size": 6, "output_dir": str(tmp_path / "run")}
+    failed = outcome(ArmSpec("a", "a", 0, config, options, str(tmp_path), 0, probe=False))
+    assert (failed["kind"], failed["exit_code"]) == ("GpuMemoryError", 11) and "batch_size" in failed["message"]
 
 
 def test_another_error_is_no_answer(tmp_path: Path) -> None:
