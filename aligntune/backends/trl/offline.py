@@ -23,10 +23,16 @@ __all__ = ["CPO", "KTO", "ORPO", "CPOConfig", "ORPOConfig", "Quiet", "Reward"]
 
 
 class Quiet:
-    """TRL trainers report their use to the hub when they are built; ours report nothing."""
+    """Mixin: no report of use to the hub, which TRL's trainers make when they are built; no false alarm on resuming."""
 
     def _send_telemetry(self) -> None:
         return None
+
+    def _issue_warnings_after_load(self: Any, load_result: Any) -> None:
+        # A file holds tied weights once, under the embedding's name: transformers then calls the head missing.
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))  # type: ignore[misc]
 
 
 class Reward(Quiet, RewardTrainer):

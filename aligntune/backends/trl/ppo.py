@@ -27,13 +27,14 @@ from aligntune.algorithms.ppo import (
     whiten,
 )
 from aligntune.backends.trl import ppo_state
+from aligntune.backends.trl.offline import Quiet
 from aligntune.backends.trl.ppo_config import PPOConfig
 from aligntune.backends.trl.ppo_critic import Critic, OwnCritic, value_head
 
 Batch = dict[str, Any]
 
 
-class PPOTrainer(GRPOTrainer):
+class PPOTrainer(Quiet, GRPOTrainer):
     """Proximal policy optimisation with a critic.
 
     Args:
@@ -92,9 +93,6 @@ class PPOTrainer(GRPOTrainer):
             for value in critic.trainable().values():  # adapters start at random, in each process on its own
                 torch.distributed.broadcast(value.data, src=0)
         return critic
-
-    def _send_telemetry(self) -> None:
-        return None
 
     # Rollouts
 

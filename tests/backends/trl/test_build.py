@@ -14,7 +14,9 @@ from aligntune import create_sft_trainer
 from aligntune.algorithms import ALGORITHMS as TABLE
 from aligntune.backends.base import Prepared, require
 from aligntune.backends.trl.build import build
+from aligntune.backends.trl.offline import Quiet
 from aligntune.backends.trl.support import BACKEND
+from aligntune.backends.trl.trainers import TRAINERS
 from aligntune.core.resolve import Job, resolve
 from aligntune.errors import ConfigError, DataError, UnsupportedAlgorithmError
 from tests.core import tiny
@@ -231,6 +233,19 @@ def test_nothing_is_reported_to_the_hub(tmp_path: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(base, "send_telemetry", caught)
     for algorithm in ALGORITHMS:
         trainer_of(algorithm, tmp_path / algorithm)
+
+
+def test_a_tied_head_is_no_missing_weight_of_a_checkpoint(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.modules.module import _IncompatibleKeys
+
+    assert all(issubclass(TRAINERS[name], Quiet) for name in TABLE.names())
+    trainer = trainer_of("sft", tmp_path, tiny.llama(tie_word_embeddings=True))
+    warned: list[str] = []
+    monkeypatch.setattr("transformers.trainer.logger.warning", warned.append)
+    trainer._issue_warnings_after_load(_IncompatibleKeys(["lm_head.weight"], []))
+    assert warned == []
+    trainer._issue_warnings_after_load(_IncompatibleKeys(["lm_head.weight", "model.norm.weight"], ["x"]))
+    assert len(warned) == 2 and "['model.norm.weight']" in warned[0] and "['x']" in warned[1]
 
 
 def test_trainer_options_are_checked_against_the_real_class(tmp_path: Any) -> None:
