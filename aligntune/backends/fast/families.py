@@ -26,6 +26,8 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 
+ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -164,7 +166,7 @@ def activation_of(act_fn: Any) -> str | None:
 
 def activation_module(mlp: nn.Module) -> Any:
     """The activation of an MLP, under whichever name the family gives it."""
-    return next((getattr(mlp, name) for name in ("act_fn", "activation_fn", "act") if hasattr(mlp, name)), None)
+    return next((getattr(mlp, name) for name in ACTIVATION_NAMES if hasattr(mlp, name)), None)
 
 
 def norm_eps(norm: nn.Module) -> float | None:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from aligntune.backends.fast import tiles
-from aligntune.backends.fast.families import Family, modeling_module
+from aligntune.backends.fast.families import ACTIVATION_NAMES, Family, modeling_module
 from aligntune.backends.fast.ledger import WITH_ITS_NEIGHBOUR, promise
 from aligntune.backends.fast.lora import KEY, gated_mlp, hooked, instance_forward, linear_forward, project
 from aligntune.backends.fast.ops.attention import attention
@@ -118,6 +118,9 @@ def norm_and_input(norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torc
 def mlp_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`down(act(gate(x)) * up(x))`, gate and up apart or packed; in one op where its layers allow it."""
     spec: MlpSpec = self.__dict__[KEY]
+    if any(name in self._modules and hooked(self._modules[name]) for name in ACTIVATION_NAMES):
+        spec.fall_out("its activation has hooks")
+        return type(self).forward(self, x)
     wide = ("gate_up_proj",) if spec.packed else ("gate_proj", "up_proj")
     whole = gated_mlp(self, wide, "down_proj", x, spec.activation, spec.fall_out)
     if whole is not None:

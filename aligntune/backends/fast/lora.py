@@ -82,7 +82,9 @@ def read(module: nn.Module, *, fp8: bool = True) -> LoraLinear | str:
     if kind == "lora":
         return _read_adapters(module, fp8)
     if kind == "plain":
-        weight = module._parameters["weight"]
+        weight = module._parameters.get("weight")
+        if weight is None:
+            return "its weight is parametrized"
         if weight.layout != torch.strided or not weight.is_floating_point():
             return f"its weight is {weight.dtype}"
         return LoraLinear(weight, module._parameters["bias"])

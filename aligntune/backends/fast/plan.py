@@ -146,9 +146,8 @@ def _other_linear(module: nn.Module) -> Decision | None:
     if base is not None and type(module).__module__.startswith("peft.tuners."):
         kind = type(module).__module__.split(".")[2]
         return eager(kind, f"{kind} adapters on {type(base).__name__} have no kernel")
-    if isinstance(module, nn.Linear) and lora.kind_of(module) is None:
-        return eager("linear", f"{type(module).__name__} has no kernel")
-    return None
+    found = lora.read(module) if isinstance(module, nn.Linear) else None
+    return eager("linear", found) if isinstance(found, str) else None
 
 
 _BY_PART: dict[str, Callable[[Any, Family], Decision | None]] = {

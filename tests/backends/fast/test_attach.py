@@ -306,6 +306,35 @@ def test_hooks_on_a_module_that_an_op_passes_by_are_honoured_and_said():
         step(model)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_hooks_on_an_activation_are_honoured_and_said(family):
+    ours, theirs = build(family), build(family)
+    attachment = attach(ours)
+    name = "act_fn" if family == "llama" else "activation_fn"
+    for model in (ours, theirs):
+        getattr(model.model.layers[1].mlp, name).register_forward_hook(lambda module, inputs, output: 2 * output)
+    loss = step(theirs)
+    assert abs(float(loss - step(build(family)))) > 0.005
+    assert torch.allclose(step(ours), loss, atol=1e-5)
+    assert [str(line) for line in attachment.report if line.eager] == [
+        "model.layers.*.mlp: eager, 1 calls since attach: its activation has hooks"]
+
+
+def test_parametrized_linears_are_called_and_named():
+    ours, theirs = build("llama"), build("llama")
+    for model in (ours, theirs):
+        layers = model.model.layers
+        for linear in (layers[0].self_attn.q_proj, layers[0].self_attn.o_proj, layers[1].mlp.up_proj):
+            torch.nn.utils.parametrizations.weight_norm(linear)
+    attachment = attach(ours)
+    assert torch.allclose(step(ours), step(theirs), atol=1e-5)
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert float(q.grad.norm()) > 0 and torch.allclose(p.grad, q.grad, atol=1e-5, rtol=1e-4), name
+    assert [str(line) for line in attachment.report if line.eager] == [
+        f"model.layers.*.{path}: eager, its weight is parametrized"
+        for path in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")]
+
+
 def test_class_patches_of_others_are_named(monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaMLP
 
