@@ -76,7 +76,6 @@ def documents(batch: Mapping[str, Any], first_row: int = 0) -> list[Document]:
         ends = [len(row_ids)]
         if mask is None and "position_ids" in arrays:
             real = batch.get("num_tokens", len(row_ids))
-            row_ids, row_labels = row_ids[:real], row_labels[:real]
             starts = np.flatnonzero(arrays["position_ids"][row][:real] == 0)
             ends = [*starts[1:].tolist(), real]
         start = 0

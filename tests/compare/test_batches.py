@@ -72,7 +72,7 @@ def test_rollouts_tell_the_prompt_from_what_was_sampled() -> None:
     assert one.ids.tolist() == [5, 6, 7, 8] and one.labels.tolist() == [-100, -100, 7, 8] and one.prompt == 2
     two = {name: torch.cat([value, value]) for name, value in batch.items()}
     assert [document.row for document in batches.documents(two, 3)] == [3, 4]
-    other = batches.documents({**batch, "completion_ids": torch.tensor([[7, 9, 0]])})
+    other = batches.documents({**batch, "completion_ids": torch.tensor([[9, 8, 0]])})
     first, second = batches.fingerprint([one]), batches.fingerprint(other)
     assert first["prompts"] == second["prompts"] and first["ids"] != second["ids"]
 
