@@ -19,8 +19,15 @@ def attach_trainer(trainer: Trainer, *, strict: bool = False) -> Attachment:
     """Attach the model of a trainer, and its reference model where it holds one; returns the model's attachment.
 
     Raises what `attach` raises, with nothing attached, and:
-        ConfigError: its arguments hold an `embedding_learning_rate`, which its class does not know.
+        ConfigError: its arguments hold an `embedding_learning_rate`, which its class does not know; or it would train
+            on several GPUs from one process.
     """
+    quantised = any(getattr(trainer.model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+    if getattr(trainer.args, "n_gpu", 1) > 1 and not quantised:
+        # A replica's bound forwards are those of the original: its weights, on another GPU.
+        raise ConfigError(f"{trainer.args.n_gpu} GPUs in one process: transformers would train on nn.DataParallel's "
+                          "replicas, which instance forwards do not follow. Start one process a GPU (torchrun, "
+                          "accelerate launch), or let CUDA_VISIBLE_DEVICES show one")
     rate = getattr(trainer.args, "embedding_learning_rate", None)
     if rate is not None and getattr(trainer, "embedding_learning_rate", None) != rate:
         raise ConfigError(f"embedding_learning_rate = {rate!r}: a {type(trainer).__name__} trains every parameter at "

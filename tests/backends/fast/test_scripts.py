@@ -146,6 +146,19 @@ def test_a_reference_that_strict_refuses_leaves_the_policy_as_it_was():
         assert attachment_of(model) is None and not any("forward" in vars(module) for module in model.modules())
 
 
+def test_replicas_of_one_process_are_refused():
+    model = tiny.llama()
+    attach(model)
+    assert model._replicate_for_data_parallel().forward.__self__ is model  # what they would run
+    detach(model)
+    trainer = SimpleNamespace(args=SimpleNamespace(n_gpu=2), model=model)
+    with pytest.raises(ConfigError, match="2 GPUs in one process.*torchrun"):
+        attach_trainer(trainer)
+    assert attachment_of(model) is None
+    trainer.args.n_gpu = 1
+    assert attach_trainer(trainer).attached
+
+
 def test_a_model_that_accelerate_prepared_before_attach(tmp_path):
     """bf16 autocast wraps the instance's forward; ours goes inside it, and detach leaves it as it was."""
     trainer = tiny.sft(tmp_path, max_steps=1, bf16=True)
