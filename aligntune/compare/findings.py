@@ -62,7 +62,8 @@ def compare_data(a: Arm, b: Arm, *, online: bool, repacked: bool) -> Data:
     for number in range(0, min(len(one), len(two)), span):
         x, y = ([name for step in steps[number : number + span] for name in step["data"][part]] for steps in (one, two))
         if (sorted(x) != sorted(y)) if online else (x != y):
-            held = a.get("dataset") is not None and a.get("dataset") == b.get("dataset")
+            mine, theirs = a.get("dataset"), b.get("dataset")
+            held = None if mine is None or theirs is None else mine == theirs
             return Data(False, number, (_other_rows(one, two, part, number, held=held),))
         if not online and one[number]["data"]["labels"] != two[number]["data"]["labels"]:
             return Data(False, number, (_other_labels(a, two[number], number),))
@@ -79,14 +80,17 @@ def compare_data(a: Arm, b: Arm, *, online: bool, repacked: bool) -> Data:
     return Data(True, len(one), ())
 
 
-def _other_rows(one: Sequence[Arm], two: Sequence[Arm], part: str, number: int, *, held: bool) -> Finding:
-    """`held`: the arms' datasets hold the same rows."""
+def _other_rows(one: Sequence[Arm], two: Sequence[Arm], part: str, number: int, *, held: bool | None) -> Finding:
+    """`held`: whether the arms' datasets hold the same rows, None where that is not known."""
     mine, theirs = (Counter(name for step in steps for name in step["data"][part]) for steps in (one, two))
     where = f"from step {number + 1} on"
     if mine == theirs:
         return Finding("data-order", INVALID, f"the arms saw the same rows in another order {where}")
     # With fewer steps than rows an other order also means other rows: those of the whole run are what can be told.
     shared = sum((mine & theirs).values())
+    if held is False:
+        return Finding("data", INVALID, f"the arms saw different data {where}: their datasets hold other rows "
+                       f"({shared:,} of {sum(mine.values()):,} are common to both runs)")
     if shared:
         return Finding("data-order", INVALID, f"the arms saw other rows, or the same in another order, {where} "
                        f"({shared:,} of {sum(mine.values()):,} rows are common to both runs)")

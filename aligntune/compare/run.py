@@ -94,7 +94,12 @@ def _check(settings: Settings, folder: Path) -> Job:
     found: Job | None = None
     for one in plan(settings, attention=None):
         spec = spec_of(settings, one, folder, seed=0, online=False, peft=False)
-        job = resolve(spec.overrides, settings.config, what=f"arm {one.arm.label!r}")
+        try:
+            job = resolve(spec.overrides, settings.config, what=f"arm {one.arm.label!r}")
+        except ConfigError as error:
+            if len(error.faults) != 1:
+                raise
+            raise ConfigError(f"arm {one.arm.label!r}: {error}", error.faults) from error
         check_objects(job, one.arm.options)
         if one.role in ("a", "b") and one.arm.peer is None and one.arm.python is None:
             choose_backend(job)  # what cannot run here is told now, not when the other arm has trained

@@ -131,7 +131,9 @@ def test_one_stage_of_several(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("given", "words"), [
-    ({"overrides": {"lerning_rate": 1}}, "learning_rate"), ({"b": "fast,packin=true"}, "packing"),
+    ({"overrides": {"lerning_rate": 1}}, "learning_rate"),
+    ({"b": "fast,packin=true"}, "arm 'fast,packin=true': packin: unknown option; .*packing"),
+    ({"b": "fast,packin=true,lerning_rate=1"}, "2 faults in arm 'fast,packin=true,lerning_rate=1'"),
     ({"b": "fastt"}, "fast"), ({"asserts": ["speed>=1"]}, "speedup"), ({"baseline": "nowhere.json"}, "no file"),
     ({"repeats": 0}, "repeats"), ({"steps": 3}, "warmup"), ({"price": -1.0}, "price"),
     ({"target_loss": float("nan")}, "target_loss"), ({"python_b": "/nowhere/python"}, "cannot be started"),

@@ -134,6 +134,17 @@ def test_other_data_is_no_comparison(tmp_path: Path) -> None:
     assert "other rows" in found.findings[0].text
 
 
+def test_other_rows_are_told_from_another_order_where_the_datasets_are_known(tmp_path: Path) -> None:
+    for a, b, kind, words in (("200:aa", "200:aa", "data-order", "in another order, from step 5 on (79 of 80"),
+                              ("200:aa", "150:bb", "data", "their datasets hold other rows (79 of 80 are common"),
+                              (None, "150:bb", "data-order", "other rows, or the same in another order")):
+        one, two = made_up.result(tmp_path, "a"), made_up.result(tmp_path, "b")
+        one["dataset"], two["dataset"] = a, b
+        two["steps"][4]["data"] = {part: ["x", *names[1:]] for part, names in two["steps"][4]["data"].items()}
+        (found,) = compare_data(one, two, online=False, repacked=False).findings
+        assert found.kind == kind and words in found.text
+
+
 def test_packing_is_said_and_not_held_against_the_arms(tmp_path: Path) -> None:
     results = made_up.results(tmp_path)
     for one in results["b"]:
