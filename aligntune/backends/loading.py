@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aligntune.builtin import is_builtin
 from aligntune.core.inference import locate
-from aligntune.errors import AlignTuneError, BackendUnavailableError, ConfigError
+from aligntune.errors import AlignTuneError, BackendUnavailableError, ConfigError, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -256,6 +257,24 @@ def _storage_dtype(job: Job, precision: Precision, quantized: str | None) -> Any
     return precision.dtype if job.options.use_peft or quantized else torch.float32
 
 
+def _must_have(model: Any, targets: list[str] | str | None, whole: list[str] | None) -> None:
+    """peft takes names by the end of a module's path, and leaves out one that fits nothing if another fits."""
+    paths = [path for path, _ in model.named_modules()]
+    own = {path.rpartition(".")[2] for path, module in model.named_modules()
+           if next(module.parameters(recurse=False), None) is not None}
+    faults = []
+    for option, names in (("lora_target_modules", targets), ("modules_to_save", whole)):
+        if isinstance(names, str):
+            if names != "all-linear" and not any(re.fullmatch(names, path) for path in paths):
+                faults.append(f"lora.{option} = {names!r}: fits no module's whole name; a pattern of whole names, a "
+                              "list of their ends ([q_proj, v_proj]) or 'all-linear' is wanted")
+            continue
+        faults += [f"lora.{option}: {unknown('module', name, own)}" for name in names or []
+                   if not any(path == name or path.endswith(f".{name}") for path in paths)]
+    if faults:
+        raise ConfigError.from_faults(faults, "the adapters")
+
+
 def keep_tied(config: LoraConfig, model: Any) -> LoraConfig:
     """Has peft keep tied embeddings one tensor where one of them trains whole; else it would make two copies."""
     ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
@@ -266,12 +285,17 @@ def keep_tied(config: LoraConfig, model: Any) -> LoraConfig:
 
 
 def lora_config(job: Job, model: Any) -> LoraConfig | None:
-    """peft's configuration for the job, or None where it trains no adapters or the model has some already."""
+    """peft's configuration for the job, or None where it trains no adapters or the model has some already.
+
+    Raises:
+        ConfigError: it names modules that the model lacks.
+    """
     options = job.options
     if not options.use_peft or hasattr(options.model_name, "peft_config"):
         return None
     from peft import LoraConfig, TaskType
 
+    _must_have(model, options.lora_target_modules, options.modules_to_save)
     init = {"default": True}.get(options.lora_init, options.lora_init)
     alpha = options.lora_alpha
     config = LoraConfig(
