@@ -14,6 +14,7 @@ from aligntune.backends.base import Backend, Prepared, gate_of, require, support
 from aligntune.core.config import common_options
 from aligntune.core.options import UNSET, Unset, describe, infos
 from aligntune.core.resolve import Job, resolve
+from aligntune.errors import ConfigError
 
 if TYPE_CHECKING:
     from aligntune.core.trainer import AlignTrainer
@@ -235,7 +236,11 @@ def build_trainer(job: Job, callbacks: list[Any] | None = None, *, backend: Back
 
     Args:
         backend: builds the trainer; None is the one that the job names.
+
+    Raises:
+        ConfigError: `callbacks` is no list of transformers' callbacks.
     """
+    _check_callbacks(callbacks)
     backend = backend if backend is not None else choose_backend(job)
     from omegaconf import OmegaConf
 
@@ -270,6 +275,23 @@ def build_trainer(job: Job, callbacks: list[Any] | None = None, *, backend: Back
         config_yaml=OmegaConf.to_yaml(job.config), notices=[*job.notices, *built.notices], resume=job.options.resume,
         progress=job.options.progress, system_prompt=job.options.system_prompt, generator=built.generator,
     )
+
+
+def _check_callbacks(callbacks: Any) -> None:
+    """transformers takes any object, and fails on it in the first step."""
+    if callbacks is None:
+        return
+    from transformers import TrainerCallback
+
+    if not isinstance(callbacks, list | tuple):
+        raise ConfigError(f"callbacks = {callbacks!r}: must be a list of transformers.TrainerCallback")
+    faults = [
+        f"callbacks[{index}] = {one!r}: must be a transformers.TrainerCallback, or a class of them"
+        for index, one in enumerate(callbacks)
+        if not (issubclass(one, TrainerCallback) if isinstance(one, type) else isinstance(one, TrainerCallback))
+    ]
+    if faults:
+        raise ConfigError.from_faults(faults, "callbacks")
 
 
 def _model_label(job: Job) -> str:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import EarlyStoppingCallback
 
 from aligntune import create_reward_trainer, create_rl_trainer, create_sft_trainer
 from aligntune.algorithms import ALGORITHMS
 from aligntune.backends.base import Backend, supports
 from aligntune.backends.fast.support import BACKEND as FAST
 from aligntune.backends.trl.support import BACKEND as TRL
-from aligntune.errors import NonFiniteError, RewardError
+from aligntune.errors import ConfigError, NonFiniteError, RewardError
 from tests.core import tiny
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: it trains in bf16")
@@ -62,6 +63,18 @@ def test_rows_in_are_rows_trained_and_rows_reported(backend: Backend, algorithm:
     # A pair makes two examples of KTO: a wanted one and an unwanted one.
     assert examples == (16 if algorithm == "kto" else None)
     assert len(trainer.trainer.train_dataset) == (examples or trained)
+
+
+@pytest.mark.parametrize(("callbacks", "told"), [
+    ([EarlyStoppingCallback, 3], "callbacks[1] = 3"), (EarlyStoppingCallback(), "callbacks = <"),
+    ([int], "callbacks[0]"),
+])
+def test_callbacks_of_another_type_are_told_at_creation(callbacks: Any, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        create_sft_trainer(tiny.llama(), [{"text": "x"}], tokenizer_name=tiny.tokenizer(), callbacks=callbacks,
+                           output_dir=str(tmp_path / "run"))
+    assert str(caught.value).startswith(told) and "transformers.TrainerCallback" in str(caught.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_trial_and_ignored_keys_reach_the_inner_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
+import typing
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +156,7 @@ def _pass_through(job: Job, cls: type, fields: set[str], kwargs: dict[str, Any])
     name = job.spec.name
     ours = {field: option for option, field in SAME_FIELD.items() if option in vars(job.options)}
     faults = []
+    kinds = typing.get_type_hints(cls)
     for field, value in job.options.trainer_options.items():
         path = f"train.trainer_options.{field}"
         if field not in fields:
@@ -163,7 +166,40 @@ def _pass_through(job: Job, cls: type, fields: set[str], kwargs: dict[str, Any])
             faults.append(f"{path} = {value!r}: {name} is defined by {FIXED[name][field]!r}; another algorithm fits")
         elif field in ours and job.given(ours[field]):
             faults.append(f"{path}: {ours[field]} is given too; give one of the two")
+        elif not _fits(value, kinds[field]):
+            faults.append(f"{path} = {value!r}: must be a {_words(kinds[field])}")
         else:
             kwargs[field] = value
     if faults:
         raise ConfigError.from_faults(faults, "trainer_options")
+
+
+def _members(kind: Any) -> list[Any]:
+    """The types of a union, or the one type."""
+    united = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return [member for one in typing.get_args(kind) for member in _members(one)] if united else [kind]
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of the type by which transformers and TRL declare a field: their classes check none."""
+    for member in _members(kind):
+        plain = typing.get_origin(member) or member
+        if member is Any or (plain is typing.Literal and value in typing.get_args(member)):
+            return True
+        if isinstance(value, bool):
+            fits = member is bool
+        elif member is float:
+            fits = isinstance(value, int | float)
+        elif plain is tuple:
+            fits = isinstance(value, list | tuple)
+        else:
+            fits = isinstance(plain, type) and isinstance(value, plain)
+        if fits:
+            return True
+    return False
+
+
+def _words(kind: Any) -> str:
+    names = ["None" if member is type(None) else getattr(typing.get_origin(member) or member, "__name__", str(member))
+             for member in _members(kind)]
+    return " or ".join(sorted(set(names), key=lambda name: (name == "None", names.index(name))))

@@ -259,6 +259,44 @@ def test_trainer_options_are_checked_against_the_real_class(tmp_path: Any) -> No
         trainer_of("gspo", tmp_path, trainer_options={"importance_sampling_level": "token"})
 
 
+def test_trainer_options_of_a_wrong_type_are_all_told_at_creation(tmp_path: Any) -> None:
+    right = {"max_grad_norm": 1, "optim_args": None, "lr_scheduler_kwargs": {"a": 1}, "dataloader_num_workers": 0,
+             "label_names": ["labels"], "save_only_model": True, "hub_strategy": "end", "neftune_noise_alpha": 5.0}
+    args = trainer_of("sft", tmp_path, trainer_options=right).args
+    assert args.max_grad_norm == 1 and args.lr_scheduler_kwargs == {"a": 1} and args.save_only_model is True
+    wrong = {"max_grad_norm": "x", "dataloader_num_workers": 1.5, "save_only_model": "no", "label_names": "labels",
+             "neftune_noise_alpha": True, "accelerator_config": 3}
+    with pytest.raises(ConfigError) as caught:
+        trainer_of("sft", tmp_path, trainer_options=wrong)
+    told = dict(fault.removeprefix("train.trainer_options.").split(" = ", 1) for fault in caught.value.faults)
+    assert list(told) == list(wrong)
+    assert told["max_grad_norm"] == "'x': must be a float" and told["save_only_model"] == "'no': must be a bool"
+    assert told["label_names"] == "'labels': must be a list or None"
+    assert told["neftune_noise_alpha"] == "True: must be a float or None"
+
+
+@pytest.mark.parametrize(("options", "told"), [
+    ({"lora_target_modules": ["q_proj", "v_prj"]},
+     ["lora.lora_target_modules: unknown module 'v_prj'; did you mean 'v_proj'?"]),
+    ({"lora_target_modules": ["self_attn.q_prj"], "modules_to_save": ["lm_hed"]},
+     ["lora.lora_target_modules: unknown module 'self_attn.q_prj'",
+      "lora.modules_to_save: unknown module 'lm_hed'; did you mean 'lm_head'?"]),
+    ({"lora_target_modules": "q_proj"}, ["lora.lora_target_modules = 'q_proj': fits no module's whole name"]),
+])
+def test_modules_that_the_model_lacks_are_told(options: dict, told: list, tmp_path: Any) -> None:
+    """peft drops a name that fits nothing without a word, as long as another one fits."""
+    with pytest.raises(ConfigError) as caught:
+        trainer_of("sft", tmp_path, use_peft=True, **options)
+    assert len(caught.value.faults) == len(told)
+    assert all(fault.startswith(start) for fault, start in zip(caught.value.faults, told, strict=True))
+
+
+@pytest.mark.parametrize("targets", [["self_attn.q_proj", "down_proj"], r".*\.q_proj", "all-linear", None])
+def test_modules_are_named_by_the_end_of_their_path_or_by_a_pattern(targets: Any, tmp_path: Any) -> None:
+    model = trainer_of("sft", tmp_path, use_peft=True, lora_target_modules=targets, modules_to_save=["lm_head"]).model
+    assert any("q_proj.lora_A" in name for name, _ in model.named_parameters())
+
+
 def test_too_few_prompts_for_a_round_of_generation(tmp_path: Any) -> None:
     with pytest.raises(DataError, match="1 prompts, but one round of generation takes 2"):
         trainer_of("grpo", tmp_path, count=1, batch_size=8)
