@@ -212,8 +212,9 @@ class AlignTrainer:
         summary = self._summary(outcome)
         run.write_summary(summary)
         plotted = f"; {', '.join(path.name for path in drawn)}" if drawn else ""
+        last = describe(self._metrics.last)
         say(f"{outcome.status}: step {summary['steps']} of {summary['max_steps']} in "
-            f"{duration(summary['wall_seconds'])}, {describe(self._metrics.last)}; run in {run.path}{plotted}")
+            f"{duration(summary['wall_seconds'])}{last and ', '}{last}; run in {run.path}{plotted}")
 
     def _summary(self, outcome: _Outcome) -> dict[str, Any]:
         metrics, state = self._metrics, self.trainer.state
