@@ -263,6 +263,7 @@ def test_trainer_options_of_a_wrong_type_are_all_told_at_creation(tmp_path: Any)
     right = {"max_grad_norm": 1, "optim_args": None, "lr_scheduler_kwargs": {"a": 1}, "dataloader_num_workers": 0,
              "label_names": ["labels"], "save_only_model": True, "hub_strategy": "end", "neftune_noise_alpha": 5.0}
     args = trainer_of("sft", tmp_path, trainer_options=right).args
+    assert trainer_of("sft", tmp_path, trainer_options={"max_grad_norm": None}).args.max_grad_norm is None
     assert args.max_grad_norm == 1 and args.lr_scheduler_kwargs == {"a": 1} and args.save_only_model is True
     wrong = {"max_grad_norm": "x", "dataloader_num_workers": 1.5, "save_only_model": "no", "label_names": "labels",
              "neftune_noise_alpha": True, "accelerator_config": 3}
