@@ -16,6 +16,8 @@ METHODS: dict[str, tuple[str, str, set[str]]] = {
     "head": ("eager", "torch.compile", {"trl chunked", "liger fused", "liger"}),
     "lora": ("eager PEFT", "torch.compile of PEFT", set()),
     "nf4": ("eager", "torch.compile", {"bitsandbytes"}),
+    "fp8": ("eager", "torch.compile", set()),
+    "decode": ("eager", "torch.compile", {"products apart"}),
     "adamw": ("torch fused, flat", "torch.compile, flat", {"torch fused, LoRA's tensors"}),
 }
 FIGURES = ("method", "ms", "tflops", "over_gemms", "peak_gib", "loss", "error", "of_bound")

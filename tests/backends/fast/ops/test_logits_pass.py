@@ -165,7 +165,8 @@ def test_kernels_fit_sm_90(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("vocab", "pitch"), [(151_936, 151_936), (50_257, 50_304), (50_257, 50_257)])
+@pytest.mark.parametrize(
+    ("vocab", "pitch"), [(151_936, 151_936), (262_144, 262_144), (50_257, 50_304), (50_257, 50_257)])
 @pytest.mark.parametrize("dtype", ["*bf16", "*fp16", "*fp32"])
 def test_every_class_fits_sm_90(dtype, vocab, pitch):
     both = (False, True)
