@@ -181,7 +181,7 @@ def _members(kind: Any) -> list[Any]:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is None or of the type by which transformers and TRL declare a field: their classes check none."""
+    """Whether a value is None or of the declared type of a field; transformers and TRL do not look."""
     if value is None:  # also of fields that are declared without it (no max_grad_norm clips nothing)
         return True
     for member in _members(kind):
