@@ -42,6 +42,7 @@ OPS = "aligntune/backends/fast/ops"
 TESTS = "tests/backends/fast"
 ALGORITHMS = "aligntune/algorithms"
 OFFLINE = ("tests/algorithms/test_offline_losses.py",)
+REPORTED = "tests/compare/test_report.py"
 
 # target: (file, tests that should notice)
 TARGETS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -68,9 +69,15 @@ TARGETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "logits_pass": (f"{OPS}/_logits_pass.py", (f"{TESTS}/ops/test_logits_pass.py",)),
     "lora_core": (f"{OPS}/_lora_core.py", (f"{TESTS}/ops/test_lora.py", f"{TESTS}/ops/test_lora_mlp.py")),
     "sample": (f"{OPS}/sample.py", (f"{TESTS}/ops/test_sample.py",)),
+    "fp8": (f"{OPS}/fp8.py", (f"{TESTS}/ops/test_fp8.py",)),
+    "attention": (f"{OPS}/attention.py", (f"{TESTS}/ops/test_attention.py",)),
+    "decode_linear": (f"{OPS}/decode_linear.py", (f"{TESTS}/ops/test_decode_linear.py",)),
+    "nucleus": (f"{OPS}/nucleus.py", (f"{TESTS}/ops/test_nucleus.py",)),
     "lora": (f"{OPS}/lora.py", (f"{TESTS}/ops/test_lora.py", f"{TESTS}/ops/test_lora_mlp.py")),
     "compare_stats": ("aligntune/compare/stats.py", ("tests/compare/test_stats.py",)),
     "compare_batches": ("aligntune/compare/batches.py", ("tests/compare/test_batches.py",)),
+    "compare_findings": ("aligntune/compare/findings.py", ("tests/compare/test_findings.py", REPORTED)),
+    "compare_measure": ("aligntune/compare/measure.py", ("tests/compare/test_measure.py", REPORTED)),
     "compare_gradients": ("aligntune/compare/gradients.py", ("tests/compare/test_gradients.py",)),
 }
 KINDS = ("sign", "scale", "off by one", "dropped term", "mean for sum")

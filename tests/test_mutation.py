@@ -81,3 +81,11 @@ def test_the_report_adds_up() -> None:
     assert (report["tried"], report["killed"], report["share"]) == (8, 6, 0.75)
     committed = json.loads(mutation.REPORT.read_text())
     assert mutation.totals(committed["targets"]) == committed
+
+
+def test_the_committed_report_is_of_every_target_and_its_tests() -> None:
+    committed = json.loads(mutation.REPORT.read_text())
+    assert {name: (one["file"], tuple(one["tests"])) for name, one in committed["targets"].items()} == TARGETS
+    assert committed["share"] >= 0.8 and all(one["tried"] >= 4 for one in committed["targets"].values())
+    for one in committed["targets"].values():
+        assert len(one["survivors"]) == one["tried"] - one["killed"]
