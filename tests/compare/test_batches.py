@@ -86,6 +86,11 @@ def test_shifted_masks_are_what_a_shift_would_give() -> None:
     assert {name: mask.tolist() for name, mask in batches.masks(document).items()} == {
         "right": [False, True, True], "mask+1": [False, False, True], "mask-1": [True, True, False],
         "all": [True, True, True]}
+    long = batches.Document(np.arange(5, dtype=np.int32), np.array([-100, 1, 2, -100, 4], dtype=np.int32), 5, 0)
+    found = {name: mask.tolist() for name, mask in batches.masks(long).items()}
+    assert found["right"] == [False, True, True, False, True]
+    assert found["mask+1"] == [False, False, True, True, False]
+    assert found["mask-1"] == [True, True, False, True, False]
 
 
 def test_a_datasets_digest_is_of_its_rows_and_not_of_their_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,16 @@ def test_a_multiple_of_the_losses_is_told_with_its_factor() -> None:
     assert findings.scaled_loss(mine, 1.01 * mine, 0.1) == findings.scaled_loss(mine[:1], 1.01 * mine[:1], 1e-4) == []
 
 
+def test_a_mistake_that_the_oracle_cannot_tell_from_none_is_not_named() -> None:
+    def named(wrong: float, theirs: float) -> list[str]:
+        one, two = arm([2.0, 2.0], [None, None]), arm([theirs, 2.0], [None, None])
+        return [found.kind for found in findings.mask_mistake(one, two, {"right": 2.0, "all": wrong}, 0.1)]
+
+    assert named(2.5, 2.5) == ["mask"] and named(2.5, 2.3) == named(2.08, 2.15) == named(2.5, 2.0) == []
+    assert findings.mask_mistake(arm([9.0], [None]), arm([2.5], [None]), {"right": 2.0, "all": 2.5}, 0.1) == []
+    assert findings.mask_mistake(arm([2.0], [None]), arm([2.5], [None]), None, 0.1) == []
+
+
 @pytest.mark.parametrize(("moved", "kinds"), [(1e-6, []), (1e-3, ["document-leak"])])
 def test_a_leak_is_what_moves_beyond_rounding(moved: float, kinds: list[str]) -> None:
     one = {"label": "fast", "leak": {"documents": 2, "moved": moved, "scale": 8.0}}
