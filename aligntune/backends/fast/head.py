@@ -360,6 +360,11 @@ class _ScoredRows:
         return found.view(-1)
 
 
+def _kept(rows: _ScoredRows | None, given: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    kept = given if rows is None else rows.kept()
+    return None if kept is None else kept.to(device)
+
+
 def _budget(model: nn.Module) -> int | None:
     """Bytes that logits may take: a quarter of what is usual where layers are recomputed to save memory."""
     ours = recompute_of(model)
@@ -408,7 +413,7 @@ def _fused(
     common: dict[str, Any] = {
         "bias": bias, "softcap": options.softcap, "logit_scale": options.logit_scale,
         "temperature": options.temperature, "outputs": options.outputs, "fp32_logits": options.fp32,
-        "kept": rows.kept() if rows is not None else kept, "memory_budget": _budget(model),
+        "kept": _kept(rows, kept, weight.device), "memory_budget": _budget(model),
     }  # fmt: skip
     inputs = hidden.to(weight.device), weight, targets.to(weight.device)
     if loss_over is not None and torch.is_grad_enabled():
@@ -460,16 +465,14 @@ def _plain(
     weight, bias = lm_head.weight, lm_head.bias
     promise(model, "loss head", hidden, weight, bias)
     scored = linear_cross_entropy(
-        hidden.to(weight.device),
-        weight,
-        targets.to(weight.device),
+        hidden.to(weight.device), weight, targets.to(weight.device),
         bias=bias,
         softcap=options.softcap,
         logit_scale=options.logit_scale,
         num_items_in_batch=num_items_in_batch,
-        kept=rows.kept() if rows is not None else kept,
+        kept=_kept(rows, kept, weight.device),
         memory_budget=_budget(model),
-    )
+    )  # fmt: skip
     parts: dict[str, Any] = {
         "loss": scored.loss,
         "past_key_values": backbone.past_key_values,

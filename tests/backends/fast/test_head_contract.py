@@ -118,6 +118,28 @@ def test_rows_left_out_change_nothing(bucket, monkeypatch):
         assert seen[0].shape == (8,) and seen[0][:5].tolist() == wanted.view(-1).tolist() and (seen[0][5:] == -1).all()
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_everything_goes_to_the_device_of_the_heads_weight(fused, monkeypatch):
+    """Layers spread over devices by `device_map`: labels and the rows that count come in on the first."""
+    class Reached(Exception):
+        pass
+
+    def head(*tensors, kept, **options):
+        assert [t.device.type for t in (*tensors, kept)] == ["meta"] * 4
+        raise Reached
+
+    model = one_layer("llama")
+    add_fused_lm_head(model)
+    attach(model)
+    model.lm_head.to("meta")
+    monkeypatch.setattr(head_module, "token_log_probs" if fused else "linear_cross_entropy", head)
+    monkeypatch.setattr(head_module, "_BUCKET", 4)
+    inputs = batch()
+    inputs["labels"][:, :7] = -100
+    with pytest.raises(Reached):
+        model(**inputs, **({"fused_lm_head": True} if fused else {}))
+
+
 def test_the_caller_may_know_which_rows_count():
     ours, theirs = twins()
     inputs = batch()
