@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,7 +106,7 @@ def _lines_of_json(path: Path, text: str) -> Rows:
 
 def _array_rows(path: Path, text: str, at: int) -> Rows:
     decode = json.JSONDecoder().raw_decode
-    rows: list[Row | BadRow] = []
+    values: list[Any] = []
     lines: list[int] = []
     line = text.count("\n", 0, at) + 1
     at, line = _skip(text, at + 1, line)
@@ -118,7 +119,7 @@ def _array_rows(path: Path, text: str, at: int) -> Rows:
         except json.JSONDecodeError as error:
             # Inside an array nothing says where the next row starts, so what follows cannot be skipped to.
             raise DataError(f"{path}:{error.lineno}: JSON: {error.msg} (column {error.colno})") from error
-        rows.append(_row(value, f"{path}:{line}"))
+        values.append(value)
         lines.append(line)
         line += text.count("\n", at, end)
         at, line = _skip(text, end, line)
@@ -126,7 +127,9 @@ def _array_rows(path: Path, text: str, at: int) -> Rows:
             at, line = _skip(text, at + 1, line)
     if text[at + 1 :].strip():
         raise DataError(f"{path}:{line}: JSON: something follows the closing ] of the array")
-    return from_list(path.name, rows, lambda i: f"{path}:{lines[i]}")
+    shared = {line for line, count in Counter(lines).items() if count > 1}  # json.dump writes all rows on one line
+    places = [f"{path}:{line}" + (f", row {i}" if line in shared else "") for i, line in enumerate(lines)]
+    return from_list(path.name, [_row(*one) for one in zip(values, places, strict=True)], places.__getitem__)
 
 
 def _skip(text: str, at: int, line: int) -> tuple[int, int]:

@@ -197,26 +197,27 @@ class Worker:
 
     def run(self, chunk: list[tuple[str, Row | BadRow]]) -> list[Row]:
         """The prepared rows of a chunk; bad ones go to the tally."""
-        work: list[tuple[str, Row, list[Example], list[list[Rendered]]]] = []
-        bad: dict[str, BadRow] = {}
-        for where, row in chunk:
+        work: list[tuple[int, Row, list[Example], list[list[Rendered]]]] = []
+        bad: dict[int, BadRow] = {}  # by position: `where` need not be the row's alone
+        for at, (where, row) in enumerate(chunk):
             if isinstance(row, BadRow):
-                bad[where] = row
+                bad[at] = row
                 continue
             try:
                 examples = self.plan.convert(row)
-                work.append((where, row, examples, [self._render(example) for example in examples]))
+                work.append((at, row, examples, [self._render(example) for example in examples]))
             except RowFault as fault:
-                bad[where] = BadRow(where, fault.field, fault.why, row)
+                bad[at] = BadRow(where, fault.field, fault.why, row)
         encoded = iter(self.encoder.encode([r for _, _, _, parts in work for part in parts for r in part]))
         found: list[tuple[Built, Example]] = []
-        for where, row, examples, parts in work:
+        for at, row, examples, parts in work:
+            where = chunk[at][0]
             replies = [[next(encoded) for _ in part] for part in parts]
             try:
                 found.extend(self._build(where, examples, parts, replies))
             except RowFault as fault:
-                bad[where] = BadRow(where, fault.field, fault.why, row)
-        self.tally.bad.extend(bad[where] for where, _ in chunk if where in bad)
+                bad[at] = BadRow(where, fault.field, fault.why, row)
+        self.tally.bad.extend(bad[at] for at in sorted(bad))
         if self.request.takes == "unpaired":  # good completions first, as TRL orders what it unpairs
             found.sort(key=lambda one: not one[1].extra["label"])
         return [built.columns for built, _ in found]

@@ -19,7 +19,8 @@ class BadRow:
     """One row that cannot be trained, shown as `where: field: why`.
 
     Args:
-        where: `file:line`, lines counted from 1; for sources without lines `name: row N`, rows counted from 0.
+        where: `file:line`, lines counted from 1; for sources without lines `name: row N`, rows counted from 0; where
+            rows of a JSON array share a line `file:line, row N`.
         field: the column, or the format ("JSON") where the row could not be read.
         why: what is wrong with it.
         row: the row itself.

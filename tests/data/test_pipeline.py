@@ -69,6 +69,26 @@ def test_every_row_is_trained_or_reported(takes, policy, tmp_path):
 
 
 @pytest.mark.parametrize("takes", list(ENEMIES))
+def test_rows_of_a_json_array_on_one_line_are_told_apart(takes, tmp_path):
+    """As json.dump writes them."""
+    good, bad = ENEMIES[takes]
+    rows = [*good, *bad, 3, *good]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(rows))
+    report = prepared(str(path), takes, "llama3.1", on_bad_row="skip", max_seq_length=200).report
+    assert report.rows_trained == 2 * len(good)
+    assert [one.where for one in report.bad] == [f"{path}:1, row {len(good) + at}" for at in range(len(bad) + 1)]
+    assert [one.row for one in report.bad] == [*bad, 3]
+
+
+def test_a_row_that_is_taken_twice_is_reported_twice(tmp_path):
+    path = jsonl(tmp_path / "data.jsonl", [*data.MESSAGES, {"messages": None}])
+    last = f"train[{len(data.MESSAGES)}:]"
+    report = prepared(str(path), "sft", "llama3.1", on_bad_row="skip", split=f"train+{last}").report
+    assert (report.rows_read, report.rows_trained, len(report.bad)) == (len(data.MESSAGES) + 2, len(data.MESSAGES), 2)
+
+
+@pytest.mark.parametrize("takes", list(ENEMIES))
 def test_bad_rows_stop_the_run_by_default_all_at_once(takes, tmp_path):
     good, bad = ENEMIES[takes]
     path = jsonl(tmp_path / "data.jsonl", [*good, *bad])
