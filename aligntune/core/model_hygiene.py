@@ -56,6 +56,18 @@ def forget_patched_forward(model: nn.Module) -> int:
     return len(found)
 
 
+def forget_reference_adapter(model: nn.Module) -> bool:
+    """Remove the adapter "ref" under which TRL keeps, on a PEFT model, the reference that it began with.
+
+    Its next trainer would fail to add one, and the reference is to be what this model is now.
+    """
+    adapters = getattr(model, "peft_config", {})
+    if "ref" not in adapters or "default" not in adapters:
+        return False
+    model.delete_adapter("ref")
+    return True
+
+
 @contextlib.contextmanager
 def plain_forward(model: Model) -> Iterator[Model]:
     """`model` with its class's own `forward` in every module, for the block; what was there is put back after."""

@@ -15,7 +15,7 @@ from aligntune.backends.trl.options import trl_config
 from aligntune.backends.trl.ppo_build import value_model
 from aligntune.backends.trl.reward_model import load_reward_model
 from aligntune.backends.trl.trainers import TRAINERS, reference_from_memory
-from aligntune.core.model_hygiene import copy_model, detach_backends, forget_patched_forward
+from aligntune.core.model_hygiene import copy_model, detach_backends, forget_patched_forward, forget_reference_adapter
 from aligntune.errors import ConfigError, DataError
 from aligntune.rewards.overlong import SoftOverlong
 
@@ -43,6 +43,8 @@ def build(job: Job, prepared: Prepared, *, trainers: Mapping[str, type] = TRAINE
     # Another trainer's patched forward would stay under this one's, and follow that trainer's model.
     detach_backends(model)
     forget_patched_forward(model)
+    if forget_reference_adapter(model):
+        job.notices.append("the adapter 'ref', the reference of an earlier trainer, is removed from the model")
     rewards = _rewards(job, precision, prepared.tokenizer) if job.spec.online else []
     args = trl_config(job, precision, eval_rows=len(prepared.eval) if prepared.eval is not None else 0)
     if job.spec.name == "dapo":

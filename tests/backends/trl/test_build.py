@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 
 from aligntune import create_sft_trainer
 from aligntune.algorithms import ALGORITHMS as TABLE
@@ -222,6 +223,24 @@ def test_a_model_on_loan_from_another_trainer_trains_as_a_fresh_one(algorithm: s
     again.train()
     for (name, one), (_, two) in zip(fresh.model.named_parameters(), again.model.named_parameters(), strict=True):
         assert torch.equal(one, two), name
+
+
+@pytest.mark.parametrize("second", ["sft", "dpo", "kto", "grpo", "rloo"])
+def test_adapters_that_another_trainer_had_get_a_reference_of_their_own(second: str, tmp_path: Any) -> None:
+    """TRL leaves the first reference on the model, as an adapter "ref", and then fails to add another."""
+    model = get_peft_model(tiny.llama(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    trainer_of("dpo", tmp_path / "first", model, learning_rate=0.1).train()
+    left = {name: value.clone() for name, value in model.named_parameters() if ".ref." in name}
+    trained = {name: value.clone() for name, value in model.named_parameters() if ".default." in name}
+    assert left and any(not torch.equal(value, trained[name.replace(".ref.", ".default.")])
+                        for name, value in left.items())
+    job = job_of(second, tmp_path / "second", model, **({"beta": 0.1} if second in ("grpo", "rloo") else {}))
+    trainer = build(job, Prepared(tiny.tokenizer(), rows(second), None)).trainer
+    reference = {name: value for name, value in model.named_parameters() if ".ref." in name}
+    assert bool(reference) == (second != "sft")
+    assert all(torch.equal(value, trained[name.replace(".ref.", ".default.")]) for name, value in reference.items())
+    assert any("adapter 'ref'" in notice for notice in job.notices)
+    assert trainer.train().global_step == 3
 
 
 def test_nothing_is_reported_to_the_hub(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
