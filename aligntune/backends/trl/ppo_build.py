@@ -41,7 +41,7 @@ def value_model(job: Job, model: Any, precision: Precision, peft_config: LoraCon
         scorer = next((reward for reward in rewards if isinstance(reward, RewardModel)), None)
         if scorer is None:
             raise ConfigError("loss.value_model_name = 'reward': there is no reward_model_name to copy")
-        critic = copy_model(scorer.model)
+        critic = _merged(copy_model(scorer.model))
     else:
         critic = _load(weights_of(job, "value_model_name"), job, precision) if isinstance(wanted, str) else wanted
         detach_backends(critic)
@@ -58,6 +58,23 @@ def value_model(job: Job, model: Any, precision: Precision, peft_config: LoraCon
     else:
         critic.float().requires_grad_(True)
     return critic
+
+
+def _merged(model: Any) -> Any:
+    """A copy of a reward model that was loaded with its adapters: these added to its weights, its own head in place."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    if hasattr(model, "merge_and_unload"):  # an object that the user wrapped
+        return model.merge_and_unload(safe_merge=True)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+            model.set_submodule(path, module.get_base_layer())
+        elif isinstance(module, ModulesToSaveWrapper):
+            model.set_submodule(path, module.modules_to_save[module.active_adapters[0]])
+    vars(model).pop("peft_config", None)
+    return model
 
 
 def _check(critic: Any, wanted: Any, model: Any) -> None:

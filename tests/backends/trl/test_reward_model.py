@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from aligntune import create_reward_trainer, create_rl_trainer
 from aligntune.backends.trl.reward_model import RewardModel
 from aligntune.errors import AlignTuneError, ConfigError
-from tests.backends.trl.ppo_cases import PROMPTS, distinct, job, reward_model
+from tests.backends.trl.ppo_cases import PROMPTS, distinct, job, moved, reward_model, weights
 from tests.core import tiny
 
 TURNS = ["count to 3:", "say something longer than that:", "x"]
@@ -196,6 +197,31 @@ def test_adapters_score_with_the_head_that_was_saved_with_them(adapters: Any, tm
     with model.disable_adapter():  # both the adapters and the head are part of the score
         assert one_by_one(model, tiny.tokenizer(), ["ab"])[0] != pytest.approx(scorer(["a"], ["b"])[0], abs=1e-2)
     assert not any(parameter.requires_grad for parameter in scorer.model.parameters())
+
+
+@pytest.mark.parametrize("by_path", [True, False], ids=["path", "object"])
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_a_critic_that_starts_from_adapters_has_them_merged(
+    adapters: Any, use_peft: bool, by_path: bool, tmp_path: Any
+) -> None:
+    model, folder = adapters
+    reward = str(folder) if by_path else copy.deepcopy(model)
+    run = job(tmp_path / "run", reward_model_name=reward, value_model_name="reward", use_peft=use_peft,
+              max_steps=2, learning_rate=1e-2, **({"lora_r": 2} if use_peft else {}))
+    before = weights(run.trainer)
+    whole = model.merge_and_unload()
+    assert torch.equal(before["critic.head.weight"], whole.score.weight)
+    queries = [value for name, value in before.items()
+               if name.startswith("critic.") and name.endswith(("q_proj.weight", "q_proj.base_layer.weight"))]
+    assert len(queries) == len(whole.model.layers)
+    for layer, query in zip(whole.model.layers, queries, strict=True):
+        assert torch.allclose(query, layer.self_attn.q_proj.weight, atol=1e-6)
+    run.train()
+    critics = {name for name in moved(before, weights(run.trainer)) if name.startswith("critic.")}
+    assert any("lora_" in name for name in critics) == use_peft
+    assert any("mlp" in name and "lora_" not in name for name in critics) != use_peft
+    (scorer,) = run.trainer.reward_funcs
+    assert any("lora_" in name for name, _ in scorer.model.named_parameters())  # the scorer keeps its own
 
 
 @pytest.mark.parametrize(("part", "words"), [
