@@ -36,7 +36,8 @@ def largest(
     Rows are of exactly max_seq_length random tokens. Found to within 1/16 of its size.
 
     Returns:
-        {"value", "tried"}: None if even `start` halved down to 1 does not fit; every value tried and whether it fitted.
+        {"value", "tried", "ended"}: None if even `start` halved down to 1 does not fit; every value tried and whether it
+        fitted; what ended the search before that, where it was not memory: `value` is the largest seen until then.
     """
     tried: dict[int, bool] = {}
 
@@ -47,17 +48,21 @@ def largest(
             tried[value] = _ran(runner(spec, arm), spec)
         return tried[value]
 
-    low, high = 0, start
-    while high <= MOST[what] and fits(high):
-        low, high = high, high * 2
-    while low == 0 and high > 1:
-        high //= 2
-        if fits(high):
+    low, high, ended = 0, start, None
+    try:
+        while high <= MOST[what] and fits(high):
             low, high = high, high * 2
-    while low and high - low > max(1, low // 16) and high <= MOST[what]:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return {"value": low or None, "tried": dict(sorted(tried.items()))}
+        while low == 0 and high > 1:
+            high //= 2
+            if fits(high):
+                low, high = high, high * 2
+        while low and high - low > max(1, low // 16) and high <= MOST[what]:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+    except ComparisonError as error:  # the comparison itself is done, and is worth its report
+        ended = str(error).splitlines()[-1].strip()
+        say(f"{role}: the search ends: {ended}")
+    return {"value": low or None, "tried": dict(sorted(tried.items())), "ended": ended}
 
 
 def _trial(settings: Settings, run: Run, folder: Path, option: str, value: int, *, seed: int) -> ArmSpec:

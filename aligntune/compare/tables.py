@@ -102,7 +102,10 @@ def _memory(report: Report) -> Table | None:
     if fits:
         rows.append(_row(f"largest {fits['what']}, rows full", fits["a"]["value"], fits["b"]["value"], "{:,.0f}"))
     note = "" if a["peak_allocated"] is not None else "No card: peaks are those of the process, activations not known."
-    return Table("Memory", ("GiB", *_labels(report), "b / a"), [row for row in rows if row[1] or row[2]], note)
+    for role in ("a", "b") if fits else ():
+        if fits[role]["ended"] is not None:
+            note += f" The search for the largest {fits['what']} of {role} ended early: {fits[role]['ended']}."
+    return Table("Memory", ("GiB", *_labels(report), "b / a"), [row for row in rows if row[1] or row[2]], note.strip())
 
 
 def _checks(report: Report) -> Table | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_an_arm_of_too_many_rows_does_not_fit(tmp_path: Path, monkeypatch: pytes
     settings = Settings("x", config, {}, read_arm("trl"), read_arm("trl"))
     found = largest(settings, settings.a, "a", "batch", tmp_path, start=4, seed=0, runner=in_this_process,
                     say=lambda _: None)
-    assert found == {"value": 5, "tried": {4: True, 5: True, 6: False, 8: False}}
+    assert found == {"value": 5, "tried": {4: True, 5: True, 6: False, 8: False}, "ended": None}
     options = {"backend": "trl", "batch_size": 6, "output_dir": str(tmp_path / "run")}
     failed = outcome(ArmSpec("a", "a", 0, config, options, str(tmp_path), 0, probe=False))
     assert (failed["kind"], failed["exit_code"]) == ("GpuMemoryError", 11) and "batch_size" in failed["message"]
@@ -80,9 +81,18 @@ def test_an_arm_of_too_many_rows_does_not_fit(tmp_path: Path, monkeypatch: pytes
 
 def test_another_error_is_no_answer(tmp_path: Path) -> None:
     settings = Settings("x", {}, {}, read_arm("trl"), read_arm("trl"))
-    with pytest.raises(ComparisonError, match="DataError: no rows"):
-        largest(settings, settings.a, "a", "batch", tmp_path, start=2, seed=0, say=lambda _: None,
-                runner=lambda *_: {"status": "error", "kind": "DataError", "message": "no rows"})
+    said: list[str] = []
+
+    def card(spec: Any, _: Any) -> dict[str, Any]:
+        if (value := spec.overrides["batch_size"]) == 6:
+            raise ComparisonError("arm 'a' ended; log.txt:\n  the last words")
+        return {"status": "ok"} if value < 6 else {"status": "error", "kind": "DataError", "message": "no rows"}
+
+    search_from = functools.partial(largest, settings, settings.a, "a", "batch", tmp_path, seed=0, say=said.append)
+    assert search_from(start=2, runner=card) == {
+        "value": 4, "tried": {2: True, 4: True}, "ended": "arm 'trl': DataError: no rows"}
+    assert search_from(start=6, runner=card) == {"value": None, "tried": {}, "ended": "the last words"}
+    assert said[-1] == "a: the search ends: the last words"
 
 
 def test_without_a_card_the_question_has_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
