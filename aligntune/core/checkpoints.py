@@ -212,7 +212,10 @@ def _base_weights(model: Any) -> dict[str, Any]:
     if not hasattr(model, "peft_config"):
         return {}
     digest, dtypes = hashlib.sha256(), set()
-    frozen = [(name, value) for name, value in model.named_parameters() if not value.requires_grad]
+    # An adapter that does not train (TRL's reference) is in the checkpoint, and comes from there.
+    adapters = tuple(f".{name}." for name in model.peft_config)
+    frozen = [(name, value) for name, value in model.named_parameters()
+              if not value.requires_grad and not any(adapter in f"{name}." for adapter in adapters)]
     for name, value in frozen[:: max(1, len(frozen) // 16)]:
         sample = value.detach().reshape(-1)[:256].cpu()
         dtypes.add(str(value.dtype))

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-from aligntune import create_sft_trainer
+from aligntune import create_rl_trainer, create_sft_trainer
 from aligntune.algorithms import ALGORITHMS as TABLE
 from aligntune.backends.base import Prepared, require
 from aligntune.backends.trl.build import build
@@ -241,6 +241,26 @@ def test_adapters_that_another_trainer_had_get_a_reference_of_their_own(second: 
     assert all(torch.equal(value, trained[name.replace(".ref.", ".default.")]) for name, value in reference.items())
     assert any("adapter 'ref'" in notice for notice in job.notices)
     assert trainer.train().global_step == 3
+
+
+def test_a_run_of_given_adapters_is_resumed_with_its_reference(tmp_path: Any) -> None:
+    """The reference is in the checkpoint: that of the adapters given now is another, and does not count."""
+    def made(seed: int, **options: Any) -> Any:
+        config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+        model = tiny.llama()
+        torch.manual_seed(seed)
+        pairs = [{"prompt": f"{i}?", "chosen": f"{i} yes", "rejected": f"{i} no"} for i in range(16)]
+        return create_rl_trainer(
+            get_peft_model(model, config), pairs, algorithm="dpo", backend="trl", tokenizer_name=tiny.tokenizer(),
+            batch_size=4, learning_rate=1e-2, lr_scheduler="constant", report_to="none", **options)
+
+    whole = made(1, max_steps=3, output_dir=str(tmp_path / "whole"))
+    whole.train()
+    made(1, max_steps=2, output_dir=str(tmp_path / "run")).train()
+    resumed = made(2, max_steps=3, output_dir=str(tmp_path / "run"), resume=True)
+    assert resumed.train().global_step == 3
+    for (name, one), (_, two) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
+        assert torch.equal(one, two), name
 
 
 def test_nothing_is_reported_to_the_hub(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
