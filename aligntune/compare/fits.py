@@ -36,8 +36,8 @@ def largest(
     Rows are of exactly max_seq_length random tokens. Found to within 1/16 of its size.
 
     Returns:
-        {"value", "tried", "ended"}: None if even `start` halved down to 1 does not fit; every value tried and whether it
-        fitted; what ended the search before that, where it was not memory: `value` is the largest seen until then.
+        {"value", "tried", "ended"}: None if even `start` halved down to 1 does not fit; every value tried and whether
+        it fitted; what ended the search where it was not memory: `value` is the largest seen until then.
     """
     tried: dict[int, bool] = {}
 

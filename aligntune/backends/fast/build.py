@@ -49,7 +49,7 @@ def build(job: Job, prepared: Prepared) -> Built:
             `base_precision="fp8"` cannot be had.
         UnsupportedAlgorithmError: `trainer_options` ask for ratios of whole sequences.
     """
-    built = build_trl(job, prepared, trainers=FAST_TRAINERS)
+    built = build_trl(job, prepared, trainers=FAST_TRAINERS, data_parallel=False)  # replicas would run ours on one GPU
     try:
         return _with_kernels(job, prepared, built)
     except AlignTuneError:

@@ -159,6 +159,24 @@ def test_replicas_of_one_process_are_refused():
     assert attach_trainer(trainer).attached
 
 
+def test_one_process_on_a_machine_with_several_gpus_trains_on_one(tmp_path, monkeypatch, capsys):
+    from aligntune import create_sft_trainer
+    from aligntune.backends.trl import build
+
+    def two_gpus(*args, **kwargs):
+        made = trl_config(*args, **kwargs)
+        made._n_gpu = 2
+        return made
+
+    trl_config = build.trl_config
+    monkeypatch.setattr(build, "trl_config", two_gpus)
+    options = {"batch_size": 3, "max_steps": 1, "max_samples": 6, "use_peft": True, "output_dir": tmp_path / "run"}
+    made = create_sft_trainer("builtin:tiny", "builtin:arithmetic", backend="fast", **options)
+    assert made.trainer.args.n_gpu == 1 and made.trainer.args.train_batch_size == 3
+    made.train()  # notices are said when it begins
+    assert "2 GPUs: this process trains on cpu alone; `aligntune launch RECIPE`" in capsys.readouterr().err
+
+
 def test_a_model_that_accelerate_prepared_before_attach(tmp_path):
     """bf16 autocast wraps the instance's forward; ours goes inside it, and detach leaves it as it was."""
     trainer = tiny.sft(tmp_path, max_steps=1, bf16=True)
