@@ -58,7 +58,7 @@ def run(part: str, arguments: list[str], workers: int, commit: str | None = None
         f"date: {datetime.date.today()}", f"commit: {commit}",
         f"machine: {platform.machine()}, {os.cpu_count()} cores, {workers} processes{_card(part)}",
         f"python {platform.python_version()}, {versions}", f"command: python {' '.join(command)}", "",
-        *done.stdout.replace(f"{Path.cwd()}/", "").splitlines()[-_SHOWN:],
+        *re.sub(r"(/[^/\s]+)+/site-packages/", "", done.stdout).replace(f"{Path.cwd()}/", "").splitlines()[-_SHOWN:],
     ])
 
 

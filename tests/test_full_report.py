@@ -43,12 +43,14 @@ def test_the_part_for_a_card_is_every_test_that_wants_one(monkeypatch):
 
     def ran(command, **_):
         seen.append(command)
-        return subprocess.CompletedProcess(command, 0, stdout="2 passed in 1s\n")
+        text = f"/opt/env/lib/python3.12/site-packages/peft/a.py:3: UserWarning\n{Path.cwd()}/tests/a.py\n2 passed in 1s\n"
+        return subprocess.CompletedProcess(command, 0, stdout=text)
 
     monkeypatch.setattr(full_report.subprocess, "run", ran)
     monkeypatch.setattr(full_report, "_card", lambda part: ", a card" if part == full_report.GPU else "")
     _, section = full_report.run("gpu", [], 2, commit="abc")
     assert seen[0][seen[0].index("-m", 3) + 1] == "gpu" and seen[0][-1] == "tests" and "processes, a card" in section
+    assert section.endswith("\npeft/a.py:3: UserWarning\ntests/a.py\n2 passed in 1s")
     _, section = full_report.run("compare", [], 2, commit="abc")
     assert "not gpu" in seen[-1][seen[-1].index("-m", 3) + 1] and "a card" not in section
     full_report.run("two_gpus", [], 2, commit="abc")
