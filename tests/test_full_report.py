@@ -43,8 +43,8 @@ def test_the_part_for_a_card_is_every_test_that_wants_one(monkeypatch):
 
     def ran(command, **_):
         seen.append(command)
-        text = f"/opt/env/lib/python3.12/site-packages/peft/a.py:3: UserWarning\n{Path.cwd()}/tests/a.py\n2 passed in 1s\n"
-        return subprocess.CompletedProcess(command, 0, stdout=text)
+        text = f"/opt/env/lib/python3.12/site-packages/peft/a.py:3: UserWarning\n{Path.cwd()}/tests/a.py\n"
+        return subprocess.CompletedProcess(command, 0, stdout=text + "2 passed in 1s\n")
 
     monkeypatch.setattr(full_report.subprocess, "run", ran)
     monkeypatch.setattr(full_report, "_card", lambda part: ", a card" if part == full_report.GPU else "")
