@@ -279,27 +279,53 @@ def learning_of(algorithm: str) -> Callable[[Report], str]:
 
 
 def sft_summary(*reports: Report) -> str:
-    """A row a workload: the quickest arm of fast with its base as loaded, and the quickest of its peers."""
-    rows, cards = [], set()
+    """A row a workload: the quickest arm of fast with its base as loaded, and the quickest of its peers.
+
+    Then those that need the least memory, where that is another arm of fast.
+    """
+    quick, small, cards = [], [], set()
     for report in reports:
         measured = [entry for entry in report["rows"] if "tokens_per_s" in entry and "fp8" not in entry["arm"]]
-        arms = [max((one for one in measured if one["arm"].startswith("fast") == ours), default=None,
-                    key=lambda one: one["tokens_per_s"]) for ours in (True, False)]  # fmt: skip
-        if None in arms:
+        ours, theirs = ([one for one in measured if one["arm"].startswith("fast") == mine] for mine in (True, False))
+        if not ours or not theirs:
             continue
         cards.add(report["device"])
-        fast, peer = arms
-        ratio = _interval(peer["over_this"]) if "over_this" in peer and measured[0] is fast else (
-            f"{fast['tokens_per_s'] / peer['tokens_per_s']:.2f}x")
-        name = peer["arm"].partition("-")[0]
-        version = peer["versions"].get({"liger": "liger-kernel"}.get(name, name), "")
-        rows.append([
-            SFT_ROWS[fast["row"]], f"{fast['tokens_per_s']:,.0f}", f"{fast['peak_gib']:.1f}",
-            f"{peer['arm']} {version}".strip(), f"{peer['tokens_per_s']:,.0f}", f"{peer['peak_gib']:.1f}", ratio,
-        ])  # fmt: skip
-    head = ["SFT step", "fast, tokens/s", "peak GiB", "quickest peer measured", "tokens/s", "peak GiB", "fast is"]
+        fast, peer = (max(arms, key=lambda one: one["tokens_per_s"]) for arms in (ours, theirs))
+        told = _interval(peer["over_this"]) if "over_this" in peer and measured[0] is fast else None
+        quick.append(_beside(SFT_ROWS[fast["row"]], fast, peer, told))
+        least, least_peer = (min(arms, key=lambda one: one["peak_gib"]) for arms in (ours, theirs))
+        if least["peak_gib"] < fast["peak_gib"]:
+            small.append(_beside(f"{SFT_ROWS[fast['row']]}, least memory", least, least_peer, None))
+    head = ["SFT step", "fast, tokens/s", "peak GiB", "best peer measured", "tokens/s", "peak GiB", "fast is"]
     cards_and_shape = f"{', '.join(sorted(cards))}; random weights; the Llama 1B shape where no other is named."
-    return markdown(head, rows) + f"\n{cards_and_shape}\n"
+    return markdown(head, [*quick, *small]) + f"\n{cards_and_shape}\n"
+
+
+def rl_summary(*reports: Report) -> str:
+    """A row a workload: the arm of fast and the quickest peer that ran beside it."""
+    rows, cards = [], set()
+    for report in reports:
+        fast, *others = [entry for entry in report["rows"] if "why" not in entry]
+        if not fast["arm"].startswith("fast") or not others:
+            continue
+        cards.add(report["device"])
+        peer = min(others, key=lambda one: one["step_ms"]["p50"])
+        label = peer["arm"].partition("-")[0]
+        rows.append([
+            RL_ROWS[fast["row"]], f"{fast['step_ms']['p50']:,.0f}", f"{fast['peak_gib']:.1f}",
+            f"{peer['arm']} {peer['versions'].get(label, '')}".strip(), f"{peer['step_ms']['p50']:,.0f}",
+            f"{peer['peak_gib']:.1f}", _interval(peer["over_this"]),
+        ])  # fmt: skip
+    head = ["whole step, LoRA 1B", "fast, ms", "peak GiB", "quickest peer measured", "ms", "peak GiB", "fast is"]
+    return markdown(head, rows) + f"\n{', '.join(sorted(cards))}; random weights.\n"
+
+
+def _beside(name: str, fast: dict[str, Any], peer: dict[str, Any], ratio: str | None) -> list[str]:
+    label = peer["arm"].partition("-")[0]
+    version = peer["versions"].get({"liger": "liger-kernel"}.get(label, label), "")
+    return [name, f"{fast['tokens_per_s']:,.0f}", f"{fast['peak_gib']:.1f}", f"{peer['arm']} {version}".strip(),
+            f"{peer['tokens_per_s']:,.0f}", f"{peer['peak_gib']:.1f}",
+            ratio or f"{fast['tokens_per_s'] / peer['tokens_per_s']:.2f}x"]
 
 
 RECIPES = ("sft", "reward", "dpo", "ipo", "kto", "orpo", "simpo", "cpo", "ppo", "rloo", "grpo", "gspo", "dapo",
@@ -309,7 +335,8 @@ SFT_ROWS = {"lora-1b": "LoRA, 4 x 2048", "lora-1b-ragged": "LoRA, 16 ragged rows
             "qlora-8b": "QLoRA 8B, 2 x 2048", "lora-4b": "LoRA 4B, 4 x 2048", "lora-1b-16k": "LoRA, 1 x 16,384"}
 
 LEARNT = ("grpo", "ppo", "dapo", "rloo", "dr_grpo")
-RL_ROWS = ("dpo-1b", "grpo-1b", "ppo-1b", "dapo-1b", "grpo-4b")
+RL_ROWS = {"dpo-1b": "DPO, 8 pairs", "grpo-1b": "GRPO, 64 completions of 256 tokens", "ppo-1b": "PPO, the same",
+           "dapo-1b": "DAPO, the same", "grpo-4b": "GRPO 4B, 64 of up to 1,024"}
 
 # name -> (files, separated by spaces, what makes the table of their reports)
 TABLES: dict[str, tuple[str, Callable[..., str]]] = {
@@ -328,6 +355,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "rollout": ("rollout.json", rollout),
     "parity": ("parity.json", parity),
     **{f"rl-{name}": (f"rl/{name}.json", rl) for name in RL_ROWS},
+    "rl-summary": (" ".join(f"rl/{name}.json" for name in RL_ROWS), rl_summary),
     "learning": ("learning.json", learning),
     **{f"learning-{name}": ("learning.json", learning_of(name)) for name in LEARNT},
     **{f"recipe-{name}": (f"recipes/{name}-builtin.json", recipe) for name in RECIPES},

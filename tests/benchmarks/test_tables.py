@@ -84,7 +84,30 @@ def test_the_summary_takes_the_quickest_of_each_side():
                         measured("unsloth-compiled", 900))  # fmt: skip
     lines = tables.sft_summary(report).splitlines()
     assert lines[2] == "| LoRA, 4 x 2048 | 1,000 | 10.0 | unsloth-compiled 7 | 900 | 10.0 | 1.11x |"
+    assert lines[3] == ""  # no arm of fast needs less
     assert tables.sft_summary(sft_report(measured("trl", 800))).count("\n|") == 1  # nothing to compare
+
+
+def test_the_summary_takes_the_smallest_of_each_side_too():
+    report = sft_report(measured("fast", 1000), measured("fast-offload", 600, peak_gib=3.0), measured("unsloth", 900),
+                        measured("fast-fp8", 2000, peak_gib=1.0), measured("unsloth-gc", 500, peak_gib=4.0))
+    lines = tables.sft_summary(report).splitlines()
+    assert lines[2].endswith("| unsloth 7 | 900 | 10.0 | 1.11x |")
+    assert lines[3] == "| LoRA, 4 x 2048, least memory | 600 | 3.0 | unsloth-gc 7 | 500 | 4.0 | 1.20x |"
+
+
+def test_the_summary_of_online_methods():
+    def row(arm, ms, **more):
+        return {"row": "grpo-1b", "arm": arm, "step_ms": {"p10": 1.0, "p50": ms, "p90": 2.0}, "peak_gib": 20.0,
+                "versions": {"unsloth": "7"}, **more}  # fmt: skip
+
+    over = {"ratio": [9.0, 8.0, 10.0], "significant": True, "pairs": 2}
+    report = sft_report(row("fast", 800.0), row("trl-cb", 20000.0, over_this=over), {"arm": "x", "why": "not here"},
+                        row("unsloth", 7200.0, over_this=over))
+    line = tables.rl_summary(report).splitlines()[2]
+    assert line == ("| GRPO, 64 completions of 256 tokens | 800 | 20.0 | unsloth 7 | 7,200 | 20.0 | "
+                    "9.00x [8.00, 10.00] |")
+    assert tables.rl_summary(sft_report(row("fast", 800.0))).count("\n|") == 1
 
 
 def test_the_plot_shows_the_committed_figures(tmp_path, monkeypatch):
