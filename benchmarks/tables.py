@@ -260,7 +260,8 @@ def learning(report: Report) -> str:
         ])  # fmt: skip
     head = ["last third of the steps", "trl, reward", "fast, reward", "apart (allowed)", "windows within",
             "fast behind at equal seconds", "seconds of trl, fast", "runs at once"]  # fmt: skip
-    return markdown(head, rows) + "\n" + source(report)
+    sources = dict.fromkeys(source(row) for row in report["rows"])
+    return markdown(head, rows) + "\n" + "\n".join(sources)
 
 
 def learning_of(algorithm: str) -> Callable[[Report], str]:
@@ -273,7 +274,7 @@ def learning_of(algorithm: str) -> Callable[[Report], str]:
         image = f"![{algorithm}-builtin on backends trl and fast](../assets/curves/learning-{algorithm}.svg)"
         told = ("Both backends from one SFT model a seed, on the same prompts; lines are means over seeds, bands twice "
                 "their deviation. What is allowed: [Benchmarks](../benchmarks.md#learning).")
-        return f"{image}\n\n{told}\n\n" + learning({**report, **rows[0], "rows": rows})
+        return f"{image}\n\n{told}\n\n" + learning({"rows": rows})
 
     return made
 

@@ -168,6 +168,18 @@ def report(tmp_path: Path) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
+def test_another_run_keeps_the_other_algorithms_rows(tmp_path: Path, report: dict[str, Any]) -> None:
+    """And a new row of an algorithm takes the place of the old one; the table names both runs."""
+    out = tmp_path / "learning.json"
+    for commit in ("d", "e"):
+        learning.main(["dapo", "--seeds", "2", "--commit", commit * 40, "--json", str(out)], trainer([]))
+    both = json.loads(out.read_text())
+    assert [(row["algorithm"], row["commit"][0]) for row in both["rows"]] == [("grpo", "c"), ("dapo", "e")]
+    assert both["rows"][0] == report["rows"][0]
+    text = tables.learning(both)
+    assert text.count("\nNVIDIA H100; ") == 2 and "commit cccccccccccc" in text and "commit eeeeeeeeeeee" in text
+
+
 def test_the_table(report: dict[str, Any]) -> None:
     lines = tables.learning(report).splitlines()
     last = report["rows"][0]["judgement"]["last_third"]
