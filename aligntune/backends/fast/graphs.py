@@ -27,6 +27,7 @@ from aligntune.backends.fast.ledger import writing_to
 from aligntune.backends.fast.lora import kind_of, read
 from aligntune.backends.fast.packing import IGNORED
 from aligntune.backends.fast.recompute import Recompute, recompute_of, recomputes
+from aligntune.backends.fast.steps import QuickSteps
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -295,7 +296,7 @@ class GraphedModel:
             p.grad = buffer
 
 
-class ReplayedSteps:
+class ReplayedSteps(QuickSteps):
     """Mixin before a transformers Trainer: with `capture`, passes of training go through graphs.
 
     What was captured goes when a training begins: adapters may have been switched since, and which parameters train.

@@ -15,6 +15,7 @@ import torch
 
 from aligntune.backends.fast.memory import GIB, MemoryPlan
 from aligntune.backends.fast.packing import IGNORED
+from aligntune.backends.fast.steps import QuickSteps
 
 _BUCKET = 64
 _FOR_THE_HEAD = ("labels", "shift_labels", "kept")
@@ -110,7 +111,7 @@ def idle_in_pools() -> int:
                if tuple(segment["segment_pool_id"]) != (0, 0))
 
 
-class FlatLogProbs:
+class FlatLogProbs(QuickSteps):
     """Mixin before a GRPOTrainer or RLOOTrainer: with `rows_end_to_end`, log-prob and loss passes compute no padding.
 
     With `memory` the pass of a loss recomputes as many layers as it says; passes without gradients recompute nothing.

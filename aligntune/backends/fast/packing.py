@@ -6,14 +6,18 @@ length is filled up to a bucket, so that few shapes occur; the filling is a row 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 if TYPE_CHECKING:
     from aligntune.backends.fast.attachment import Attachment
 
+Array: TypeAlias = npt.NDArray[np.int64]
 IGNORED = -100
 _ROWS_STEP = 8
 _LEAST_LONGEST = 1024
@@ -49,53 +53,56 @@ class RowsEndToEnd:
     longest: int = _LEAST_LONGEST
     rows: int = 0
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        lengths, ids, labels = [], [], []
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Rows as lists of ints, or as 1-dimensional arrays."""
+        lengths: list[int] = []
+        ids, labels = [], []
         for example in examples:
-            own = list(example.get("seq_lengths") or [len(example["input_ids"])])
-            assert sum(own) == len(example["input_ids"]), "seq_lengths do not add up to the row"
+            row = np.asarray(example["input_ids"], dtype=np.int64)
+            given = example.get("seq_lengths")
+            own = [len(row)] if given is None or not len(given) else [int(length) for length in given]
+            assert sum(own) == len(row), "seq_lengths do not add up to the row"
             lengths += own
-            ids += example["input_ids"]
-            labels += example.get("labels", example["input_ids"])
-        real = len(ids)
+            ids.append(row)
+            labels.append(np.asarray(example["labels"], dtype=np.int64) if "labels" in example else row)
+        real = sum(lengths)
         ragged = len(set(lengths)) > 1
         filling = bucket(real) - real if ragged else 0
         if filling:
             lengths.append(filling)
-            ids += [self.pad_token_id] * filling
-            labels += [IGNORED] * filling
-        return self._tensors(lengths, ids, labels, ragged) | {"num_tokens": real}
+            ids.append(np.full(filling, self.pad_token_id, dtype=np.int64))
+            labels.append(np.full(filling, IGNORED, dtype=np.int64))
+        return self._tensors(lengths, np.concatenate(ids), np.concatenate(labels), ragged) | {"num_tokens": real}
 
-    def _tensors(self, lengths: list[int], ids: list[int], labels: list[int], ragged: bool) -> dict[str, Any]:
-        sizes = torch.tensor(lengths)
-        ends = sizes.cumsum(0)
+    def _tensors(self, lengths: list[int], ids: Array, labels: Array, ragged: bool) -> dict[str, Any]:
+        # In numpy: each of torch's operators wakes a thread a core, which takes longer than all of this.
+        sizes = np.array(lengths)
+        ends = sizes.cumsum()
         starts = ends - sizes
         total = len(ids)
-        position_ids = torch.arange(total) - torch.repeat_interleave(starts, sizes)
-        label_T = torch.tensor(labels)
-        label_T[starts] = IGNORED
-        next_T = torch.cat([label_T[1:], label_T.new_full((1,), IGNORED)])
+        position_ids = np.arange(total) - np.repeat(starts, sizes)
+        labels[starts] = IGNORED
+        next_T = np.append(labels[1:], IGNORED)
         rows = len(lengths)
         if ragged:  # both only grow: soon the flat length is all that tells one batch's shape from another's
             # One end more than rows: a captured step of a greater length gets its filling behind them.
             self.rows = max(self.rows, -(-(rows + 1) // _ROWS_STEP) * _ROWS_STEP)
             self.longest = max(self.longest, 1 << (max(lengths) - 1).bit_length())
         padded_rows = self.rows if ragged else rows
-        cu_seq_lens = torch.full((padded_rows + 1,), total, dtype=torch.int32)
-        cu_seq_lens[0] = 0
-        cu_seq_lens[1 : rows + 1] = ends
+        ends = np.concatenate([[0], ends, np.full(padded_rows - rows, total)]).astype(np.int32)
+        cu_seq_lens = torch.from_numpy(ends)
         # Attention takes any bound. Rows of one length are told by the exact one.
         longest = self.longest if ragged else max(lengths)
-        batch = {
-            "input_ids": torch.tensor(ids)[None], "labels": label_T[None], "shift_labels": next_T[None],
-            "position_ids": position_ids[None], "cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens,
+        flat = {"input_ids": ids, "labels": labels, "shift_labels": next_T, "position_ids": position_ids}
+        batch: dict[str, Any] = {name: torch.from_numpy(values)[None] for name, values in flat.items()} | {
+            "cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens,
             "max_length_q": longest, "max_length_k": longest,
         }
-        kept = (next_T != IGNORED).nonzero().flatten()
+        kept = np.flatnonzero(next_T != IGNORED)
         quarter = max(64, -(-total // 4))
         size = max(1, -(-len(kept) // quarter)) * quarter
         if size < total:
-            batch["kept"] = torch.cat([kept, kept.new_full((size - len(kept),), -1)])
+            batch["kept"] = torch.from_numpy(np.concatenate([kept, np.full(size - len(kept), -1)]))
         return batch
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd
@@ -72,17 +73,17 @@ def lay_end_to_end(rows: Sequence[Row], flat: RowsEndToEnd) -> dict[str, Any]:
     # Not 0, by which rows are counted: the filling is none of the batch's.
     batch["position_ids"][0, batch["num_tokens"] :] = 1
     columns = max(1, *(len(row.scored) for row in rows))
-    places = torch.full((batch["input_ids"].shape[1],), len(rows) * columns)
-    completion_mask = torch.zeros_like(batch["input_ids"])
+    total = batch["input_ids"].shape[1]
+    places, completion_mask = np.full(total, len(rows) * columns), np.zeros((1, total), dtype=np.int64)
     start = 0
     for index, row in enumerate(rows):
         if row.scored:  # the position before a token scores it
             first = start + row.scored.start - 1
-            places[first : first + len(row.scored)] = index * columns + torch.arange(len(row.scored))
+            places[first : first + len(row.scored)] = index * columns + np.arange(len(row.scored))
         completion_mask[0, start + row.answer : start + len(row.ids)] = 1
         start += max(len(row.ids), 1)
     return batch | {
-        "places": places, "completion_mask": completion_mask, "columns": columns,
+        "places": torch.from_numpy(places), "completion_mask": torch.from_numpy(completion_mask), "columns": columns,
         "scored": torch.tensor([len(row.scored) for row in rows]),
         "prompt_scored": torch.tensor([max(0, min(row.answer, len(row.ids)) - row.scored.start) for row in rows]),
         "lengths": torch.tensor([len(row.ids) - row.answer for row in rows]),

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
 
 from aligntune.backends.fast.graphs import ReplayedSteps
 from aligntune.backends.fast.memory import MemoryPlan
@@ -50,12 +51,16 @@ class FastSFT(EmbeddingRate, ReplayedSteps, SFT):
     def get_train_dataloader(self) -> Any:
         if not self.rows_end_to_end:
             return super().get_train_dataloader()
-        padded = self.data_collator  # type: ignore[has-type]
+        padded, rows = self.data_collator, self.train_dataset  # type: ignore[has-type]
         self.data_collator = RowsEndToEnd(self._tokenizer.pad_token_id)
+        if isinstance(rows, Dataset):  # arrays over the table's memory, for lists of Python's ints
+            self.train_dataset = rows.with_format("numpy", columns=[
+                name for name in ("input_ids", "labels", "seq_lengths") if name in rows.column_names])
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator = padded  # evaluation pads, as TRL does: it has no step to keep short
+            self.train_dataset = rows
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """TRL's, within the memory that is planned with."""

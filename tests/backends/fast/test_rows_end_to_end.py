@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -181,6 +182,28 @@ def test_the_flat_batch() -> None:
     assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 64, 64, 64, 64, 64, 64]
     assert batch["max_length_q"] == 1024
     assert "kept" not in batch
+
+
+def test_arrays_lie_as_lists_do_and_stay_as_they_were() -> None:
+    data = rows()
+    lists = [dict(row, seq_lengths=[2, 3]) if len(row["input_ids"]) == 5 else row for row in data]
+    arrays = [{name: np.array(values) for name, values in row.items()} for row in lists]
+    arrays[1].pop("labels"), lists[1].pop("labels")
+    before = [{name: values.copy() for name, values in row.items()} for row in arrays]
+    ours, theirs = (RowsEndToEnd(0)(given) for given in (arrays, lists))
+    assert ours.keys() == theirs.keys() and ours["num_tokens"] == theirs["num_tokens"] == sum(LENGTHS)
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value) and ours[name].dtype == value.dtype if torch.is_tensor(value) else (
+            ours[name] == value and type(ours[name]) is int)
+    assert all(np.array_equal(row[name], old[name]) for row, old in zip(arrays, before, strict=True) for name in old)
+
+
+def test_training_reads_arrays_and_the_rows_keep_their_format(tmp_path: Any) -> None:
+    trainer = trainer_of("fast", "llama", tmp_path).trainer
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["input_ids"].dtype == torch.int64 and batch["num_tokens"] > 0
+    assert trainer.train_dataset.format["type"] is None and isinstance(trainer.train_dataset[0]["input_ids"], list)
+    assert trainer.get_train_dataloader().dataset.format["type"] == "numpy"
 
 
 def test_kept_names_every_position_with_a_label() -> None:
