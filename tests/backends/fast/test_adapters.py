@@ -166,17 +166,20 @@ def other_adapters(config: Any, family: str = "llama") -> Any:
     return model.train()
 
 
-def test_adapters_of_another_kind_stay_pefts_and_are_named():
-    ours = other_adapters(IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]))
+def assert_eager_and_named(ours: Any, projection: str, reason: str) -> None:
+    """A projection of attention and `down_proj` stay PEFT's and are named with the reason; under strict an error."""
     theirs = copy.deepcopy(ours)
     attachment = attach(ours)
     assert [str(line) for line in attachment.report if line.eager] == [
-        "model.layers.*.self_attn.k_proj: eager, ia3 adapters on Linear have no kernel",
-        "model.layers.*.mlp.down_proj: eager, ia3 adapters on Linear have no kernel",
-    ]
+        f"model.layers.*.{path}: eager, {reason}" for path in (f"self_attn.{projection}", "mlp.down_proj")]
     assert_same_step(ours, theirs)
-    with pytest.raises(ConfigError, match="ia3 adapters"):
+    with pytest.raises(ConfigError, match=reason):
         attach(ours, strict=True)
+
+
+def test_adapters_of_another_kind_stay_pefts_and_are_named():
+    ours = other_adapters(IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]))
+    assert_eager_and_named(ours, "k_proj", "ia3 adapters on Linear have no kernel")
 
 
 def test_linear_layers_of_another_make_are_named():
@@ -276,15 +279,7 @@ def test_merge_and_unload_gives_an_ordinary_model(tmp_path):
 
 def test_dora_is_eager_and_says_so():
     ours = adapted(use_dora=True, target_modules=["q_proj", "down_proj"])
-    theirs = copy.deepcopy(ours)
-    attachment = attach(ours)
-    assert [str(line) for line in attachment.report if line.eager] == [
-        "model.layers.*.self_attn.q_proj: eager, Dora has no kernel",
-        "model.layers.*.mlp.down_proj: eager, Dora has no kernel",
-    ]
-    assert_same_step(ours, theirs)
-    with pytest.raises(ConfigError, match="Dora has no kernel"):
-        attach(ours, strict=True)
+    assert_eager_and_named(ours, "q_proj", "Dora has no kernel")
 
 
 def test_several_adapters_in_one_batch_go_through_peft():
