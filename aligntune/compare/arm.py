@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -136,7 +137,7 @@ def _told(spec: ArmSpec, trainer: Any, recorder: Any) -> dict[str, Any]:
         "status": "ok", "label": spec.label, "role": spec.role, "repeat": spec.repeat, "seed": spec.seed,
         "algorithm": trainer.algorithm, "online": trainer.online, "steps": recorder.steps,
         "norms": recorder.norms, "shifted": batches.shifted(recorder.first_documents),
-        "precision": _precision(inner.args), "round": _round(inner.args),
+        "precision": _precision(inner.args, trainer.model), "round": _round(inner.args),
         "weights": recorder.weights, "cold_start": recorder.cold_start,
         "capture_seconds": getattr(getattr(inner, "graphed", None), "capture_seconds", None),
         "attestation": trainer.attestation(), "trace": recorder.trace,
@@ -237,8 +238,15 @@ def _round(args: Any) -> int:
     return max(1, steps) * (getattr(args, "num_iterations", None) or 1)
 
 
-def _precision(args: Any) -> str:
-    return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+def _precision(args: Any, model: Any) -> str:
+    """That of the products: autocast's, else what most of the weights are stored in."""
+    if args.bf16 or args.fp16:
+        return "bf16" if args.bf16 else "fp16"
+    numbers: Counter[str] = Counter()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():  # a 4-bit weight is computed in what stands around it
+            numbers[str(parameter.dtype)] += parameter.numel()
+    return {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(max(numbers, key=lambda name: numbers[name]), "fp32")
 
 
 def _interpreted() -> bool:

@@ -58,6 +58,8 @@ def _unsloth_model(package: Any, options: dict[str, Any]) -> Any:
 
     checkpointing = options["gradient_checkpointing"]
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(options["model_dtype"])
+    if dtype is None and not options["use_peft"]:
+        dtype = torch.float32  # what trains is stored so by every arm; left to itself it would take bf16 for all
     recompute = "unsloth" if checkpointing in ("auto", "offload") else checkpointing
     model, _ = package.FastLanguageModel.from_pretrained(
         options["model_name"], max_seq_length=options["max_seq_length"], use_gradient_checkpointing=recompute,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -204,9 +207,28 @@ def _ran(arm: Mapping[str, Any]) -> str:
     trace = arm.get("trace")
     if trace:
         what = "kernels" if trace["device"] == "cuda" else "operators"
-        names = [f"{name} x{count}" for name, count in list(trace["names"].items())[:8]]
-        text += f"; most frequent of {len(trace['names'])} {what} in step {trace['step']}: {', '.join(names)}"
+        counts: Counter[str] = Counter()
+        for name, count in trace["names"].items():
+            counts[kernel_name(name)] += count
+        names = [f"{name} x{count}" for name, count in counts.most_common(8)]
+        text += f"; most frequent of {len(counts)} {what} in step {trace['step']}: {', '.join(names)}"
     return text + (f"; {paper['layout']}" if "layout" in paper else "")
+
+
+def kernel_name(name: str) -> str:
+    """A kernel's name without its template: torch's elementwise ones are told by what they do to each element."""
+    if "<" in name:
+        inner = re.findall(r"\w+_kernel_cuda\b", name) or re.findall(r"\w+Functor\b", name)[-1:]
+        if inner:
+            return str(inner[0])
+    return re.split(r"[<(]", name.removeprefix("void "))[0].rpartition("::")[2].strip() or name
+
+
+def _command(words: Sequence[str]) -> str:
+    """As it can be typed again: a module that python -m ran has its file's path for a name."""
+    first = words[0].replace("\\", "/") if words else ""
+    name = ["aligntune"] if first.endswith(("aligntune/__main__.py", "/aligntune")) else list(words[:1])
+    return shlex.join([*name, *words[1:]])
 
 
 def _card(arm: Mapping[str, Any]) -> str:
@@ -225,7 +247,7 @@ def _protocol(report: Report) -> Table | None:
     rows = [("order of the runs", one["order"]), ("steps a run", str(one["steps"])),
             ("warm-up steps left out", str(one["warmup"])), ("seeds", ", ".join(map(str, one["seeds"]))),
             ("oracle", one["oracle"]), ("yardstick", ", ".join(one["yardstick"]) or "not asked for"),
-            ("recipe", report["recipe"]), ("command", " ".join(report["command"]))]
+            ("recipe", report["recipe"]), ("command", _command(report["command"]))]
     return Table("Protocol", ("", ""), rows)
 
 

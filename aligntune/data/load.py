@@ -39,7 +39,11 @@ def load(request: DataRequest) -> tuple[Rows, Rows | None]:
     if request.eval_dataset is not None:
         evaluation = _source(request.eval_dataset, request, request.eval_split, wanted=(*EVAL_SPLITS, "train"))
     elif request.eval_split is not None:
-        evaluation = _source(request.dataset, request, request.eval_split, wanted=())
+        try:
+            evaluation = _source(request.dataset, request, request.eval_split, wanted=())
+        except DataError as error:  # its training rows were read: it is the split
+            raise DataError(f"eval_split: {error}; eval_split=null val_split_ratio=0.1 holds out a part of the "
+                            "training rows instead") from None
     elif request.val_split_ratio is not None:
         train, evaluation = _hold_out(train, request.val_split_ratio, request.seed)
     if evaluation is not None:

@@ -2,8 +2,8 @@
 
 Lengths are doubled until one does not fit, then halved in between to within 2%. Peaks grow by the token: two probes
 that fitted tell where the card ends, and the next length is no guess. A probe is two optimizer steps, so that the
-second finds the optimizer's state there; its seconds are those of a step. A length that did not fit says why: the card
-or the host was full, or there was no time.
+second finds the optimizer's state there (or one, where a step takes minutes); its seconds are those of a step. A length
+that did not fit says why: the card or the host was full, or there was no time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from aligntune.compare.settings import Arm, Settings
 from aligntune.errors import ComparisonError
 from benchmarks.sft.workloads import WORKLOADS, recipe, write_model
 
-STEPS = 2
 TOLERANCE = 0.02
 ROUND = 256
 FILLED = 0.97
@@ -94,7 +93,7 @@ def longest(
     """The entry of one arm: the longest length, its peak and seconds a step, and every probe."""
     from aligntune.builtin import load_tokenizer
 
-    workload = replace(WORKLOADS[name], batch_size=1, packing=False, steps=STEPS, measured=1)
+    workload = replace(WORKLOADS[name], batch_size=1, packing=False, steps=args.probe_steps, measured=1)
     model, rows = folder / f"{workload.model}-long", folder / "long.jsonl"
     memory = _card() if gpu else None
     if not model.exists():
@@ -105,7 +104,7 @@ def longest(
             import torch
 
             torch.cuda.empty_cache()
-    rows.write_text('{"text": "a row whose place is taken"}\n' * (STEPS + 1))
+    rows.write_text('{"text": "a row whose place is taken"}\n' * (args.probe_steps + 1))
     probes: list[Probe] = []
     ends, stopped = time.monotonic() + 60 * args.minutes, None
 
@@ -114,7 +113,7 @@ def longest(
         return {"row": f"{name}, longest", "arm": arm.label, "options": dict(arm.options),
                 "longest": best["tokens"] if best else None, "peak_gib": best["peak_bytes"] / 2**30 if best else None,
                 "step_s": best["step_s"] if best else None, "card_gib": memory / 2**30 if memory else None,
-                "stopped": stopped, "probes": probes}
+                "steps": args.probe_steps, "stopped": stopped, "probes": probes}
 
     while (tokens := following(probes, start=args.start, most=args.most, memory=memory)) is not None:
         left = ends - time.monotonic()

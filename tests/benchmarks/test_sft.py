@@ -99,6 +99,26 @@ def test_a_cold_arm_s_runs_have_a_cache_of_their_own_each(tmp_path: Path) -> Non
     assert "fast-cold" not in benchmark.parse([]).arms
 
 
+def test_beside_a_cold_arm_fast_reads_the_cache_that_the_first_cold_run_filled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:
+    caches: list[tuple[str, str | None]] = []
+    inner = runner([], tmp_path)
+
+    def run(spec: Any, arm: Any) -> dict[str, Any]:
+        caches.append((arm.label, arm.environment.get("TRITON_CACHE_DIR")))
+        return inner(spec, benchmark.ARMS["trl"])
+
+    benchmark.main(["smoke", "--arms", "trl,fast-cold,fast"], run)
+    assert [label for label, _ in caches] == ["trl", "fast-cold", "fast", "fast", "fast-cold", "trl"]
+    first = caches[1][1]
+    assert first and [cache for _, cache in caches] == [None, first, first, first, caches[4][1], None]
+    assert caches[4][1] not in (None, first)
+    with pytest.raises(SystemExit):
+        benchmark.parse(["smoke", "--arms", "fast,fast-cold"])
+    assert "fast-cold comes before fast" in capsys.readouterr().err
+
+
 def test_only_the_steps_after_the_warm_up_are_measured(tmp_path: Path) -> None:
     runs = [made_up.result(tmp_path, repeat=repeat) for repeat in range(2)]
     for one in runs:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from aligntune.compare import html, measure, outputs, svg
+from aligntune.compare import html, measure, outputs, svg, tables
 from aligntune.compare.findings import compare_data, machine_findings
 from aligntune.compare.markdown import markdown
 from aligntune.compare.report import Report, build, check
@@ -373,3 +373,33 @@ def test_ticks_are_round_and_inside() -> None:
     assert svg.ticks(0.93, 1.07) == pytest.approx([0.95, 1.0, 1.05]) or len(svg.ticks(0.93, 1.07)) >= 3
     assert svg.ticks(3, 3) == [3] and svg.ticks(float("nan"), 1)
     assert [svg.number(value) for value in (0, 1e-7, 0.25, 123456789.0)] == ["0", "1e-07", "0.25", "1.23e+08"]
+
+
+@pytest.mark.parametrize(("name", "short"), [
+    ("void at::native::vectorized_elementwise_kernel<8, at::native::bfloat16_copy_kernel_cuda(at::TensorIteratorBase&)"
+     "::{lambda(float)#1}, std::array<char*, 2ul> >(int, std::array<char*, 2ul>)", "bfloat16_copy_kernel_cuda"),
+    ("void at::native::elementwise_kernel<128, 4, at::native::BinaryFunctor<c10::BFloat16, c10::BFloat16, "
+     "at::native::binary_internal::MulFunctor<float> >(at::TensorIteratorBase&)>(int)", "MulFunctor"),
+    ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, int> >(float)", "reduce_kernel"),
+    ("void flash::flash_fwd_kernel(Params)", "flash_fwd_kernel"), ("aten::mm", "mm"),
+    ("nvjet_sm90_tss_64x32_64x16_2x4_h_bz_NTT", "nvjet_sm90_tss_64x32_64x16_2x4_h_bz_NTT"),
+    ("Memset (Device)", "Memset "), ("rms_norm_forward", "rms_norm_forward"),
+])
+def test_kernels_are_named_without_their_templates(name: str, short: str) -> None:
+    assert tables.kernel_name(name) == short.strip()
+
+
+def test_kernels_of_one_name_are_counted_together(tmp_path: Path) -> None:
+    arm = built(tmp_path)["arms"]["a"]
+    arm["trace"] = {"device": "cuda", "step": 4, "names": {"void f<1>(int)": 2, "g": 4, "void f<2>(int)": 3}}
+    assert "most frequent of 2 kernels in step 4: f x5, g x4" in tables._ran(arm)
+
+
+@pytest.mark.parametrize(("first", "name"), [
+    ("/home/someone/aligntune/__main__.py", "aligntune"), ("/env/bin/aligntune", "aligntune"), ("mine.py", "mine.py"),
+])
+def test_the_command_can_be_typed_again(first: str, name: str, tmp_path: Path) -> None:
+    report = built(tmp_path)
+    report["command"] = [first, "compare", "x", "--assert", "speedup > 1"]
+    (found,) = (rows for rows in tables.tables(report) if rows.title == "Protocol")
+    assert dict(found.rows)["command"] == f"{name} compare x --assert 'speedup > 1'"

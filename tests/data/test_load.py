@@ -123,6 +123,8 @@ def test_evaluation_data_of_its_own():
     parts = DatasetDict(train=Dataset.from_list(ROWS[:3]), test=Dataset.from_list(ROWS[3:5]))
     assert texts(ask(parts, eval_split="test")[1]) == ALL[3:5]
     assert texts(ask(parts, eval_split="train[:1]")[1]) == ALL[:1]
+    with pytest.raises(DataError, match=r"^eval_split: the list: unknown split 'test'.*val_split_ratio=0.1 holds out"):
+        ask(ROWS, eval_split="test")
     # A dataset that is named for evaluation gives its validation or test part first.
     assert texts(ask(ROWS, eval_dataset=parts)[1]) == ALL[3:5]
 
