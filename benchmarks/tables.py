@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from aligntune.compare.html import html
+from aligntune.compare.tables import tables as compared
 from benchmarks import plot
 from benchmarks.sft import roofline
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md")
+COMPARE_PAGE = ROOT / "docs" / "assets" / "compare" / "unsloth.html"
 MARKED = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 Report = dict[str, Any]
@@ -329,6 +332,24 @@ def _beside(name: str, fast: dict[str, Any], peer: dict[str, Any], ratio: str | 
             ratio or f"{fast['tokens_per_s'] / peer['tokens_per_s']:.2f}x"]
 
 
+def comparison(report: Report) -> str:
+    """A report of `aligntune compare`: its verdict, the tables of speed, memory and parity, and where it is from."""
+    found = {table.title: table for table in compared(report)}
+    shown = [f"```\n{report['verdict']}\n```\n"]
+    shown += [f"* {one['text']}\n" for one in report["findings"]]
+    for title in ("Speed", "Memory", "Parity", "Final models on the probe rows", "Cost"):
+        table = found[title]
+        shown.append(f"{title}:\n\n" + markdown([cell or " " for cell in table.columns], map(list, table.rows)))
+        if table.note:
+            shown.append(table.note + "\n")
+    arms, rows = ({row[0]: row[1:] for row in found[name].rows} for name in ("Arms", "Protocol"))
+    packages = ", ".join(f"{name} {arms[name][1]}" for name in ("torch", "triton", "transformers", "trl", "peft"))
+    shown.append(f"{arms['card'][1]}; Python {arms['Python'][1]}, {packages}, unsloth {arms['unsloth'][0]} with trl "
+                 f"{arms['trl'][0]}; commit {arms['commit'][1]}; runs {rows['order of the runs'][0]}; "
+                 f"`{rows['command'][0]}`\n")
+    return "\n".join(shown)
+
+
 RECIPES = ("sft", "reward", "dpo", "ipo", "kto", "orpo", "simpo", "cpo", "ppo", "rloo", "grpo", "gspo", "dapo",
            "dr_grpo")
 SFT_ROWS = {"lora-1b": "LoRA, 4 x 2048", "lora-1b-ragged": "LoRA, 16 ragged rows",
@@ -352,6 +373,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     **{f"sft-{name}": (f"sft/{name}.json", sft) for name in SFT_ROWS},
     "sft-roofline": (" ".join(f"sft/{name}.json" for name in roofline.ROWS), roofline_table),
     "sft-start": ("sft/start.json", sft),
+    "compare-unsloth": ("compare/unsloth.json", comparison),
     "sft-summary": (" ".join(f"sft/{name}.json" for name in SFT_ROWS), sft_summary),
     "rollout": ("rollout.json", rollout),
     "parity": ("parity.json", parity),
@@ -385,7 +407,13 @@ def rendered(page: str) -> str:
     return MARKED.sub(lambda match: match[1] + "\n" + table(match[2]) + "\n" + match[3], page)
 
 
+def compare_page() -> str:
+    """The committed comparison as the page that `aligntune compare` writes."""
+    return html(json.loads((RESULTS / "compare" / "unsloth.json").read_text()))
+
+
 def main() -> int:
+    COMPARE_PAGE.write_text(compare_page())
     if plot.drawn_from(plot.PLOT) != plot.digest():
         plot.draw(plot.PLOT)
         print(plot.PLOT.relative_to(ROOT))

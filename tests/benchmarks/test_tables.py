@@ -16,6 +16,12 @@ def test_the_tables_of_a_page_are_those_of_the_results(page):
     assert tables.rendered(text) == text, "write them anew: python -m benchmarks.tables"
 
 
+def test_the_comparison_s_page_is_the_report_s():
+    assert tables.COMPARE_PAGE.read_text() == tables.compare_page(), "write it anew: python -m benchmarks.tables"
+    assert tables.table("compare-unsloth").splitlines()[1].startswith("fast,")
+    assert "parity PASS" in tables.compare_page()
+
+
 def test_every_table_stands_in_a_page():
     found = {match[1] for page in tables.PAGES for match in tables.MARKED.findall(page.read_text())}
     assert found == set(tables.TABLES)
@@ -52,6 +58,10 @@ def test_results_name_card_commit_command_and_versions(name):
     for path in paths:
         if path.exists():
             report = json.loads(path.read_text())
+            if name.startswith("compare-"):
+                assert "NVIDIA H100" in report["arms"]["a"]["gpus"][0]["name"] and report["arms"]["a"]["git"]["commit"]
+                assert report["command"] and report["protocol"]["repeats"] >= 2 and report["valid"]
+                continue
             where = "CPU" if name.startswith("recipe-") else "H100"
             assert where in report["device"] and len(report["commit"].rstrip("+")) == 40 and report["command"]
             assert report["rows"]
