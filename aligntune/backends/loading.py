@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -257,19 +258,25 @@ def _storage_dtype(job: Job, precision: Precision, quantized: str | None) -> Any
     return precision.dtype if job.options.use_peft or quantized else torch.float32
 
 
-def _must_have(model: Any, targets: list[str] | str | None, whole: list[str] | None) -> None:
-    """peft takes names by the end of a module's path, and leaves out one that fits nothing if another fits."""
+def must_have(model: Any, wanted: dict[str, Iterable[str] | str | None]) -> None:
+    """That the model has the modules that options name; `wanted` is option: names.
+
+    peft takes names by the end of a module's path, and leaves out one that fits nothing if another fits.
+
+    Raises:
+        ConfigError: it lacks some; each is named, with the nearest that it has.
+    """
     paths = [path for path, _ in model.named_modules()]
     own = {path.rpartition(".")[2] for path, module in model.named_modules()
            if next(module.parameters(recurse=False), None) is not None}
     faults = []
-    for option, names in (("lora_target_modules", targets), ("modules_to_save", whole)):
+    for option, names in wanted.items():
         if isinstance(names, str):
             if names != "all-linear" and not any(re.fullmatch(names, path) for path in paths):
-                faults.append(f"lora.{option} = {names!r}: fits no module's whole name; a pattern of whole names, a "
+                faults.append(f"{option} = {names!r}: fits no module's whole name; a pattern of whole names, a "
                               "list of their ends ([q_proj, v_proj]) or 'all-linear' is wanted")
             continue
-        faults += [f"lora.{option}: {unknown('module', name, own)}" for name in names or []
+        faults += [f"{option}: {unknown('module', name, own)}" for name in names or []
                    if not any(path == name or path.endswith(f".{name}") for path in paths)]
     if faults:
         raise ConfigError.from_faults(faults, "the adapters")
@@ -295,7 +302,8 @@ def lora_config(job: Job, model: Any) -> LoraConfig | None:
         return None
     from peft import LoraConfig, TaskType
 
-    _must_have(model, options.lora_target_modules, options.modules_to_save)
+    must_have(model, {"lora.lora_target_modules": options.lora_target_modules,
+                      "lora.modules_to_save": options.modules_to_save})
     init = {"default": True}.get(options.lora_init, options.lora_init)
     alpha = options.lora_alpha
     config = LoraConfig(

@@ -10,7 +10,7 @@ from torch import nn
 
 from aligntune.backends.fast.attachment import attach, base_model
 from aligntune.backends.fast.recompute import install
-from aligntune.backends.loading import keep_tied
+from aligntune.backends.loading import keep_tied, must_have
 from aligntune.builtin import is_builtin, model_path
 from aligntune.errors import ConfigError
 
@@ -102,6 +102,9 @@ class FastLanguageModel:
                 name: the layers' inputs wait in pinned host memory, under any trainer.
             random_state: seed of the adapters' initial weights; the global random state is left as it was.
             kwargs: for `peft.LoraConfig`.
+        Raises:
+            ConfigError: a name in `target_modules` or `modules_to_save` that no module has (peft would leave it out), or
+                another `use_gradient_checkpointing`.
         """
         from peft import LoraConfig, get_peft_model
 
@@ -119,6 +122,9 @@ class FastLanguageModel:
                 logger.info("target_modules %s are trained whole, as modules_to_save", ", ".join(whole))
                 modules_to_save = [*(modules_to_save or []), *(n for n in whole if n not in (modules_to_save or []))]
                 target_modules = [name for name in target_modules if name not in _WHOLE]
+        # A pattern, "all-linear" too, is peft's to read.
+        must_have(model, {"target_modules": None if isinstance(target_modules, str) else target_modules,
+                          "modules_to_save": modules_to_save})
         config = LoraConfig(
             r=r,
             target_modules=target_modules,

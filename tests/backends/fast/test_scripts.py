@@ -344,6 +344,30 @@ def test_wrong_options_say_what_would_be_right(saved):
         FastLanguageModel.get_peft_model(copy.deepcopy(torch.nn.Sequential(torch.nn.Linear(2, 2))))
 
 
+def test_names_that_no_module_has(saved):
+    model, _ = FastLanguageModel.from_pretrained(saved, dtype=torch.float32)
+    with pytest.raises(ConfigError) as caught:
+        FastLanguageModel.get_peft_model(
+            model, target_modules=["q_proj", "v_porj", "embed_token"], modules_to_save=["lm_hed"]
+        )
+    assert [fault.split("?")[0] for fault in caught.value.faults] == [
+        "target_modules: unknown module 'v_porj'; did you mean 'v_proj'",
+        "target_modules: unknown module 'embed_token'; did you mean 'embed_tokens'",
+        "modules_to_save: unknown module 'lm_hed'; did you mean 'lm_head'",
+    ]
+    assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize(("targets", "adapted"), [
+    ("all-linear", 14), (r".*layers\.1\..*\.(q|v)_proj", 2), (("q_proj", "mlp.up_proj"), 4),
+    (["model.layers.0.self_attn.q_proj"], 1),
+])
+def test_patterns_and_longer_names_are_read_as_peft_reads_them(targets, adapted, saved):
+    model, _ = FastLanguageModel.from_pretrained(saved, dtype=torch.float32)
+    peft_model = FastLanguageModel.get_peft_model(model, r=2, target_modules=targets)
+    assert sum("lora_A" in name for name, _ in peft_model.named_parameters()) == adapted
+
+
 # ------------------------------------------------------------------------------------------------ what is left behind
 
 _SCRIPT = """
