@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import IterableDataset
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from aligntune.backends.base import Built, Prepared
 from aligntune.backends.fast.attachment import Attachment, attachment_of
@@ -152,7 +151,7 @@ def lay_rows(trainer: Trainer, attachment: Attachment, wanted: bool | str = "aut
         why = "this trainer's batches are TRL's"
     elif wanted is False:
         why = "padding_free is false"
-    elif not isinstance(trainer.data_collator, DataCollatorForLanguageModeling):
+    elif type(trainer.data_collator) is not trainer.padded_collator:
         why = f"{type(trainer.data_collator).__name__} makes the batches"
     else:
         why = _dispatched(trainer) or padded_because(trainer, attachment)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from aligntune.backends.fast.graphs import ReplayedSteps
 from aligntune.backends.fast.memory import MemoryPlan
@@ -46,6 +47,7 @@ class FastSFT(EmbeddingRate, ReplayedSteps, SFT):
     """TRL's SFTTrainer; training batches are rows end to end where the model allows it."""
 
     rows_end_to_end = False
+    padded_collator = DataCollatorForLanguageModeling  # this class and no other: what overrides it lays rows otherwise
     memory: MemoryPlan | None = None
 
     def get_train_dataloader(self) -> Any:

@@ -11,6 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aligntune import create_reward_trainer, create_rl_trainer
+from aligntune.backends.fast import attachment_of
+from aligntune.backends.fast.build import lay_rows
 from aligntune.errors import ConfigError
 from tests.backends.fast.preference_steps import assert_same_step, built_of, pairs, small, step
 from tests.backends.fast.test_preference import passes_done_once
@@ -50,6 +52,21 @@ def make(algorithm: str, source: Any, path: Path, backend: str = "fast", **optio
 def history(trainer: Any) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if not any(word in key for word in NOT_OF_THE_MODEL)}
             for row in trainer.trainer.state.log_history]
+
+
+ROWS = {"kto": unpaired, "reward": scored, "dpo": pairs}
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "kto", "reward"])
+def test_a_collator_that_overrides_trls_lays_the_rows(algorithm: str, tmp_path: Path) -> None:
+    options = {"model_name": scorer()} if algorithm == "reward" else {"use_peft": True}
+    trainer = built_of("fast", algorithm, tmp_path, ROWS[algorithm](), **options).trainer
+    attachment = attachment_of(trainer.model)
+    assert trainer.rows_end_to_end and trainer.padded_because(attachment) is None
+    mine = type("Mine", (type(trainer.theirs),), {})(pad_token_id=0)
+    trainer.rows_end_to_end, trainer.data_collator = False, mine
+    assert lay_rows(trainer, attachment) == "rows: padded, Mine makes the batches"
+    assert trainer.data_collator is mine and not trainer.rows_end_to_end
 
 
 @pytest.mark.parametrize("algorithm", but("reward"))

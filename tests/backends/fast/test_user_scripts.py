@@ -13,6 +13,7 @@ import trl
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, TrainingArguments
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from aligntune.backends.fast import (
     FastLanguageModel,
@@ -338,12 +339,25 @@ def test_the_length_that_is_meant(tmp_path, caplog):
     assert build(tmp_path, plain).args.max_length == 1024
 
 
+class HalfOfTheLabels(DataCollatorForLanguageModeling):
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        batch["labels"][:, ::2] = -100
+        return batch
+
+
 def test_collators_and_losses_of_their_own_keep_padded_rows(tmp_path):
     def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
         return tiny.tokenizer().pad(examples, return_tensors="pt")
 
     assert build(tmp_path, config(tmp_path)).layout.startswith(FLAT)
     assert build(tmp_path, config(tmp_path), data_collator=collate).layout.startswith("rows: padded, function makes")
+    overrides = build(tmp_path, config(tmp_path), data_collator=HalfOfTheLabels(pad_token_id=0))
+    assert overrides.layout.startswith("rows: padded, HalfOfTheLabels makes the batches; ")
+    batch = next(iter(overrides.get_train_dataloader()))
+    assert (batch["labels"][:, ::2] == -100).all() and (batch["labels"][:, 1::2] != -100).all()
+    trls = build(tmp_path, config(tmp_path), data_collator=DataCollatorForLanguageModeling(pad_token_id=0))
+    assert trls.layout.startswith(FLAT)
     smooth = build(tmp_path, config(tmp_path, label_smoothing_factor=0.1))
     assert smooth.layout.startswith("rows: padded, its loss wants logits; ")
 
