@@ -119,3 +119,14 @@ def attention_padded_because(attachment: Attachment) -> str | None:
     if getattr(config, "attention_dropout", 0.0):
         return "its attention has dropout"
     return None
+
+
+def noise_padded_because(trainer: Any) -> str | None:
+    """Why noise on the embeddings keeps rows padded, or None where there is none.
+
+    transformers scales it by 1 / sqrt(length x width) of what the embedding returns, where NEFTune (arXiv 2310.05914,
+    algorithm 1) has the length of a row: that of all rows end to end gives sqrt(rows) times less.
+    """
+    if trainer.neftune_noise_alpha is None:
+        return None
+    return "neftune_noise_alpha scales its noise by the length of a padded row"

@@ -20,7 +20,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 from aligntune.backends.fast.attachment import attachment_of
 from aligntune.backends.fast.lora import instance_forward
 from aligntune.backends.fast.optim import EmbeddingRate
-from aligntune.backends.fast.packing import attention_padded_because
+from aligntune.backends.fast.packing import attention_padded_because, noise_padded_because
 from aligntune.backends.fast.preference import FlatPreference
 from aligntune.backends.fast.preference_rows import ScoredPairsEndToEnd, model_inputs
 from aligntune.backends.trl.offline import Reward
@@ -91,7 +91,8 @@ class FastReward(EmbeddingRate, FlatPreference, Reward):
             return f"{type(self.theirs).__name__} makes the batches"
         if attachment.model.config.get_text_config().pad_token_id is None:
             return "the model has no padding token, by which it finds a row's last"
-        return attention_padded_because(attachment) or score_last_tokens(attachment)
+        return (noise_padded_because(self) or attention_padded_because(attachment)
+                or score_last_tokens(attachment))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

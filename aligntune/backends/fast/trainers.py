@@ -16,7 +16,7 @@ from aligntune.backends.fast.graphs import ReplayedSteps
 from aligntune.backends.fast.memory import MemoryPlan
 from aligntune.backends.fast.online import FlatLogProbs
 from aligntune.backends.fast.optim import EmbeddingRate
-from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd, attention_padded_because
+from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd, attention_padded_because, noise_padded_because
 from aligntune.backends.fast.ppo import FastPPO
 from aligntune.backends.fast.preference import FastDPO
 from aligntune.backends.fast.preference_free import FastCPO, FastORPO
@@ -40,7 +40,7 @@ def padded_because(trainer: Trainer, attachment: Attachment) -> str | None:
         return "the router's loss wants a mask"
     if trainer.label_smoother is not None or callable(trainer.compute_loss_func):  # TRL may set a string
         return "its loss wants logits"
-    return attention_padded_because(attachment)
+    return noise_padded_because(trainer) or attention_padded_because(attachment)
 
 
 class FastSFT(EmbeddingRate, ReplayedSteps, SFT):

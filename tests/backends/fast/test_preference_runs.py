@@ -69,6 +69,23 @@ def test_a_collator_that_overrides_trls_lays_the_rows(algorithm: str, tmp_path: 
     assert trainer.data_collator is mine and not trainer.rows_end_to_end
 
 
+@pytest.mark.parametrize("algorithm", ["dpo", "kto", "reward", pytest.param("orpo", marks=pytest.mark.slow)])
+def test_noise_on_embeddings_is_trls(algorithm: str, tmp_path: Path) -> None:
+    def made(backend: str) -> Any:
+        model = {"model_name": scorer()} if algorithm == "reward" else {"use_peft": True}
+        return built_of(backend, algorithm, tmp_path, ROWS.get(algorithm, pairs)(), **model,
+                        trainer_options={"neftune_noise_alpha": 5.0})
+
+    ours, theirs = made("fast"), made("trl")
+    assert ours.attestation()["layout"].startswith("rows: padded, neftune_noise_alpha scales its noise by")
+    losses = []
+    for one in (ours, theirs):
+        torch.manual_seed(0)
+        one.trainer.train()
+        losses.append([row["loss"] for row in one.trainer.state.log_history if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[1][0] > 0.1
+
+
 @pytest.mark.parametrize("algorithm", but("reward"))
 def test_a_run_of_accumulated_steps_with_evaluation(algorithm: str, model: str, tmp_path: Path) -> None:
     """The history of a run is TRL's; the last batch of evaluation has another size than the others."""

@@ -159,6 +159,19 @@ def test_what_stays_padded_says_so(options: dict, message: str | None, tmp_path:
         assert "attention_mask" in next(iter(built.trainer.get_train_dataloader()))
 
 
+def test_noise_on_embeddings_is_trls(tmp_path: Any) -> None:
+    """Its size goes by the length of a padded row, which is not that of rows end to end."""
+    noisy = {"trainer_options": {"neftune_noise_alpha": 5.0}}
+    built = trainer_of("fast", "llama", tmp_path, **noisy)
+    assert built.attestation()["layout"].startswith("rows: padded, neftune_noise_alpha scales its noise by")
+    ours, theirs = run(built)[0], run(trainer_of("trl", "llama", tmp_path, **noisy))[0]
+    assert ours == pytest.approx(theirs, rel=2e-6)
+    quiet = run(trainer_of("trl", "llama", tmp_path / "quiet"))[0]
+    assert abs(theirs[0] - quiet[0]) > 1e-2
+    with pytest.raises(ConfigError, match="neftune_noise_alpha"):
+        trainer_of("fast", "llama", tmp_path, padding_free=True, **noisy)
+
+
 def test_padding_free_that_cannot_be_is_an_error(tmp_path: Any) -> None:
     model = tiny.llama(attention_dropout=0.1)
     with pytest.raises(ConfigError, match="its attention has dropout"):
