@@ -98,11 +98,9 @@ def _unsloth_sft(job: Job, prepared: Prepared) -> Any:
     options = job.options
     # Each of the first two, as our own trainer has them, would make it turn rows end to end off without an error.
     # padding_free unset is its default: it then decides, or UNSLOTH_PADDING_CHOICE does.
-    job.set("trainer_options", {
+    args = trl_config(job, precision_of(job), eval_rows=0, fields={
         "dataset_kwargs": None, "max_length": options.max_seq_length,
-        "padding_free": False if options.padding_free is False else None, "data_seed": options.seed,
-        **options.trainer_options})
-    args = trl_config(job, precision_of(job), eval_rows=0)
+        "padding_free": False if options.padding_free is False else None, "data_seed": options.seed})
     if not isinstance(args, trl.SFTConfig):
         raise BackendUnavailableError("unsloth must be imported before trl, in a process of its own")
     trainer = trl.SFTTrainer(model=options.model_name, args=args, processing_class=prepared.tokenizer,

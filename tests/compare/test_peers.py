@@ -43,7 +43,7 @@ class UnslothSFTTrainer(Trainer):
         skips = (args.dataset_kwargs or {}).get("skip_prepare_dataset", False)
         SEEN.append({"class": type(self).__name__, "collator": data_collator, "skips": skips,
                      "columns": train_dataset.column_names, "padding_free": args.padding_free,
-                     "max_length": args.max_length, "seed": args.seed})
+                     "max_length": args.max_length, "seed": args.data_seed})
         if args.padding_free is None:
             args.padding_free = os.environ.get("UNSLOTH_PADDING_CHOICE") != "padded" and not args.packing
         if args.padding_free:
@@ -148,9 +148,9 @@ def test_its_own_trainer_on_the_same_batches(
 
 def test_what_the_job_says_of_the_model_s_type_and_of_padding(tmp_path: Path, stand_in: Any) -> None:
     found = arm(tmp_path, job(tmp_path), stand_in, padding_free=False, model_dtype="bf16", precision="fp32",
-                trainer_options={"max_length": 32})
+                trainer_options={"data_seed": 3})
     assert stand_in.SEEN[0] == {"dtype": "torch.bfloat16"}
-    assert stand_in.SEEN[1]["padding_free"] is False and stand_in.SEEN[1]["max_length"] == 32
+    assert stand_in.SEEN[1]["padding_free"] is False and stand_in.SEEN[1]["seed"] == 3
     assert found["attestation"]["peer"]["padding_free"] is False
 
 

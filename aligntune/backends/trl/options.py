@@ -18,6 +18,8 @@ from aligntune.core.rules import world_size
 from aligntune.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from aligntune.backends.loading import Precision
     from aligntune.core.resolve import Job
 
@@ -58,6 +60,24 @@ SAME_FIELD: dict[str, str] = {
     "steps_per_generation": "steps_per_generation", "reward_function_weights": "reward_weights",
 }
 
+MADE_OF: dict[str, tuple[str, ...]] = {
+    "bf16": ("precision",), "fp16": ("precision",), "use_cpu": ("device",), "optim": ("optimizer",),
+    "gradient_checkpointing": ("gradient_checkpointing",), "activation_checkpointing": ("gradient_checkpointing",),
+    "warmup_steps": ("warmup_steps", "warmup_ratio"), "warmup_ratio": ("warmup_ratio", "warmup_steps"),
+    "save_strategy": ("save_steps",), "save_steps": ("save_steps",), "resume_from_checkpoint": ("resume",),
+    "eval_strategy": ("eval_steps",), "eval_steps": ("eval_steps",), "per_device_eval_batch_size": ("eval_batch_size",),
+    "logging_strategy": ("logging_steps",),
+    "logging_first_step": (), "disable_tqdm": (), "remove_unused_columns": (),  # ours whatever the options say
+    # rows, which are read, cut and marked before TRL sees them
+    "max_length": ("max_seq_length",), "truncation_mode": ("truncation",), "packing": ("packing",),
+    "padding_free": ("padding_free",), "dataset_kwargs": (), "dataset_text_field": ("text_field",),
+    "completion_only_loss": ("completion_only",), "chat_template_path": ("chat_template",),
+    # rollouts
+    "use_vllm": ("rollout_engine",), "log_completions": ("log_completions",), "num_generations_eval": (),
+    "generation_batch_size": ("steps_per_generation",), "disable_dropout": ("lora_dropout",),
+}
+"""Fields that are made of our options, or decided by them, under another name or in another form; () of none."""
+
 FIXED: dict[str, dict[str, Any]] = {
     "ipo": {"loss_type": ["ipo"]},
     "simpo": {"loss_type": "simpo"},
@@ -73,17 +93,23 @@ OPTIMIZERS = {"adamw": "adamw_torch", "adamw_fused": "adamw_torch_fused"}
 _NEVER = 10**9
 
 
-def trl_config(job: Job, precision: Precision, *, eval_rows: int) -> Any:
+def trl_config(job: Job, precision: Precision, *, eval_rows: int, fields: Mapping[str, Any] | None = None) -> Any:
     """The TRL config object of a job.
+
+    Args:
+        job: the job.
+        precision: what it computes in, and where.
+        eval_rows: rows of evaluation data.
+        fields: in the place of those that our options make; `trainer_options` come after them.
 
     Raises:
         ConfigError: `trainer_options` holds a field that the class lacks or that another option already sets.
     """
     options, name = job.options, job.spec.name
     cls = CONFIGS[name]
-    fields = {item.name for item in dataclasses.fields(cls)}
+    names = {item.name for item in dataclasses.fields(cls)}
     values = vars(options)
-    kwargs = {field: values[ours] for ours, field in SAME_FIELD.items() if ours in values and field in fields}
+    kwargs = {field: values[ours] for ours, field in SAME_FIELD.items() if ours in values and field in names}
     kwargs |= _shared(job, precision, eval_rows)
     if name == "sft":
         # Rows are cut in preparation. A number here would make TRL refuse padding_free; the collator cuts nothing.
@@ -102,10 +128,10 @@ def trl_config(job: Job, precision: Precision, *, eval_rows: int) -> Any:
             kwargs["remove_unused_columns"] = False  # their collator picks; they would set it and complain
     else:
         kwargs |= _rollout(job)
-        if name == "ppo" and options.use_peft and options.lora_dropout:
-            kwargs["disable_dropout"] = False  # it would turn off the dropout that was asked for
-    kwargs |= FIXED.get(name, {})
-    _pass_through(job, cls, fields, kwargs)
+    if "disable_dropout" in names and options.use_peft and options.lora_dropout:
+        kwargs["disable_dropout"] = False  # it would turn off the dropout that was asked for
+    kwargs |= {**FIXED.get(name, {}), **(fields or {})}
+    _pass_through(job, cls, names, kwargs)
     try:
         with warnings.catch_warnings():
             # TRL's own field of that name, which transformers >= 5.23 deprecates: nothing a user could change.
@@ -154,18 +180,19 @@ def _rollout(job: Job) -> dict[str, Any]:
 def _pass_through(job: Job, cls: type, fields: set[str], kwargs: dict[str, Any]) -> None:
     """Add `trainer_options`, after checking each against the real config class and against our own options."""
     name = job.spec.name
-    ours = {field: option for option, field in SAME_FIELD.items() if option in vars(job.options)}
+    ours = MADE_OF | {field: (option,) for option, field in SAME_FIELD.items()}
     faults = []
     kinds = typing.get_type_hints(cls)
     for field, value in job.options.trainer_options.items():
         path = f"train.trainer_options.{field}"
+        given = [option for option in ours.get(field, ()) if option in vars(job.options) and job.given(option)]
         if field not in fields:
             close = nearest(field, fields)
             faults.append(f"{path}: {cls.__name__} has no such field" + (f"; did you mean {close!r}?" if close else ""))
         elif field in FIXED.get(name, {}) and FIXED[name][field] != value:
             faults.append(f"{path} = {value!r}: {name} is defined by {FIXED[name][field]!r}; another algorithm fits")
-        elif field in ours and job.given(ours[field]):
-            faults.append(f"{path}: {ours[field]} is given too; give one of the two")
+        elif given:
+            faults.append(f"{path}: {given[0]} is given too; give one of the two")
         elif not _fits(value, kinds[field]):
             faults.append(f"{path} = {value!r}: must be a {_words(kinds[field])}")
         else:
