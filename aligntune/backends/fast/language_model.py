@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ LINEARS = (
 )  # fmt: skip
 _OFFLOAD = ("offload", "unsloth")
 _WHOLE = ("embed_tokens", "lm_head")
+_SOURCE = ("revision", "token", "cache_dir", "local_files_only")
+_SHAPE = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora", "target_modules", "modules_to_save")
 
 
 class FastLanguageModel:
@@ -38,22 +41,25 @@ class FastLanguageModel:
         strict: bool = False,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
-        """`(model, tokenizer)`: the causal language model `model_name`, attached.
+        """`(model, tokenizer)`: the causal language model `model_name`, attached, in eval mode.
 
         Args:
-            model_name: hub id, local path (of adapters too) or `builtin:NAME`.
+            model_name: hub id, local path or `builtin:NAME`. Of adapters: the base that they name, under a
+                `PeftModel` on which training goes on.
             max_seq_length: longest sequence in tokens; becomes the tokenizer's limit, and `model.max_seq_length`, which
                 `FastSFTTrainer` reads. None: the model's own.
             dtype: None is bfloat16, or float16 on GPUs without it, or float32 on a CPU.
             load_in_4bit: quantise the linears to NF4 with double quantisation. A checkpoint that is quantised already
                 loads as it is either way.
             full_finetuning: train every parameter; with `load_in_4bit` an error.
-            kwargs: for transformers' `from_pretrained` (`revision`, `token`, `device_map`, ...).
+            kwargs: for transformers' `from_pretrained` (`revision`, `token`, `device_map`, ...). `revision` is that of
+                `model_name`; adapters name their base's.
         Raises:
             BackendUnavailableError: no CUDA device.
-            ConfigError: options that contradict each other, or a length that the model has no positions for.
+            ConfigError: options that contradict each other or the adapters, or a length that the model has no
+                positions for.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         if is_builtin(model_name):
             model_name = str(model_path(model_name))
@@ -65,11 +71,10 @@ class FastLanguageModel:
             kwargs.setdefault("quantization_config", _nf4(dtype))
         if torch.cuda.is_available():
             kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
-        source = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
+        source = {name: kwargs[name] for name in _SOURCE if name in kwargs}
         tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=trust_remote_code, **source)
-        model = AutoModelForCausalLM.from_pretrained(
-            model_name, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs
-        )
+        model = _load(model_name, source, whole=full_finetuning, dtype=dtype, trust_remote_code=trust_remote_code,
+                      **kwargs)
         if max_seq_length is not None:
             _check_length(model, max_seq_length)
             tokenizer.model_max_length = model.max_seq_length = max_seq_length
@@ -92,7 +97,7 @@ class FastLanguageModel:
         strict: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """The model under LoRA adapters, attached anew.
+        """The model under LoRA adapters, attached anew; adapters of this shape that it was loaded with stay.
 
         Args:
             r: rank. `lora_alpha`: the update is scaled by lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
@@ -103,8 +108,8 @@ class FastLanguageModel:
             random_state: seed of the adapters' initial weights; the global random state is left as it was.
             kwargs: for `peft.LoraConfig`.
         Raises:
-            ConfigError: a name in `target_modules` or `modules_to_save` that no module has (peft would leave it out), or
-                another `use_gradient_checkpointing`.
+            ConfigError: `target_modules` or `modules_to_save` name a module that the model lacks (peft would leave it
+                out); the model has adapters of another shape; another `use_gradient_checkpointing`.
         """
         from peft import LoraConfig, get_peft_model
 
@@ -137,10 +142,14 @@ class FastLanguageModel:
             task_type="CAUSAL_LM",
             **kwargs,
         )
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(random_state)
-            peft_model = get_peft_model(model, keep_tied(config, model))  # type: ignore[arg-type]
+        if hasattr(model, "peft_config"):
+            _must_be_of_shape(model, config)
+            peft_model = model
+        else:
+            devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed(random_state)
+                peft_model = get_peft_model(model, keep_tied(config, model))  # type: ignore[arg-type]
         if use_gradient_checkpointing:
             # Without reentrance no input needs a gradient for the adapters to get theirs.
             model.gradient_checkpointing_enable(  # type: ignore[operator]
@@ -165,6 +174,53 @@ class FastLanguageModel:
         model.train()
         model.config.use_cache = False
         return model
+
+
+def _load(name: str, source: dict[str, Any], *, whole: bool, **kwargs: Any) -> Any:
+    """The model `name`; of adapters, the model that they name and the adapters on it, which train.
+
+    transformers alone would load adapters too, but frozen.
+    """
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import find_adapter_config_file
+
+    found = find_adapter_config_file(name, **source)
+    if found is None:
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    if whole:
+        raise ConfigError(f"full_finetuning=True, but {name!r} holds adapters, whose base is frozen: merge them first "
+                          "(aligntune.core.saving.save, merge_adapters=True), or leave it out")
+    if (Path(name) / "config.json").is_file():  # a whole model beside its adapters: transformers puts the two together
+        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        model.set_adapter(model.active_adapters())
+        return model
+    config = PeftConfig.from_pretrained(str(Path(found).parent))
+    if not config.base_model_name_or_path:
+        raise ConfigError(f"{name!r} holds adapters that name no model under them (base_model_name_or_path)")
+    base = AutoModelForCausalLM.from_pretrained(
+        config.base_model_name_or_path, **kwargs | {"revision": config.revision or "main"}
+    )
+    # eval: what is loaded is in eval mode, and peft's own modules are not.
+    return PeftModel.from_pretrained(base, name, config=config, is_trainable=True, **source).eval()
+
+
+def _must_be_of_shape(model: Any, wanted: Any) -> None:
+    """That the adapters on a model are those that a config describes: peft would draw them anew under their name."""
+    held = next(iter(model.peft_config.values()))
+    faults = []
+    for name in _SHAPE:
+        ours, theirs = (_names(getattr(config, name, None)) for config in (wanted, held))
+        tied = name == "modules_to_save" and ours and theirs and set(ours) < set(theirs)  # peft adds the other's name
+        if ours not in (theirs, "all-linear") and not tied:  # which peft has turned into names
+            faults.append(f"{name}={ours!r}, but the model has adapters of {theirs!r}: train on these without "
+                          "get_peft_model, or merge them first (model.merge_and_unload())")
+    if faults:
+        raise ConfigError.from_faults(faults, "the adapters")
+
+
+def _names(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (list, tuple, set)) else value
 
 
 def _default_dtype() -> torch.dtype:
