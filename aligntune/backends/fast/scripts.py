@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from transformers import Trainer
     from transformers.trainer_utils import TrainOutput
 
+# FastSFTTrainer too, which has more to set when TRL's `__init__`, its outermost otherwise, is done.
+_WATCHED = ("trl.", f"{__package__}.sft_trainer")
+
 
 def attach_trainer(trainer: Trainer, *, strict: bool = False) -> Attachment:
     """Attach the model of a trainer, and its reference model where it holds one; returns the model's attachment.
@@ -77,7 +80,7 @@ def accelerate_trl(*, strict: bool = False) -> Iterator[list[Attachment]]:
 
     def watch(cls: type) -> None:
         original = cls.__dict__.get("__init__")
-        if original is None or not cls.__module__.startswith("trl."):
+        if original is None or not cls.__module__.startswith(_WATCHED):
             return
         patched.append((cls, original))
         cls.__init__ = _attaching(original, building, attachments, strict)  # type: ignore[misc]

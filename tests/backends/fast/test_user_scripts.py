@@ -108,6 +108,32 @@ def test_embedding_rates(saved, tmp_path):
     assert "lora" in str(trainer.attachment) and not [line for line in trainer.attachment.report if line.eager]
 
 
+def test_embedding_rates_inside_the_block_of_trl_scripts(saved, tmp_path):
+    """FastSFTTrainer in `accelerate_trl()` is what it is outside."""
+
+    def train(out: str) -> Any:
+        model, tokenizer = FastLanguageModel.from_pretrained(saved, max_seq_length=16, dtype=torch.float32)
+        args = FastTrainingArguments(
+            str(tmp_path / out), per_device_train_batch_size=2, max_steps=2, learning_rate=1e-2, save_strategy="no",
+            embedding_learning_rate=1e-3, bf16=False, logging_steps=1, report_to="none", lr_scheduler_type="constant",
+        )  # fmt: skip
+        trainer = FastSFTTrainer(model=model, tokenizer=tokenizer, train_dataset=rows((3, 8) * 4), args=args,
+                                 dataset_text_field="story")
+        trainer.train()
+        return trainer
+
+    outside = train("outside")
+    with accelerate_trl() as attachments:
+        inside = train("inside")
+    assert attachments == [inside.attachment] and inside.attachment.attached
+    assert inside.layout == outside.layout and inside.layout.startswith(FLAT)
+    assert losses(inside) == pytest.approx(losses(outside), rel=NEAR) and losses(inside)[0] > 4
+    assert [row["embedding_learning_rate"] for row in inside.state.log_history[:2]] == [1e-3, 1e-3]
+    assert "__wrapped__" not in vars(FastSFTTrainer.__init__)
+    with pytest.raises(ConfigError, match="relu2"), accelerate_trl(strict=True):
+        build(tmp_path, config(tmp_path), model=tiny.llama(hidden_act="relu2"))
+
+
 def old_script(SFTTrainer: Any, saved: str, out: Path) -> Any:
     """A script of TRL's older names."""
     model, tokenizer = FastLanguageModel.from_pretrained(saved, max_seq_length=12, dtype=torch.float32)
