@@ -47,11 +47,15 @@ class RowsEndToEnd:
         kept: (K,) int64, positions with a label, filled with -1 to a quarter, a half or three quarters of T; absent
             where there are more.
         num_tokens: int, tokens that are not filling.
+
+    Args:
+        packed: `seq_lengths` are read; else a row is one sequence, whatever its other columns hold.
     """
 
     pad_token_id: int
     longest: int = _LEAST_LONGEST
     rows: int = 0
+    packed: bool = True
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Rows as lists of ints, or as 1-dimensional arrays."""
@@ -59,7 +63,7 @@ class RowsEndToEnd:
         ids, labels = [], []
         for example in examples:
             row = np.asarray(example["input_ids"], dtype=np.int64)
-            given = example.get("seq_lengths")
+            given = example.get("seq_lengths") if self.packed else None
             own = [len(row)] if given is None or not len(given) else [int(length) for length in given]
             assert sum(own) == len(row), "seq_lengths do not add up to the row"
             lengths += own

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from aligntune.backends.fast.attachment import Attachment
 
+_COLUMNS = ("input_ids", "labels", "seq_lengths")
+
 
 def padded_because(trainer: Trainer, attachment: Attachment) -> str | None:
     """Why rows of this trainer's batches cannot lie end to end, or None where they can."""
@@ -41,6 +43,17 @@ def padded_because(trainer: Trainer, attachment: Attachment) -> str | None:
     if trainer.label_smoother is not None or callable(trainer.compute_loss_func):  # TRL may set a string
         return "its loss wants logits"
     return noise_padded_because(trainer) or attention_padded_because(attachment)
+
+
+def _as_arrays(rows: Any) -> Any:
+    """The rows as arrays over the table's memory, for lists of Python's ints; with no column that they did not show.
+
+    A transform of the user's (`set_transform`) takes a format's place and makes the rows: such ones stay as they are.
+    """
+    if not isinstance(rows, Dataset) or rows.format["type"] == "custom":
+        return rows
+    shown = rows.column_names if rows.format["output_all_columns"] else rows.format["columns"]
+    return rows.with_format("numpy", columns=[name for name in _COLUMNS if name in shown])
 
 
 class FastSFT(EmbeddingRate, ReplayedSteps, SFT):
@@ -54,10 +67,8 @@ class FastSFT(EmbeddingRate, ReplayedSteps, SFT):
         if not self.rows_end_to_end:
             return super().get_train_dataloader()
         padded, rows = self.data_collator, self.train_dataset  # type: ignore[has-type]
-        self.data_collator = RowsEndToEnd(self._tokenizer.pad_token_id)
-        if isinstance(rows, Dataset):  # arrays over the table's memory, for lists of Python's ints
-            self.train_dataset = rows.with_format("numpy", columns=[
-                name for name in ("input_ids", "labels", "seq_lengths") if name in rows.column_names])
+        self.data_collator = RowsEndToEnd(self._tokenizer.pad_token_id, packed=padded.padding_free)
+        self.train_dataset = _as_arrays(rows)
         try:
             return super().get_train_dataloader()
         finally:

@@ -219,6 +219,38 @@ def test_training_reads_arrays_and_the_rows_keep_their_format(tmp_path: Any) -> 
     assert trainer.get_train_dataloader().dataset.format["type"] == "numpy"
 
 
+def last_label_only(batch: dict[str, Any]) -> dict[str, Any]:
+    return {"input_ids": batch["input_ids"],
+            "labels": [[IGNORED] * (len(ids) - 1) + list(ids[-1:]) for ids in batch["input_ids"]]}
+
+
+FORMATS = {
+    "a transform": lambda data: data.with_transform(last_label_only),
+    "a transform to tensors": lambda data: data.with_transform(
+        lambda batch: {name: [torch.tensor(row) for row in rows] for name, rows in last_label_only(batch).items()}),
+    "torch": lambda data: data.with_format("torch"),
+    "torch without labels": lambda data: data.with_format("torch", columns=["input_ids"]),
+    "lists without labels": lambda data: data.with_format(columns=["input_ids"]),
+    "arrays, labels as lists": lambda data: data.with_format("numpy", columns=["input_ids"], output_all_columns=True),
+    "lengths of somebody else's": lambda data: data.add_column(
+        "seq_lengths", [[1, len(ids) - 1] if len(ids) > 1 else [1] for ids in data["input_ids"]]),
+}
+AS_PLAIN = ("torch", "arrays, labels as lists", "lengths of somebody else's")
+
+
+@pytest.mark.parametrize("how", FORMATS)
+def test_the_labels_are_those_that_trl_trains_on(how: str, tmp_path: Any) -> None:
+    data = FORMATS[how](rows())
+    shown = data.format
+    built = trainer_of("fast", "llama", tmp_path, data)
+    ours, theirs = run(built)[0], run(trainer_of("trl", "llama", tmp_path, data))[0]
+    assert built.attestation()["layout"].startswith("rows: end to end")
+    assert ours == pytest.approx(theirs, rel=2e-6)
+    plain = run(trainer_of("trl", "llama", tmp_path / "plain"))[0]
+    assert (theirs == pytest.approx(plain, rel=2e-6)) == (how in AS_PLAIN)
+    assert data.format == shown and built.trainer.train_dataset is data
+
+
 def test_kept_names_every_position_with_a_label() -> None:
     labels = [-100] * 900 + list(range(3, 103))
     batch = RowsEndToEnd(0)([{"input_ids": [4] * 1000, "labels": labels}])
