@@ -70,7 +70,8 @@ def accelerate_trl(*, strict: bool = False) -> Iterator[list[Attachment]]:
     """Make every TRL trainer that is built inside the block fast; yields the list of their attachments.
 
     The models stay attached after the block, until `detach`. For the length of the block the `__init__` of TRL's
-    trainer classes attaches when it is done; after it those classes are, by identity, what they were.
+    trainer classes attaches when it is done, and that of SFTTrainer takes the older names that `FastSFTTrainer` takes;
+    after it those classes are, by identity, what they were.
     """
     from transformers import Trainer
 
@@ -83,7 +84,9 @@ def accelerate_trl(*, strict: bool = False) -> Iterator[list[Attachment]]:
         if original is None or not cls.__module__.startswith(_WATCHED):
             return
         patched.append((cls, original))
-        cls.__init__ = _attaching(original, building, attachments, strict)  # type: ignore[misc]
+        older = cls.__module__.startswith("trl.") and cls.__name__ == "SFTTrainer"
+        taken = _taking_older_names(original) if older else original
+        cls.__init__ = _attaching(taken, building, attachments, strict)  # type: ignore[misc]
 
     def watch_new(cls: type, **kwargs: Any) -> None:
         super(Trainer, cls).__init_subclass__(**kwargs)
@@ -115,6 +118,24 @@ def _subclasses(cls: type) -> list[type]:
                 found[child] = None
                 waiting.append(child)
     return list(found)
+
+
+def _taking_older_names(original: Callable[..., None]) -> Callable[..., None]:
+    """`original`, TRL's `SFTTrainer.__init__`, for a call in older names too; any other call is handed on as it is."""
+
+    @functools.wraps(original)
+    def __init__(
+        self: Any, model: Any, args: Any = None, data_collator: Any = None, train_dataset: Any = None,
+        eval_dataset: Any = None, processing_class: Any = None, *rest: Any, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        from aligntune.backends.fast.sft_trainer import OLDER_NAMES, in_todays_names
+
+        older = {name: kwargs.pop(name) for name in OLDER_NAMES if name in kwargs}
+        if older:
+            args, processing_class = in_todays_names(model, args, processing_class, **older)
+        original(self, model, args, data_collator, train_dataset, eval_dataset, processing_class, *rest, **kwargs)
+
+    return __init__
 
 
 def _attaching(

@@ -19,6 +19,7 @@ from aligntune.errors import ConfigError
 
 logger = logging.getLogger("aligntune")
 
+OLDER_NAMES = ("tokenizer", "dataset_text_field", "max_seq_length", "packing", "eval_packing", "dataset_num_proc")
 _DEFAULTS = {item.name: item.default for item in fields(SFTConfig)}
 
 
@@ -89,19 +90,16 @@ class FastSFTTrainer(FastSFT):
         strict: bool = False,
         **kwargs: Any,
     ) -> None:
-        if tokenizer is not None and processing_class is not None and tokenizer is not processing_class:
-            raise ConfigError("tokenizer and processing_class are two names of one thing: give one")
-        given = {
-            "dataset_text_field": dataset_text_field, "max_seq_length": max_seq_length, "packing": packing,
-            "eval_packing": eval_packing, "dataset_num_proc": dataset_num_proc,
-        }  # fmt: skip
-        config = _config(args, model, {name: value for name, value in given.items() if value is not None})
+        config, processing_class = in_todays_names(
+            model, args, processing_class, tokenizer=tokenizer, dataset_text_field=dataset_text_field,
+            max_seq_length=max_seq_length, packing=packing, eval_packing=eval_packing,
+            dataset_num_proc=dataset_num_proc,
+        )  # fmt: skip
         if not isinstance(model, str):
             forget_patched_forward(model)  # another trainer's would stay under this one's, and follow that trainer
         super().__init__(
             model=model, args=config, data_collator=data_collator, train_dataset=train_dataset,
-            eval_dataset=eval_dataset, processing_class=tokenizer if processing_class is None else processing_class,
-            **kwargs,
+            eval_dataset=eval_dataset, processing_class=processing_class, **kwargs,
         )  # fmt: skip
         rate = getattr(config, "embedding_learning_rate", None)
         if rate is not None:
@@ -110,6 +108,20 @@ class FastSFTTrainer(FastSFT):
         recomputed = recompute_layers(self, self.attachment)
         self.layout = f"{lay_rows(self, self.attachment)}; {recomputed}"
         logger.info(self.layout)
+
+
+def in_todays_names(
+    model: Any, args: TrainingArguments | None, processing_class: Any, *, tokenizer: Any = None, **older: Any
+) -> tuple[SFTConfig, Any]:
+    """`(args, processing_class)` for TRL's SFTTrainer, out of what a script passed in `OLDER_NAMES`; None is not given.
+
+    Raises:
+        ConfigError: a setting is given twice, or `args` are no training arguments.
+    """
+    if tokenizer is not None and processing_class is not None and tokenizer is not processing_class:
+        raise ConfigError("tokenizer and processing_class are two names of one thing: give one")
+    config = _config(args, model, {name: value for name, value in older.items() if value is not None})
+    return config, tokenizer if processing_class is None else processing_class
 
 
 def _config(args: TrainingArguments | None, model: Any, given: dict[str, Any]) -> SFTConfig:

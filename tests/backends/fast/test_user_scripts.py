@@ -152,10 +152,16 @@ def old_script(SFTTrainer: Any, saved: str, out: Path) -> Any:
     return trainer
 
 
-def test_the_names_of_older_trl(saved, tmp_path):
-    """FastSFTTrainer takes them all; the run is that of a plain TRL script in today's names."""
-    trainer = old_script(FastSFTTrainer, saved, tmp_path / "old")
-    assert trainer.layout.startswith(FLAT)
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_names_of_older_trl(ours, saved, tmp_path):
+    """FastSFTTrainer takes them all, TRL's own class in the block; the run is that of a TRL script in today's names."""
+    if ours:
+        trainer = old_script(FastSFTTrainer, saved, tmp_path / "old")
+        assert trainer.layout.startswith(FLAT)
+    else:
+        with accelerate_trl() as attachments:
+            trainer = old_script(trl.SFTTrainer, saved, tmp_path / "old")
+        assert type(trainer) is trl.SFTTrainer and [attachment_of(trainer.model)] == attachments
     assert trainer.args.max_length == 12 and max(map(len, trainer.train_dataset["input_ids"])) == 12
     assert trainer.args.learning_rate == 1e-2 and not trainer.args.gradient_checkpointing  # as plain arguments have it
     model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
@@ -195,6 +201,29 @@ def test_a_plain_trl_trainer_on_a_fast_model(saved, tmp_path):
     trainer = trl.SFTTrainer(model=model, args=asks, train_dataset=rows(), processing_class=tokenizer)
     with pytest.raises(ConfigError, match="a SFTTrainer trains every parameter at learning_rate; FastSFTTrainer takes"):
         fast_train(trainer)
+
+
+def test_older_names_and_trl_itself(tmp_path):
+    class Mine(trl.SFTTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+    settings = {"model": tiny.llama(num_hidden_layers=1), "train_dataset": rows(), "dataset_text_field": "story",
+                "tokenizer": tiny.tokenizer()}
+    args = trl.SFTConfig(str(tmp_path), bf16=False, report_to="none", max_length=20)
+    with accelerate_trl(), accelerate_trl():
+        mine = Mine(args=args, max_seq_length=20, packing=True, **settings)
+        assert (mine.args.packing, mine.args.max_length, args.packing) == (True, 20, False)
+        assert "seq_lengths" in mine.train_dataset.column_names
+        with pytest.raises(ConfigError, match="max_seq_length=30, and the training arguments hold max_length=20"):
+            trl.SFTTrainer(args=args, max_seq_length=30, **settings)
+        with pytest.raises(TypeError, match="max_seq_lenght"):
+            trl.SFTTrainer(args=args, max_seq_lenght=20, **settings)
+        today = trl.SFTTrainer(settings["model"], args, None, rows().rename_columns({"story": "text"}), None,
+                               settings["tokenizer"])
+        assert today.args is args and today.processing_class is settings["tokenizer"]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'tokenizer'|'dataset_text_field'"):
+        trl.SFTTrainer(args=args, **settings)
 
 
 @pytest.mark.parametrize(("given", "arguments", "layout"), [
