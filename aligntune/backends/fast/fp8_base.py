@@ -1,8 +1,8 @@
 """The frozen base under LoRA in e4m3: where its copies live, when they are used, and when they are made again.
 
 A copy is beside the weight, not in its place: two bytes more for each of its numbers. The weight itself is what is
-saved, merged, and multiplied in a rollout (but for one under autocast). Training, evaluation and the reference, which
-is the model with its adapters off, go through the copy, so that policy and reference are rounded alike.
+saved and merged. Training, evaluation, rollouts and the reference, which is the model with its adapters off, go through
+the copy, so that the policy that draws, the one that learns and the reference are rounded alike.
 """
 
 from __future__ import annotations

@@ -73,14 +73,14 @@ def _moves_weights(module: nn.Module) -> bool:
     return hook is not None and (type(hook).__name__ != "AlignDevicesHook" or hook.offload)
 
 
-def read(module: nn.Module, *, fp8: bool = True) -> LoraLinear | str:
+def read(module: nn.Module) -> LoraLinear | str:
     """The layer as it stands now, or why an op may not take its place (hooks on `module` itself are not looked at).
 
-    `fp8`: a base layer that has e4m3 copies is read as these, unless adapters are merged into it.
+    A base layer that has e4m3 copies is read as these, unless adapters are merged into it.
     """
     kind = kind_of(module)
     if kind == "lora":
-        return _read_adapters(module, fp8)
+        return _read_adapters(module)
     if kind == "plain":
         weight = module._parameters.get("weight")
         if weight is None:
@@ -105,7 +105,7 @@ def _read_nf4(module: nn.Module) -> LoraLinear | str:
     return LoraLinear(NF4Weight.from_param(weight), module.bias)
 
 
-def _read_adapters(module: Any, fp8: bool) -> LoraLinear | str:
+def _read_adapters(module: Any) -> LoraLinear | str:
     if module.lora_variant:
         return f"{type(next(iter(module.lora_variant.values()))).__name__.removesuffix('LinearVariant')} has no kernel"
     if module.fan_in_fan_out:
@@ -122,7 +122,7 @@ def _read_adapters(module: Any, fp8: bool) -> LoraLinear | str:
     if isinstance(base, str) or module.merged_adapters:
         # Merged adapters are in the base weight; merged and disabled, PEFT takes them out again, in its own forward.
         return "adapters are merged and disabled" if module.merged_adapters and module.disable_adapters else base
-    if fp8 and FP8 in base_layer.__dict__:
+    if FP8 in base_layer.__dict__:
         base = LoraLinear(base_layer.__dict__[FP8].current(base.weight), base.bias)
     if module.disable_adapters:
         return base
@@ -188,10 +188,10 @@ def _multiply_apart(parent: nn.Module, names: tuple[str, ...], linears: Sequence
 
 
 def ready_to_read(module: nn.Module) -> LoraLinear | None:
-    """The layer as it stands now, its base as it was loaded; None where it must be called."""
+    """The layer as it stands now; None where it must be called."""
     if hooked(module) or _foreign(module):
         return None
-    found = read(module, fp8=False)
+    found = read(module)
     return None if isinstance(found, str) else found
 
 

@@ -247,7 +247,7 @@ def test_layers_that_cannot_stay_as_loaded(device):
     report = attach(model).report
     assert [line.op for line in report if "q_proj" in line.modules] == ["lora, fp8 base"]
     assert lora.FP8 not in model.base_model.model.lm_head.base_layer.__dict__
-    assert isinstance(lora.ready_to_read(model.base_model.model.model.layers[0].self_attn.q_proj).weight, torch.Tensor)
+    assert isinstance(lora.ready_to_read(model.base_model.model.model.layers[0].self_attn.q_proj).weight, Fp8Weight)
 
 
 def trainer(model: Any, **settings: Any) -> Any:

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from aligntune.backends.fast import ledger
+from aligntune.backends.fast import ledger, lora
 from aligntune.backends.fast.attachment import base_model
 from aligntune.backends.fast.ops import decode_attention as paged
 from aligntune.backends.fast.ops import sample as sampler
 from aligntune.backends.fast.ops.attention import attention, attention_reference
+from aligntune.backends.fast.ops.fp8 import Fp8Weight
 from aligntune.backends.fast.rollout.cache import PAGE, PagePool, pages_for
 from aligntune.backends.fast.rollout.projections import Projections
 from aligntune.backends.fast.rollout.sampling import Form, Numbers, Sampling, choices
@@ -147,6 +148,10 @@ class Decoder:
             if hasattr(module, "lora_A"):
                 state += [tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters),
                           tuple(module.scaling.items())]
+                # Reading makes stale fp8 copies anew, which a replayed step would not.
+                found = lora.read(module)
+                if not isinstance(found, str) and isinstance(found.weight, Fp8Weight):
+                    state.append(found.weight.rows.data_ptr())
         fingerprint = tuple(state)
         if fingerprint != self.capture.fingerprint:
             self.capture.graphs.clear()

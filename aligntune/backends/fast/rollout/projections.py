@@ -22,6 +22,7 @@ from torch import nn
 from aligntune.backends.fast import lora
 from aligntune.backends.fast.forwards import KEY, AttentionSpec, MlpSpec
 from aligntune.backends.fast.ops import decode_linear as op
+from aligntune.backends.fast.ops.fp8 import Fp8Weight
 from aligntune.backends.fast.ops.lora import LoraLinear
 from aligntune.backends.fast.ops.nf4 import NF4Weight, dequantize_nf4
 
@@ -87,7 +88,7 @@ class Projection:
     def _weight(self, linear: LoraLinear) -> torch.Tensor:
         if isinstance(linear.weight, NF4Weight):
             return dequantize_nf4(linear.weight, dtype=self.dtype)
-        assert isinstance(linear.weight, torch.Tensor)  # `ready_to_read` gives no fp8 copies
+        assert isinstance(linear.weight, torch.Tensor)  # `_add` leaves fp8 copies to their layers
         return linear.weight
 
     def _apart(self, rows: torch.Tensor) -> torch.Tensor:
@@ -128,7 +129,11 @@ class Projections:
                 self._add(module, ("gate_up_proj",) if spec.packed else ("gate_proj", "up_proj"), ("down_proj",))
 
     def _add(self, module: nn.Module, *groups: tuple[str, ...]) -> None:
-        """All groups of a module, or none: a layer with hooks is called as it is."""
+        """All groups of a module, or none: a layer with hooks is called as it is, and one that has fp8 copies.
+
+        Those run as training runs them. Rounded at any other place, numbers here and there would become another e4m3
+        number, 2^-4 apart, and tokens be drawn from a policy that is not the one that learns.
+        """
         made = {}
         for names in groups:
             members = [module._modules[name] for name in names] if names else [module]
@@ -137,6 +142,8 @@ class Projections:
             if len(linears) < len(members) or not any(
                 linear.adapters or isinstance(linear.weight, NF4Weight) for linear in linears
             ):
+                return
+            if any(isinstance(linear.weight, Fp8Weight) for linear in linears):
                 return
             if any(adapter.bias is not None for linear in linears for adapter in linear.adapters):
                 return

@@ -350,6 +350,57 @@ def test_nf4_base(device):
     assert rollout.completion_ids == expected
 
 
+def in_fp8(device, **kwargs):
+    """An attached model under adapters whose base has e4m3 copies, and the layer that the tests write to."""
+    from aligntune.backends.fast import attach, fp8_base
+
+    model = lora(mini(**({"hidden_size": 48, "intermediate_size": 80, "head_dim": 16} | kwargs)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(0.1)
+    assert fp8_base.install(model.to(device))[0] == 14
+    attach(model)
+    return model, model.base_model.model.model.layers[0].mlp.down_proj
+
+
+def test_a_base_with_e4m3_copies_is_read_as_training_reads_it(device):
+    """Prefill and steps, with adapters and without; copies that are stale are made again before a rollout."""
+    from aligntune.backends.fast import lora as linears
+    from aligntune.backends.fast.ops.fp8 import quantize_rows
+
+    model, down = in_fp8(device)
+    prompt = prompts_of((19,))[0]
+    engine = RolloutEngine(model, max_batch=2, max_len=64, graphs=False)
+    sampling = Sampling(max_new_tokens=5, temperature=0, stop_token_ids=())
+
+    def apart(rollout):
+        ids = rollout.completion_ids[0]
+        with torch.no_grad():
+            whole = torch.tensor([prompt + ids], device=device)
+            log_probs = model.eval()(whole).logits[0, -len(ids) - 1 : -1].log_softmax(-1)
+        truth = log_probs.gather(1, whole[0, -len(ids) :, None])[:, 0].cpu()
+        return (truth - torch.tensor(rollout.log_probs[0])).abs().max()
+
+    rollout = engine.generate([prompt], sampling=sampling)
+    assert apart(rollout) < 1e-5
+    with model.disable_adapter():
+        assert apart(engine.generate([prompt], sampling=sampling)) < 1e-5
+    kept = engine._decoder.capture.fingerprint
+    held = {m: m.__dict__.pop(linears.FP8) for m in model.modules() if linears.FP8 in m.__dict__}
+    assert apart(rollout) > 1e-3  # what the weights themselves give
+    engine._decoder._keep_graphs()
+    assert engine._decoder.capture.fingerprint != kept
+    for module, found in held.items():
+        module.__dict__[linears.FP8] = found
+    # A replayed step reads the copies where they are: those of a weight that was written are made again before it.
+    copies = down.base_layer.__dict__[linears.FP8]
+    with torch.no_grad():
+        down.base_layer.weight.mul_(-2)
+    engine._decoder._keep_graphs()
+    assert torch.equal(copies.weight.row_scale, quantize_rows(down.base_layer.weight.detach())[1])
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "phi3", "qwen3_moe", "smollm3"])
 def test_kernels_under_an_attached_model(family, device):
     """Attached forwards, LoRA, decode attention, cache writes and sampling: interpreted here, compiled on a GPU."""

@@ -59,6 +59,30 @@ def test_replayed_steps_are_the_launched_ones():
     assert runs[0].log_probs == runs[1].log_probs
 
 
+def test_replayed_steps_over_a_base_in_fp8():
+    """The steps that were launched, and again after the base was written in place, with the graphs of before."""
+    from aligntune.backends.fast import fp8_base
+
+    model = lora(wide())
+    assert fp8_base.install(model) == (21, 0)
+    attach(model)
+    sampling, prompts = Sampling(max_new_tokens=40, stop_token_ids=(), seed=4), prompts_of((5, 40, 17, 1))
+    engine = RolloutEngine(model, max_batch=4, max_len=128)
+
+    def both():
+        eager = RolloutEngine(model, max_batch=4, max_len=128, graphs=False)
+        return [one.generate(prompts, sampling=sampling) for one in (engine, eager)]
+
+    first = both()
+    assert first[0].stats.captures and first[0].completion_ids == first[1].completion_ids
+    assert first[0].log_probs == first[1].log_probs
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].mlp.down_proj.base_layer.weight.mul_(-2)
+    second = both()
+    assert second[0].stats.captures == 0 and second[0].completion_ids == second[1].completion_ids
+    assert second[0].completion_ids != first[0].completion_ids
+
+
 def test_graphs_live_across_optimizer_steps():
     model = lora(wide("qwen3", dtype=torch.bfloat16))
     attach(model)
