@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -81,12 +82,16 @@ def supports(backend: Backend, algorithm: str) -> Support:
     return backend.support.get(algorithm, Support("unsupported", f"backend {backend.name!r} has no {algorithm!r}"))
 
 
-def gate_of(backend: Backend, options: Mapping[str, Any]) -> Gate | None:
-    """The gate that these option values meet, or None."""
-    for gate in backend.gates:
-        if gate.meets(options):
-            return gate
-    return None
+def asked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` with the fields of `trainer_options` over them: a value reaches TRL by either way."""
+    fields = options.get("trainer_options")
+    return {**options, **(fields if isinstance(fields, Mapping) else {})}
+
+
+def gate_of(backend: Backend, options: Mapping[str, Any]) -> tuple[Gate, Any] | None:
+    """The gate that these options, `trainer_options` among them, meet, and the value that meets it; or None."""
+    given = asked(options)
+    return next(((gate, given[gate.option]) for gate in backend.gates if gate.meets(given)), None)
 
 
 def require(backend: Backend, algorithm: str, options: Mapping[str, Any]) -> None:
@@ -99,11 +104,22 @@ def require(backend: Backend, algorithm: str, options: Mapping[str, Any]) -> Non
     verdict = supports(backend, algorithm)
     if verdict.status == "unsupported":
         raise UnsupportedAlgorithmError(f"backend={backend.name!r}, algorithm={algorithm!r}: {verdict.reason}")
-    gate = gate_of(backend, options)
-    if gate is not None:
-        raise UnsupportedAlgorithmError(
-            f"backend={backend.name!r}, {gate.option}={options[gate.option]!r}: {gate.reason}"
-        )
+    gated = gate_of(backend, options)
+    if gated is not None:
+        gate, value = gated
+        raise UnsupportedAlgorithmError(f"backend={backend.name!r}, {gate.option}={value!r}: {gate.reason}")
     for state in (verdict, backend.available()):
         if not state:
             raise BackendUnavailableError(f"backend={backend.name!r} {state}")
+    _require_vllm(options)
+
+
+def _require_vllm(options: Mapping[str, Any]) -> None:
+    """TRL would find out when its trainer is made: with the data read, the model loaded, earlier stages trained."""
+    if "rollout_engine" not in options:  # an algorithm that does not generate
+        return
+    how = "rollout_engine='vllm'" if options["rollout_engine"] == "vllm" else "trainer_options use_vllm=True"
+    wanted = options["rollout_engine"] == "vllm" or asked(options).get("use_vllm") is True
+    if wanted and importlib.util.find_spec("vllm") is None:
+        raise BackendUnavailableError(f"{how}: vLLM is not installed here, and a server is spoken to through it too; "
+                                      "pip install 'aligntune[vllm]'")

@@ -194,11 +194,11 @@ def choose_backend(job: Job) -> Backend:
         return backend
     fast = BACKENDS.load("fast")
     verdict = supports(fast, job.spec.name)
-    gate = gate_of(fast, options)
+    gated = gate_of(fast, options)
     if not verdict:
         why = f"fast does not run {job.spec.name} ({verdict.reason})"
-    elif gate is not None:
-        why = f"fast does not run {gate.option}={options[gate.option]!r}"
+    elif gated is not None:
+        why = f"fast does not run {gated[0].option}={gated[1]!r}"
     elif options["device"] == "cpu":
         why = "device='cpu' was asked for"
     elif os.environ.get("TRITON_INTERPRET") == "1" or not (here := fast.available()):
@@ -206,6 +206,7 @@ def choose_backend(job: Job) -> Backend:
         why = f"fast is not available here ({here.reason})" if os.environ.get("TRITON_INTERPRET") != "1" else (
             "TRITON_INTERPRET=1 is for tests of fast, which must be named to run")
     else:
+        require(fast, job.spec.name, options)
         job.notices.append(f"backend: fast ({here.reason} runs {job.spec.name})")
         job.set("backend", "fast")
         return fast

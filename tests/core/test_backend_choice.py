@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import torch
 
 from aligntune.backends.fast.support import BACKEND as FAST
 from aligntune.backends.fast.support import SEQUENCE_RATIOS, FastBackend
-from aligntune.core.backend_factory import choose_backend
+from aligntune.core.backend_factory import choose_backend, create_rl_trainer
 from aligntune.core.registry import Support
 from aligntune.core.resolve import Job, resolve
+from aligntune.errors import BackendUnavailableError
 
 HERE = Support("supported", "NVIDIA Stub 9000")
 ABSENT = Support("unavailable", "torch sees no CUDA GPU", "an NVIDIA GPU")
@@ -60,9 +62,11 @@ def job_of(algorithm: str = "sft", **options: Any) -> Job:
     (lambda: job_of("gspo"), HERE, "trl", f"backend: trl, because fast does not run gspo ({SEQUENCE_RATIOS})"),
     (lambda: job_of("grpo", importance_sampling_level="sequence"), HERE, "trl",
      "backend: trl, because fast does not run importance_sampling_level='sequence'"),
+    (lambda: job_of("grpo", trainer_options={"importance_sampling_level": "sequence"}), HERE, "trl",
+     "backend: trl, because fast does not run importance_sampling_level='sequence'"),
     (lambda: job_of(device="cpu"), HERE, "trl", "backend: trl, because device='cpu' was asked for"),
     (job_of, ABSENT, "trl", "backend: trl, because fast is not available here (torch sees no CUDA GPU)"),
-], ids=["fast", "gspo", "a gate", "device='cpu'", "no GPU"])
+], ids=["fast", "gspo", "a gate", "a gate by trainer_options", "device='cpu'", "no GPU"])
 def test_auto_says_what_it_took_and_why(
     job: Any, here: Support, backend: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,3 +85,22 @@ def test_auto_does_not_take_interpreted_kernels(monkeypatch: pytest.MonkeyPatch)
     made = job_of()
     assert choose_backend(made).name == "trl"
     assert made.notices == ["backend: trl, because TRITON_INTERPRET=1 is for tests of fast, which must be named to run"]
+
+
+@pytest.mark.parametrize("wish", [
+    {"rollout_engine": "vllm"}, {"trainer_options": {"use_vllm": True}},
+    {"rollout_engine": "vllm", "trainer_options": {"vllm_mode": "server"}},
+], ids=["rollout_engine", "use_vllm", "a server"])
+@pytest.mark.parametrize("backend", ["trl", "fast", "auto"])
+def test_vllm_that_is_not_installed_is_told_before_anything_is_read(
+    backend: str, wish: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(FastBackend, "available", lambda self: HERE)
+    with pytest.raises(BackendUnavailableError, match=r"vllm.*pip install 'aligntune\[vllm\]'"):
+        create_rl_trainer("/no/such/model", "/no/such/data", algorithm="grpo", reward_functions=["exact_match"],
+                          backend=backend, **wish)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
+    assert choose_backend(job_of("grpo", backend=backend, **wish)).name == backend.replace("auto", "fast")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import aligntune
 from aligntune.core.recipe_run import StageResult, run_recipe
 from aligntune.errors import (
     AlignTuneError,
+    BackendUnavailableError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -22,6 +24,7 @@ from aligntune.errors import (
 )
 from tests import small_jobs
 
+NO_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 REWARDS = """
 import pathlib
 
@@ -199,6 +202,10 @@ def test_overwrite_removes_the_earlier_run_and_nothing_else(shop: dict[str, str]
      r"stages\.2\.rewards\.reward_functions: unknown reward 'exact_mach'"),
     ({"stages.2.trainer_options": {"vlm": 1}}, ConfigError, "stage 2-grpo: .*trainer_options.vlm: GRPOConfig has no"),
     ({"stages.2.rollout_engine": "fast"}, UnsupportedAlgorithmError, "stage 2-grpo: .*rollout_engine"),
+    ({"stages.2.backend": "fast", "stages.2.trainer_options": {"importance_sampling_level": "sequence"}},
+     UnsupportedAlgorithmError, "stage 2-grpo: .*importance_sampling_level='sequence'"),
+    pytest.param({"stages.2.rollout_engine": "vllm"}, BackendUnavailableError, r"stage 2-grpo: .*aligntune\[vllm\]",
+                 marks=NO_VLLM),
     ({"probe.dataset_name": "/no/such.jsonl"}, DataError, "probe: .*no/such"),
 ])
 def test_a_later_stage_is_checked_before_the_first_trains(

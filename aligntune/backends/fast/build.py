@@ -21,11 +21,10 @@ from aligntune.backends.fast.recompute import install, recompute_of, recomputes,
 from aligntune.backends.fast.rollout.serve import of_trainer
 from aligntune.backends.fast.rollout.trl import FastRollouts, engine_cannot_because
 from aligntune.backends.fast.scripts import attach_trainer, detach_trainer
-from aligntune.backends.fast.support import SEQUENCE_RATIOS
 from aligntune.backends.fast.token_gradients import TokenGradients
 from aligntune.backends.fast.trainers import FAST_TRAINERS, FastSFT, padded_because
 from aligntune.backends.trl.build import build as build_trl
-from aligntune.errors import AlignTuneError, ConfigError, UnsupportedAlgorithmError
+from aligntune.errors import AlignTuneError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -46,7 +45,6 @@ def build(job: Job, prepared: Prepared) -> Built:
         ConfigError: `strict=True` and a module would run eager; every such module is named. Or the rollout engine that
             was asked for cannot run. Or `embedding_learning_rate` is given and no embedding trains. Or
             `base_precision="fp8"` cannot be had.
-        UnsupportedAlgorithmError: `trainer_options` ask for ratios of whole sequences.
     """
     built = build_trl(job, prepared, trainers=FAST_TRAINERS, data_parallel=False)  # replicas would run ours on one GPU
     try:
@@ -58,7 +56,6 @@ def build(job: Job, prepared: Prepared) -> Built:
 
 def _with_kernels(job: Job, prepared: Prepared, built: Built) -> Built:
     """TRL's trainer as it was built, with our kernels and our ways around the step."""
-    _refuse_sequence_ratios(built.trainer.args)
     if job.options.embedding_learning_rate is not None:
         built.notices.append(built.trainer.train_embeddings_at(job.options.embedding_learning_rate))
     base = quantize_base(built.trainer, job.options.base_precision)
@@ -200,14 +197,6 @@ def _rollouts(job: Job, trainer: Any) -> str:
         return f"hf, {why}"
     trainer.rollouts_on(max_len=job.options.max_seq_length, memory_gib=job.options.rollout_memory_gib)
     return "our engine, in the model's own memory"
-
-
-def _refuse_sequence_ratios(args: Any) -> None:
-    """The backend's gates read our options; `trainer_options` reach the same fields by another way."""
-    for field, gated in (("importance_sampling_level", ("sequence",)), ("loss_type", ("luspo", "vespo"))):
-        value = getattr(args, field, None)
-        if value in gated and hasattr(args, "importance_sampling_level"):
-            raise UnsupportedAlgorithmError(f"backend='fast', {field}={value!r}: {SEQUENCE_RATIOS}")
 
 
 class Witness:
