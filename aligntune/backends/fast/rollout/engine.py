@@ -372,15 +372,19 @@ class _Run:
 
     def _stop_strings(self, rows: list[Row]) -> list[Row]:
         """Rows in whose text a stop string has come up, cut after the token that completed it."""
-        strings = self.sampling.stop_strings
+        strings, decode = self.sampling.stop_strings, self.engine.tokenizer.decode
         # A token is at least a byte, but for special ones, which decode to nothing or to their name.
         window = max(len(text.encode()) for text in strings) + 4
         checked = {id(row): len(row.drawn) for row in rows}
         self._read(rows)
         stopped = []
         for row in rows:
+            tokens = [row.prompt[-1], *row.drawn]
             for end in range(checked[id(row)] + 1, len(row.drawn) + 1):
-                text = self.engine.tokenizer.decode(row.drawn[max(0, end - window) : end])
+                # Decoders of SentencePiece's kind drop a space at the front: the token before takes that place.
+                first = max(0, end - window)
+                before = decode(tokens[first : first + 1])
+                text = decode(tokens[first : end + 1])[len(before) :]
                 if any(string in text for string in strings):
                     row.drawn, row.log_probs, row.count = row.drawn[:end], row.log_probs[:end], end
                     stopped.append(row)

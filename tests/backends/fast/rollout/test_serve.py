@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from aligntune.backends.fast.attachment import detach
 from aligntune.backends.fast.rollout.serve import EngineGenerator, of_trainer, sampling_of
@@ -52,6 +54,34 @@ def test_stop_strings_are_transformers(model: Any, tokens: Any) -> None:
         ours, theirs = both(model, tokens, raw=True, max_new_tokens=16, stop_strings=stop)
         assert ours == theirs != plain
         assert any(len(cut) < len(whole) for cut, whole in zip(ours, plain, strict=True))
+
+
+def metaspace() -> Any:
+    """Tokens as SentencePiece makes them (Llama 2, Mistral): the space is a word's first character."""
+    letters = "abcdefghijklmnopqrstuvwxyz.,0123456789"
+    words = ["<pad>", "<bos>", "<eos>", "\u2581", *letters, *(f"\u2581{one}" for one in letters)]
+    words += [f"\u2581w{one}" for one in range(259 - len(words))]
+    core = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+def test_stop_strings_under_a_decoder_that_drops_the_first_space(model: Any) -> None:
+    tokens = metaspace()
+    assert tokens.decode([45, 45]) == tokens.convert_ids_to_tokens(45)[1:] + tokens.decode([3, 45])
+    engine, at_once = EngineGenerator(model, tokens), 0
+    for last in range(3, 40):
+        prompt = [50, 7, last]
+        free = engine([prompt], {"max_new_tokens": 6}, batch_size=1, seed=None)[0]
+        whole = "".join(tokens.convert_ids_to_tokens(free)).replace("\u2581", " ")
+        for stop in (whole[:1], whole[:3], whole[2:5]):
+            ours = engine([prompt], {"max_new_tokens": 6, "stop_strings": stop}, batch_size=1, seed=None)[0]
+            theirs = model.generate(
+                torch.tensor([prompt], device=model.device), max_new_tokens=6, do_sample=False, stop_strings=stop,
+                tokenizer=tokens, pad_token_id=0, eos_token_id=None)[0, 3:].tolist()
+            assert ours == theirs, (prompt, stop)
+            at_once += len(ours) == 1 and stop.startswith(" ")
+    assert at_once > 5
 
 
 def test_one_prompt_none_and_bad_ones(model: Any, tokens: Any) -> None:
