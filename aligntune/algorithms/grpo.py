@@ -35,7 +35,7 @@ class GroupOptions:
     mask_truncated_completions: bool = option(
         False, "Leave completions that hit max_completion_length out of the loss."
     )
-    sync_ref_model: bool = option(False, "Let the reference follow the policy slowly.")
+    sync_ref_model: bool = option(False, "Let the reference follow the policy slowly; not with LoRA (use_peft=False).")
 
 
 @dataclass

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aligntune.core.registry import Support
+from aligntune.core.rules import asked
 from aligntune.errors import BackendUnavailableError, UnsupportedAlgorithmError
 
 if TYPE_CHECKING:
@@ -80,12 +81,6 @@ class Backend(Protocol):
 def supports(backend: Backend, algorithm: str) -> Support:
     """Whether `backend` runs `algorithm` on a machine that suits it."""
     return backend.support.get(algorithm, Support("unsupported", f"backend {backend.name!r} has no {algorithm!r}"))
-
-
-def asked(options: Mapping[str, Any]) -> dict[str, Any]:
-    """`options` with the fields of `trainer_options` over them: a value reaches TRL by either way."""
-    fields = options.get("trainer_options")
-    return {**options, **(fields if isinstance(fields, Mapping) else {})}
 
 
 def gate_of(backend: Backend, options: Mapping[str, Any]) -> tuple[Gate, Any] | None:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from aligntune.algorithms.base import AlgorithmSpec
-from aligntune.errors import ConfigError
+from aligntune.errors import ConfigError, nearest
 
 Values = dict[str, Any]
 Origin = dict[str, str]
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+"""TRL's values of `f_divergence_type`, which it looks at in the first step."""
+_SORTING = ("aot", "aot_unpaired")
+
+
+def asked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` with the fields of `trainer_options` over them: a value reaches TRL by either way."""
+    fields = options.get("trainer_options")
+    return {**options, **(fields if isinstance(fields, Mapping) else {})}
 
 
 def world_size() -> int:
@@ -39,6 +50,7 @@ def check(values: Values, origin: Origin, spec: AlgorithmSpec, faults: list[str]
         return
     _required(values, spec, faults)
     _lora(values, origin, faults, notices)
+    _loss(values, faults)
     _evaluation(values, faults)
     if spec.online:
         _lengths(values, origin, faults, notices)
@@ -103,6 +115,34 @@ def _lora(values: Values, origin: Origin, faults: list[str], notices: list[str])
         else:
             faults.append(f"lora.{idle[0]} is given and lora.use_peft is not: pass use_peft=True for LoRA, or "
                           "use_peft=False for full training")
+
+
+def _loss(values: Values, faults: list[str]) -> None:
+    """What TRL finds out when its trainer is made, or in the first step."""
+    if not isinstance(values["trainer_options"], Mapping):
+        faults.append(f"train.trainer_options: a mapping is wanted, not a {type(values['trainer_options']).__name__}")
+        return
+    given, fields = asked(values), values["trainer_options"]
+
+    def path(name: str) -> str:
+        return f"train.trainer_options.{name}" if name in fields else f"loss.{name}"
+
+    adapters = values["use_peft"] or hasattr(values["model_name"], "peft_config")
+    if given.get("sync_ref_model") is True and adapters:
+        faults.append(f"{path('sync_ref_model')} = True with LoRA: the reference is the base with adapters off, which "
+                      "no copy follows; use_peft=False trains and follows the whole model")
+    forms = given.get("loss_type")
+    if isinstance(forms, list | tuple) and not forms:
+        faults.append(f"{path('loss_type')} = {forms!r}: at least one form is wanted")
+    sorting = [form for form in (forms if isinstance(forms, list | tuple) else [forms]) if form in _SORTING]
+    if given.get("use_weighting") is True and sorting:
+        faults.append(f"{path('use_weighting')} = True with loss_type {sorting[0]!r}: it sorts what is weighted by "
+                      "pair; leave one out")
+    kind = given.get("f_divergence_type")
+    if kind is not None and kind not in DIVERGENCES:
+        close = nearest(kind, DIVERGENCES) if isinstance(kind, str) else None
+        faults.append(f"{path('f_divergence_type')} = {kind!r}: must be one of {', '.join(map(repr, DIVERGENCES))}"
+                      + (f"; did you mean {close!r}?" if close else ""))
 
 
 def _evaluation(values: Values, faults: list[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from types import NoneType
+from types import NoneType, SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from aligntune.algorithms import ALGORITHMS
 from aligntune.core.options import UNSET, OptionInfo
 from aligntune.core.resolve import OLD_NAMES, option_table, read_config, resolve
+from aligntune.core.rules import DIVERGENCES
 from aligntune.errors import ConfigError
 
 BASE = {"model_name": "m", "dataset_name": "d"}
@@ -281,6 +282,37 @@ def test_embeddings_among_the_targets_become_modules_to_save() -> None:
 def test_contradictions(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve({**BASE, "algorithm": "sft", **options})
+
+
+_SYNC = {"sync_ref_model": True}
+
+
+@pytest.mark.parametrize(("algorithm", "options", "message"), [
+    *((name, {**_SYNC, "use_peft": True}, "loss.sync_ref_model = True with LoRA") for name in (
+        "grpo", "rloo", "gspo", "dapo", "dr_grpo")),
+    ("grpo", {**_SYNC, "quantization": "nf4"}, "loss.sync_ref_model = True with LoRA.*use_peft=False"),
+    ("dpo", {"trainer_options": _SYNC, "use_peft": True}, "train.trainer_options.sync_ref_model = True with LoRA"),
+    ("kto", {"trainer_options": _SYNC, "model_name": SimpleNamespace(peft_config={})}, "sync_ref_model = True with"),
+    ("dpo", {"loss_type": []}, r"loss.loss_type = \[\]: at least one form"),
+    ("dpo", {"trainer_options": {"loss_type": []}}, r"train.trainer_options.loss_type = \[\]"),
+    ("dpo", {"loss_type": ["sigmoid", "aot"], "use_weighting": True}, "loss.use_weighting = True with .*'aot'"),
+    ("dpo", {"trainer_options": {"f_divergence_type": "reverse"}}, "'reverse_kl', .*did you mean 'reverse_kl'"),
+    ("ipo", {"trainer_options": {"f_divergence_type": "js-divergence"}}, "did you mean 'js_divergence'"),
+    ("dpo", {"trainer_options": {"f_divergence_type": 3}}, "f_divergence_type = 3: must be one of"),
+    ("sft", {"trainer_options": SimpleNamespace()}, "train.trainer_options: a mapping is wanted, not a SimpleN"),
+])
+def test_what_trl_tells_later_or_never(algorithm: str, options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve({**needs(algorithm), "algorithm": algorithm, **options})
+
+
+def test_what_trl_takes_is_left_alone() -> None:
+    for algorithm, options in (
+        ("grpo", {**_SYNC, "use_peft": False}), ("dpo", {"trainer_options": _SYNC}), ("grpo", {"use_peft": True}),
+        ("dpo", {"loss_type": ["aot"]}), ("dpo", {"loss_type": ["sft"], "use_weighting": True}),
+        *(("dpo", {"trainer_options": {"f_divergence_type": kind}}) for kind in DIVERGENCES),
+    ):
+        resolve({**needs(algorithm), "algorithm": algorithm, **options})
 
 
 def test_lengths_of_online_methods() -> None:

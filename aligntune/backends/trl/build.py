@@ -16,7 +16,7 @@ from aligntune.backends.trl.ppo_build import value_model
 from aligntune.backends.trl.reward_model import load_reward_model
 from aligntune.backends.trl.trainers import TRAINERS, reference_from_memory
 from aligntune.core.model_hygiene import copy_model, detach_backends, forget_patched_forward, forget_reference_adapter
-from aligntune.errors import ConfigError, DataError
+from aligntune.errors import BackendUnavailableError, ConfigError, DataError
 from aligntune.rewards.overlong import SoftOverlong
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def build(
             trains on one of them.
 
     Raises:
-        ConfigError, DataError: what the job asks for and TRL would do otherwise, or in silence.
+        ConfigError, DataError: what the job asks for and TRL would do otherwise, in silence, or not at all.
+        BackendUnavailableError: TRL wants a package that is not installed.
     """
     warn_untested()
     precision = precision_of(job)
@@ -79,9 +80,10 @@ def build(
     try:
         with reference:
             trainer = trainers[job.spec.name](**kwargs)
-    except ValueError as error:
+    except (ValueError, NotImplementedError, ImportError) as error:
         theirs = next(kind for kind in trainers[job.spec.name].__mro__ if not kind.__module__.startswith("aligntune"))
-        raise ConfigError(f"{theirs.__name__}: {error}") from error
+        typed = BackendUnavailableError if isinstance(error, ImportError) else ConfigError
+        raise typed(f"{theirs.__name__}: {error}") from error
     if isinstance(trainer, DynamicSampling):
         trainer.dynamic_sampling = job.options.dynamic_sampling
         trainer.max_resample_rounds = job.options.max_resample_rounds

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from trl import DPOTrainer
 
 from aligntune import create_rl_trainer, create_sft_trainer
 from aligntune.algorithms import ALGORITHMS as TABLE
@@ -19,7 +22,8 @@ from aligntune.backends.trl.offline import Quiet
 from aligntune.backends.trl.support import BACKEND
 from aligntune.backends.trl.trainers import TRAINERS
 from aligntune.core.resolve import Job, resolve
-from aligntune.errors import ConfigError, DataError, UnsupportedAlgorithmError
+from aligntune.core.rules import DIVERGENCES
+from aligntune.errors import BackendUnavailableError, ConfigError, DataError, UnsupportedAlgorithmError
 from tests.core import tiny
 
 ONLINE = ("rloo", "grpo", "gspo", "dapo", "dr_grpo")
@@ -356,6 +360,22 @@ def test_gates_of_the_backend() -> None:
     with pytest.raises(UnsupportedAlgorithmError, match="memory_budget_gib"):
         require(BACKEND, "sft", {"memory_budget_gib": 3.0})
     require(BACKEND, "sft", vars(SimpleNamespace(memory_budget_gib=None)))
+
+
+def test_what_trl_has_not_or_wants_installed_is_told(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = job_of("grpo", tmp_path, sync_ref_model=True, beta=0.1)
+    job.set("use_peft", True)  # adapters that are known when the model is loaded
+    with pytest.raises(ConfigError, match="GRPOTrainer: .*sync_ref_model=True"):
+        build(job, Prepared(tiny.tokenizer(), rows("grpo"), None))
+    monkeypatch.setattr("trl.generation.vllm_generation.is_vllm_available", lambda: False)
+    with pytest.raises(BackendUnavailableError, match="RLOOTrainer: vLLM is not available"):
+        trainer_of("rloo", tmp_path, rollout_engine="vllm")
+
+
+def test_the_divergences_are_trls() -> None:
+    """The rule would refuse one that a later TRL adds."""
+    source = inspect.getsource(DPOTrainer)
+    assert set(re.findall(r'self\.f_divergence_type == "(\w+)"', source)) == set(DIVERGENCES)
 
 
 def test_overlong_filtering_leaves_truncated_completions_out(tmp_path: Any) -> None:
