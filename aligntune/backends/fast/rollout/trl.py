@@ -49,8 +49,8 @@ def sharded_because(trainer: Trainer) -> str | None:
 class FastRollouts:
     """Mixin before a GRPOTrainer: with `rollouts_on` called, completions come from our engine.
 
-    Metrics: `sampling/sampling_logp_difference/mean` and `/max`, |log-prob when drawn - log-prob when trained| of the
-    tokens of the first optimizer step on a rollout; `rollout/tokens_per_second`, `rollout/seconds` of each rollout.
+    Metrics: `sampling/sampling_logp_difference/mean` and `/max`, |log-prob when drawn - log-prob when trained| of a
+    rollout's tokens but those that are masked, where any are left; `rollout/tokens_per_second`, `rollout/seconds`.
     """
 
     rollout_engine: RolloutEngine | None = None
@@ -125,10 +125,19 @@ class FastRollouts:
         """Of this mode's rollouts; the step is -1 where there was none."""
         return self._drawn_at.get(self.model.training, (-1, 0))
 
+    def _generate_and_score_completions(self: Any, inputs: Any) -> Any:
+        """TRL's; where a rollout outlives an optimizer step, it is scored here by the policy that drew it."""
+        rollout = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        old, drawn = (rollout.get(name) for name in ("old_per_token_logps", "sampling_per_token_logps"))
+        if self._engine_options is not None and old is not None and drawn is not None:
+            self._log_difference(old, drawn, _mask_of(rollout))
+        return rollout
+
     def _compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         drawn = inputs.get("sampling_per_token_logps")
-        if drawn is not None and self.state.global_step == self._last_drawn()[0]:
-            self._sampled = (drawn, inputs["completion_mask"])
+        compared = "old_per_token_logps" in inputs
+        if drawn is not None and not compared and self.state.global_step == self._last_drawn()[0]:
+            self._sampled = (drawn, _mask_of(inputs))
         try:
             return super()._compute_loss(model, inputs)  # type: ignore[misc]
         finally:
@@ -143,17 +152,20 @@ class FastRollouts:
         return found
 
     def _log_difference(self: Any, trained: torch.Tensor, drawn: torch.Tensor, mask: torch.Tensor) -> None:
-        apart = (trained - drawn).abs() * mask
-        mean = apart.sum() / mask.sum().clamp(min=1)
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics[f"{_DIFFERENCE}/mean"].append(self.accelerator.gather(mean).mean().item())
-        metrics[f"{_DIFFERENCE}/max"].append(self.accelerator.gather(apart.max()).max().item())
+        apart = (trained - drawn).abs().masked_fill(mask == 0, 0.0)
+        found = torch.stack((apart.sum(), mask.sum().to(apart.dtype), apart.max()))
+        found = self.accelerator.gather(found[None])
+        total, tokens = found[:, :2].sum(0).tolist()
+        if tokens:  # 0 of no token would read as a perfect agreement
+            metrics = self._metrics["train" if self.model.training else "eval"]
+            metrics[f"{_DIFFERENCE}/mean"].append(total / tokens)
+            metrics[f"{_DIFFERENCE}/max"].append(found[:, 2].max().item())
 
 
 class ScoredRollouts(FastRollouts):
     """`FastRollouts` for a trainer whose first pass over a rollout is that of the policy that drew it (RLOO, PPO).
 
-    There the log-probs of the engine are held against the trainer's, for every token.
+    There the log-probs of the engine are held against those of that pass.
     """
 
     _unscored: list[list[float]] | None = None
@@ -176,6 +188,12 @@ class ScoredRollouts(FastRollouts):
             mask = attention_mask[:, -logits_to_keep:]
             self._log_difference(found[0].detach(), drawn.to(mask.device), mask)
         return found
+
+
+def _mask_of(inputs: dict[str, Any]) -> torch.Tensor:
+    """Of the tokens that a policy drew and is scored on: TRL masks truncated completions on demand, and tools' text."""
+    mask = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
 
 def share_of_budget(plan: MemoryPlan | None) -> float | None:

@@ -94,6 +94,45 @@ def test_a_base_in_fp8_draws_from_the_policy_that_learns(algorithm: str, tmp_pat
         assert len(apart) == 2 and 0 < max(apart) < 1e-4, apart
 
 
+def rollout_of(trainer: Any) -> Any:
+    """What a trainer makes of a rollout, without its kernels."""
+    detach(trainer.model.train())
+    trainer.rows_end_to_end = False
+    rows = [{"prompt": f"count to {n}:"} for n in (3, 5) for _ in range(4)]
+    return trainer._generate_and_score_completions(rows)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+def test_nothing_is_logged_where_nothing_is_compared(algorithm: str, tmp_path: Any) -> None:
+    """No completion ends within 5 tokens: masked, none of them is in a pass, and 0 would read as agreement."""
+    name = "sampling/sampling_logp_difference/mean"
+    for masks, compared in ((True, 0), (False, 1)):
+        trainer = built_of("fast", algorithm, tmp_path, mask_truncated_completions=masks, num_iterations=2).trainer
+        trainer._tokenizer.eos_token_id, trainer.eos_token_ids = None, [258]
+        rollout = rollout_of(trainer)
+        assert bool(rollout["completion_mask"].any()) is not masks
+        found = trainer._metrics["train"].get(name, [])
+        assert len(found) == compared and all(0 < value < 1e-5 for value in found)
+
+
+def test_a_rollout_of_several_steps_is_compared_once_and_whole(tmp_path: Any) -> None:
+    trainer = built_of("fast", "grpo", tmp_path, num_iterations=2, steps_per_generation=2).trainer
+    compared = []
+    log = trainer._log_difference
+    trainer._log_difference = lambda *given: (compared.append(given[2].sum()), log(*given))
+    rollout = rollout_of(trainer)
+    assert [int(tokens) for tokens in compared] == [int(rollout["completion_mask"].sum())] != [0]
+    trainer.current_gradient_accumulation_steps = 1
+    trainer._compute_loss(trainer.model, {name: value[:4] if isinstance(value, torch.Tensor) and value.dim() else value
+                                          for name, value in rollout.items()})
+    assert len(compared) == 1 and trainer._sampled is None
+    assert 0 < trainer._metrics["train"]["sampling/sampling_logp_difference/max"][0] < 1e-4
+    # A step whose rollout ends with it scores it in its loss alone.
+    aligned = built_of("fast", "grpo", tmp_path).trainer
+    assert "old_per_token_logps" not in rollout_of(aligned) and not aligned._metrics["train"][
+        "sampling/sampling_logp_difference/max"]
+
+
 def test_seeds(tmp_path: Any) -> None:
     """A step draws the same in a fresh run; another step, another round and another seed draw other tokens."""
     def draws(**options: Any) -> list[Any]:
