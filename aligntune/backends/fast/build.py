@@ -17,7 +17,7 @@ from aligntune.backends.fast.memory import GIB, MemoryPlan
 from aligntune.backends.fast.online import FlatLogProbs, LossPassPlan
 from aligntune.backends.fast.ppo import FastPPO, attach_critic
 from aligntune.backends.fast.preference import FlatPreference
-from aligntune.backends.fast.recompute import install, recompute_of, recomputes, remove
+from aligntune.backends.fast.recompute import install, recompute_asked, recompute_of, recomputes, remove
 from aligntune.backends.fast.rollout.serve import of_trainer
 from aligntune.backends.fast.rollout.trl import FastRollouts, engine_cannot_because
 from aligntune.backends.fast.scripts import attach_trainer, detach_trainer
@@ -127,6 +127,17 @@ def recompute_layers(
         return "activations: recomputed as memory asks"
     where = ", their inputs in host memory" if recompute.offload else ""
     return f"activations: recomputed in every layer{where}"
+
+
+def recompute_as_asked(trainer: Trainer, attachment: Attachment) -> str | None:
+    """`recompute_layers` as the arguments of a trainer ask, where they say how; returns what is recomputed then.
+
+    Raises what `recompute_asked` and `recompute_layers` raise.
+    """
+    how, budget_gib = recompute_asked(trainer.args), getattr(trainer.args, "memory_budget_gib", None)
+    if how is None and budget_gib is None:
+        return None
+    return recompute_layers(trainer, attachment, wanted=how, budget_gib=budget_gib)
 
 
 def lay_rows(trainer: Trainer, attachment: Attachment, wanted: bool | str = "auto") -> str:

@@ -22,8 +22,10 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from aligntune.backends.fast import tiles
+from aligntune.errors import ConfigError, unknown
 
 KEY = "_aligntune_recompute"
+_WAYS = {"auto": "auto", "offload": "offload", "unsloth": "offload"}
 _METHODS = ("_set_gradient_checkpointing", "enable_input_require_grads")
 
 
@@ -411,6 +413,34 @@ def recomputes(model: nn.Module) -> bool:
     transformers' own property has another name from 5.23 on, and warns under the old one.
     """
     return any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+
+
+def recompute_asked(args: Any) -> str | None:
+    """How training arguments ask for layers to be recomputed: "auto", "offload", or None where no string says.
+
+    A string in `gradient_checkpointing` moves to `args.recompute` and leaves True behind, all that transformers knows.
+
+    Raises:
+        ConfigError: another string, two that differ, or one beside `gradient_checkpointing=False`.
+    """
+    # Newer transformers has a second name for the first; where it is set it wins.
+    fields = {name: getattr(args, name, None) for name in ("gradient_checkpointing", "activation_checkpointing")}
+    on = [bool(value) for value in fields.values() if value is not None]
+    fields["recompute"] = getattr(args, "recompute", None)
+    said = {name: value for name, value in fields.items() if isinstance(value, str)}
+    for name, value in said.items():
+        if value not in _WAYS:
+            raise ConfigError(f"{name}: {unknown('value', value, [*_WAYS, 'True', 'False'])}")
+    if not said:
+        return None
+    ways = {_WAYS[value] for value in said.values()}
+    if len(ways) > 1 or not all(on[-1:]):
+        held = ", ".join(f"{name}={value!r}" for name, value in fields.items() if value is not None)
+        raise ConfigError(f"{held}: these contradict each other")
+    for name in said:
+        setattr(args, name, True)
+    args.recompute = ways.pop()
+    return args.recompute
 
 
 def recompute_of(model: nn.Module) -> Recompute | None:
