@@ -88,6 +88,7 @@ class MemoryPlan:
     gradients: int
     costs: Costs | None = None
     most: int = 0
+    keeps: float = 0  # bytes that the kept layers of the last step took
     _began: int | None = None
     _first: tuple[int, int, float, dict[str, Any] | None] | None = None
 
@@ -101,6 +102,7 @@ class MemoryPlan:
         if self.costs is not None:
             kept = self.costs.kept(tokens, self._budget(), len(self.recompute.layers))
             self.most = max(self.most, len(self.recompute.layers) - kept)
+            self.keeps = kept * tokens * self.costs.layer
             self.recompute.choose(len(self.recompute.layers) - kept)
             yield
             return

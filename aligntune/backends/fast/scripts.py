@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from aligntune.backends.fast.attachment import Attachment, attach, detach
+from aligntune.core.out_of_memory import explained
 from aligntune.errors import AlignTuneError, ConfigError
 
 if TYPE_CHECKING:
@@ -60,9 +61,13 @@ def fast_train(trainer: Trainer, *, strict: bool = False, **train_arguments: Any
         trainer: any transformers or TRL trainer of a causal language model.
         strict: anything that would run eager is an error.
         train_arguments: handed to `trainer.train`, such as `resume_from_checkpoint`.
+
+    Raises what `attach_trainer` raises, and:
+        StepMemoryError: the GPU's memory ran out; names what would lower it. It is torch's OutOfMemoryError, too.
     """
     attach_trainer(trainer, strict=strict)
-    return trainer.train(**train_arguments)
+    with explained(trainer):
+        return trainer.train(**train_arguments)
 
 
 @contextmanager

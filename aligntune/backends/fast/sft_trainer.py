@@ -15,6 +15,7 @@ from aligntune.backends.fast.build import lay_rows, recompute_layers
 from aligntune.backends.fast.scripts import attach_trainer
 from aligntune.backends.fast.trainers import FastSFT
 from aligntune.core.model_hygiene import forget_patched_forward
+from aligntune.core.out_of_memory import explained
 from aligntune.errors import ConfigError
 
 logger = logging.getLogger("aligntune")
@@ -108,6 +109,15 @@ class FastSFTTrainer(FastSFT):
         recomputed = recompute_layers(self, self.attachment)
         self.layout = f"{lay_rows(self, self.attachment)}; {recomputed}"
         logger.info(self.layout)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's.
+
+        Raises:
+            StepMemoryError: the GPU's memory ran out; names what would lower it. It is torch's OutOfMemoryError, too.
+        """
+        with explained(self):
+            return super().train(*args, **kwargs)
 
 
 def in_todays_names(
