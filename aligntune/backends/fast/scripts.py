@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from aligntune.backends.fast.attachment import Attachment, attach, detach
+from aligntune.backends.fast.recompute import recompute_asked
 from aligntune.core.out_of_memory import explained
 from aligntune.errors import AlignTuneError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import Trainer
     from transformers.trainer_utils import TrainOutput
+
+logger = logging.getLogger("aligntune")
 
 # FastSFTTrainer too, which has more to set when TRL's `__init__`, its outermost otherwise, is done.
 _WATCHED = ("trl.", f"{__package__}.sft_trainer")
@@ -24,7 +28,7 @@ def attach_trainer(trainer: Trainer, *, strict: bool = False) -> Attachment:
 
     Raises what `attach` raises, with nothing attached, and:
         ConfigError: its arguments hold an `embedding_learning_rate`, which its class does not know; or it would train
-            on several GPUs from one process.
+            on several GPUs from one process; or they ask for a recompute of layers that cannot be had.
     """
     quantised = any(getattr(trainer.model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
     if getattr(trainer.args, "n_gpu", 1) > 1 and not quantised:
@@ -36,15 +40,27 @@ def attach_trainer(trainer: Trainer, *, strict: bool = False) -> Attachment:
     if rate is not None and getattr(trainer, "embedding_learning_rate", None) != rate:
         raise ConfigError(f"embedding_learning_rate = {rate!r}: a {type(trainer).__name__} trains every parameter at "
                           "learning_rate; FastSFTTrainer takes it")
+    asks = recompute_asked(trainer.args) or getattr(trainer.args, "memory_budget_gib", None)
     attachment = attach(trainer.model, strict=strict)
     reference = getattr(trainer, "ref_model", None)
-    if reference is not None:
-        try:
+    try:
+        if reference is not None:
             attach(reference, strict=strict)
-        except AlignTuneError:
-            attachment.detach()
-            raise
+        if asks:
+            _recompute(trainer, attachment)
+    except AlignTuneError:
+        detach_trainer(trainer)
+        raise
     return attachment
+
+
+def _recompute(trainer: Trainer, attachment: Attachment) -> None:
+    """As the arguments ask; FastSFTTrainer sees to that itself."""
+    from aligntune.backends.fast.build import recompute_as_asked
+    from aligntune.backends.fast.trainers import FastSFT
+
+    if not isinstance(trainer, FastSFT):
+        logger.info(recompute_as_asked(trainer, attachment))
 
 
 def detach_trainer(trainer: Trainer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,7 +12,8 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from aligntune.backends.fast.attachment import Attachment
-from aligntune.backends.fast.build import lay_rows, recompute_layers
+from aligntune.backends.fast.build import lay_rows, recompute_as_asked, recompute_layers
+from aligntune.backends.fast.recompute import recompute_asked
 from aligntune.backends.fast.scripts import attach_trainer
 from aligntune.backends.fast.trainers import FastSFT
 from aligntune.core.model_hygiene import forget_patched_forward
@@ -26,23 +28,38 @@ _DEFAULTS = {item.name: item.default for item in fields(SFTConfig)}
 
 @dataclass
 class FastTrainingArguments(SFTConfig):
-    """TRL's SFTConfig and two fields more.
+    """TRL's SFTConfig and four fields more; `gradient_checkpointing` takes "offload" and "auto" as the factories do.
 
     Args:
         embedding_learning_rate: peak rate of embed_tokens and lm_head where they train (whole, or as
             `modules_to_save` beside adapters); None is `learning_rate`.
         max_seq_length: longest row in tokens, what TRL calls `max_length`.
+        recompute: how the layers are recomputed, "offload" (inputs in host memory; "unsloth" is another name) or "auto"
+            (as many as memory asks); None is every layer. A string in `gradient_checkpointing` is kept here, with True
+            in its place, which is what transformers knows.
+        memory_budget_gib: what "auto" plans with, in GiB at the peak of a step; None is what is free.
 
     Raises:
-        ConfigError: `max_seq_length` and another `max_length` are given.
+        ConfigError: `max_seq_length` and another `max_length` are given; `gradient_checkpointing` or `recompute` is
+            another string, or they contradict each other; the budget is no positive number.
     """
 
     embedding_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak rate of embed_tokens and lm_head; None is learning_rate."}
     )
     max_seq_length: int | None = field(default=None, metadata={"help": "Longest row in tokens: max_length."})
+    recompute: str | None = field(
+        default=None, metadata={"help": "How layers are recomputed: 'offload' or 'auto'; None is every layer."}
+    )
+    memory_budget_gib: float | None = field(
+        default=None, metadata={"help": "GPU memory that recompute='auto' plans with; None is what is free."}
+    )
 
     def __post_init__(self) -> None:
+        recompute_asked(self)
+        budget = self.memory_budget_gib
+        if budget is not None and not (isinstance(budget, int | float) and 0 < budget < math.inf):
+            raise ConfigError(f"memory_budget_gib = {budget!r}: must be a finite number > 0")
         super().__post_init__()
         if self.max_seq_length is not None:
             _set(self, "max_seq_length", "max_length", self.max_seq_length)
@@ -106,7 +123,7 @@ class FastSFTTrainer(FastSFT):
         if rate is not None:
             logger.info(self.train_embeddings_at(rate))
         self.attachment = attach_trainer(self, strict=strict)
-        recomputed = recompute_layers(self, self.attachment)
+        recomputed = recompute_as_asked(self, self.attachment) or recompute_layers(self, self.attachment)
         self.layout = f"{lay_rows(self, self.attachment)}; {recomputed}"
         logger.info(self.layout)
 
@@ -138,7 +155,7 @@ def _config(args: TrainingArguments | None, model: Any, given: dict[str, Any]) -
     """TRL's config out of what the script passed; the script's own object stays as it is.
 
     Raises:
-        ConfigError: a setting is given twice, or `args` are no training arguments.
+        ConfigError: a setting is given twice, `args` are no training arguments, or what `recompute_asked` raises.
     """
     loaded_for = getattr(model, "max_seq_length", None)
     if args is None:
@@ -157,6 +174,7 @@ def _config(args: TrainingArguments | None, model: Any, given: dict[str, Any]) -
         _set(config, name, "max_length" if name == "max_seq_length" else name, value)
     if loaded_for is not None and "max_seq_length" not in given and config.max_length == _DEFAULTS["max_length"]:
         _warn_of_cut(config.max_length, loaded_for)
+    recompute_asked(config)
     return config
 
 
