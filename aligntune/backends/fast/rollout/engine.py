@@ -33,6 +33,8 @@ from aligntune.errors import ConfigError
 STRIDE = 8
 """Steps between two looks at the device: a row that is done waits for half as many, and a look costs about 0.2 ms."""
 PREFILL_TOKENS = 16_384
+SPARE_PAGES = 2
+"""Beside what rows hold: page 0, which is nobody's, and the last, partial one of a prompt, of which rows get a copy."""
 SHARE_OF_FREE = 0.3
 """Of the memory that is free at the first call, where `memory_gib` does not say how much: training needs the rest."""
 _REASONS = {sampler.STOPPED: "stop", sampler.FULL: "length"}
@@ -116,6 +118,45 @@ def eager_because(model: nn.Module) -> str | None:
     return None
 
 
+def too_small_because(
+    model: nn.Module, *, max_len: int, memory_gib: float | None = None, autocast: torch.dtype | None = None
+) -> str | None:
+    """Why the cache would hold no row of `max_len` tokens, or None where it does; as far as is known now.
+
+    The engine can run `model`; the others are as `RolloutEngine` takes them.
+    """
+    room = _room_of(model, memory_gib)
+    least = (pages_for(max_len) + SPARE_PAGES) * PagePool.page_bytes(**_cache_of(model, autocast))
+    if room is None or room >= least:
+        return None
+    return (f"one row of {max_len} tokens needs {_size(least)}, {_size(room)} of cache are there; set "
+            "rollout_memory_gib or shorten it")
+
+
+def _cache_of(model: nn.Module, autocast: torch.dtype | None) -> dict[str, Any]:
+    """What `PagePool` is told of a model."""
+    base: Any = base_model(model)
+    config = base.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {"layers": config.num_hidden_layers, "k_heads": config.num_key_value_heads, "head_dim": head_dim,
+            "dtype": autocast or base.get_input_embeddings().weight.dtype}
+
+
+def _room_of(model: nn.Module, memory_gib: float | None) -> float | None:
+    """Bytes for the cache; None where nothing bounds them."""
+    if memory_gib is not None:
+        return memory_gib * 2**30
+    device = next(base_model(model).parameters()).device
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return SHARE_OF_FREE * (torch.cuda.mem_get_info(device)[0] + cached)
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.3g} MiB"
+
+
 class RolloutEngine:
     """Generates with a model where it stands; keeps its cache and its graphs between calls.
 
@@ -131,7 +172,7 @@ class RolloutEngine:
         stride: decode steps between two looks at the device.
 
     Raises:
-        ConfigError: the engine cannot run this model; says why.
+        ConfigError: the engine cannot run this model, or `memory_gib` holds no row of `max_len`; says why.
     """
 
     def __init__(
@@ -155,6 +196,8 @@ class RolloutEngine:
             raise ConfigError(f"graphs=True: {self.eager}")
         self.autocast = autocast
         self._decoder: Decoder | None = None
+        if memory_gib is not None:  # what is free is looked at when it is taken
+            self._room()
 
     # --------------------------------------------------------------------------------------------------------- memory
 
@@ -165,26 +208,18 @@ class RolloutEngine:
                                     graphs=self.eager is None, autocast=self.autocast)
         return self._decoder
 
+    def _room(self) -> float | None:
+        why = too_small_because(self.model, max_len=self.max_len, memory_gib=self.memory_gib, autocast=self.autocast)
+        if why is not None:
+            raise ConfigError(f"rollout memory: {why}")
+        return _room_of(self.model, self.memory_gib)
+
     def _new_pool(self) -> PagePool:
-        base: Any = base_model(self.model)
-        config = base.config
-        parameter = base.get_input_embeddings().weight
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        kind: dict[str, Any] = {"layers": config.num_hidden_layers, "k_heads": config.num_key_value_heads,
-                                "head_dim": head_dim, "dtype": self.autocast or parameter.dtype}
-        wanted = self.max_batch * pages_for(self.max_len) + 2
-        budget = self.memory_gib * 2**30 if self.memory_gib is not None else None
-        if budget is None and parameter.is_cuda:
-            free = torch.cuda.mem_get_info(parameter.device)[0]
-            cached = torch.cuda.memory_reserved(parameter.device) - torch.cuda.memory_allocated(parameter.device)
-            budget = SHARE_OF_FREE * (free + cached)
-        pages = wanted if budget is None else min(wanted, int(budget // PagePool.page_bytes(**kind)))
-        least = pages_for(self.max_len) + 2
-        if pages < least:
-            size = PagePool.page_bytes(**kind) / 2**30
-            raise ConfigError(f"rollout memory: one row of {self.max_len} tokens needs {least * size:.2f} GiB, "
-                              f"{pages * size:.2f} GiB of cache are there; set rollout_memory_gib or shorten it")
-        return PagePool(**kind, pages=pages, device=parameter.device)
+        kind, room = _cache_of(self.model, self.autocast), self._room()
+        wanted = self.max_batch * pages_for(self.max_len) + SPARE_PAGES
+        pages = wanted if room is None else min(wanted, int(room // PagePool.page_bytes(**kind)))
+        device = base_model(self.model).get_input_embeddings().weight.device  # type: ignore[operator]
+        return PagePool(**kind, pages=pages, device=device)
 
     @property
     def cache_bytes(self) -> int:

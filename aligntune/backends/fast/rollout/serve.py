@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from aligntune.backends.fast.attachment import attach
-from aligntune.backends.fast.rollout.engine import RolloutEngine, cannot_run_because
+from aligntune.backends.fast.rollout.engine import RolloutEngine, cannot_run_because, too_small_because
 from aligntune.backends.fast.rollout.sampling import Sampling
 from aligntune.backends.fast.rollout.trl import autocast_of, sharded_because
 
@@ -129,6 +129,9 @@ def of_trainer(
     if wanted in ("hf", "vllm"):
         return None, f"transformers, for rollout_engine is {wanted!r}"
     why = cannot_run_because(trainer.model) or sharded_because(trainer)
+    if why is None and memory_gib is not None:
+        why = too_small_because(
+            trainer.model, max_len=_LEAST_LEN, memory_gib=memory_gib, autocast=autocast_of(trainer))
     if why is not None:
         return None, f"transformers, for {why}"
     return EngineGenerator(trainer.model, tokenizer, trainer=trainer, memory_gib=memory_gib), "our engine"

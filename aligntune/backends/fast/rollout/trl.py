@@ -14,9 +14,16 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 
 from aligntune.backends.fast.memory import GIB, MemoryPlan
-from aligntune.backends.fast.rollout.engine import SHARE_OF_FREE, Rollout, RolloutEngine, cannot_run_because
+from aligntune.backends.fast.rollout.engine import (
+    SHARE_OF_FREE,
+    Rollout,
+    RolloutEngine,
+    cannot_run_because,
+    too_small_because,
+)
 from aligntune.backends.fast.rollout.sampling import Sampling
 from aligntune.errors import ConfigError
 
@@ -38,6 +45,16 @@ def engine_cannot_because(trainer: Trainer) -> str | None:
     if trainer.args.generation_kwargs:
         return f"generation_kwargs {sorted(trainer.args.generation_kwargs)} are transformers' options"
     return None
+
+
+def cache_cannot_because(trainer: Trainer, *, max_len: int, memory_gib: float | None) -> str | None:
+    """Why the cache of an engine that can run here holds no row of `max_len` tokens; None where it does.
+
+    All processes call it, and say the same: one that generated in another way than the rest would keep them waiting.
+    """
+    gib = share_of_budget(getattr(trainer, "memory", None)) if memory_gib is None else memory_gib
+    why = too_small_because(trainer.model, max_len=max_len, memory_gib=gib, autocast=autocast_of(trainer))
+    return next((one for one in gather_object([why]) if one is not None), None)
 
 
 def sharded_because(trainer: Trainer) -> str | None:
@@ -65,7 +82,7 @@ class FastRollouts:
         Raises:
             ConfigError: it cannot run here; says why.
         """
-        why = engine_cannot_because(self)
+        why = engine_cannot_because(self) or cache_cannot_because(self, max_len=max_len, memory_gib=memory_gib)
         if why is not None:
             raise ConfigError(f"rollout.rollout_engine = 'fast': {why}; 'hf' generates with transformers")
         self._engine_options = {"max_len": max_len, "memory_gib": memory_gib} | options

@@ -461,8 +461,11 @@ def test_what_it_cannot_run_is_said_at_creation():
     assert cannot_run_because(mini()) is None
     with pytest.raises(ConfigError, match="graphs=True: the model is not on a GPU"):
         RolloutEngine(mini(), graphs=True)
-    with pytest.raises(ConfigError, match="of cache are there"):
-        RolloutEngine(mini(), max_len=4096, memory_gib=1e-4).generate([[3]], sampling=GREEDY)
+    # 256 pages and 2, of keys and values of 2 heads of 12 numbers in fp32 and 2 layers: 6 KiB.
+    with pytest.raises(ConfigError, match=r"one row of 4096 tokens needs 1\.51 MiB, 0\.102 MiB of cache are there"):
+        RolloutEngine(mini(), max_len=4096, memory_gib=1e-4)
+    engine = RolloutEngine(mini(), max_len=64, max_batch=9, memory_gib=12 * 6144 / 2**30)
+    assert engine.generate([[3]], sampling=GREEDY).stats.pages == 11
 
 
 def test_a_prompt_that_fits_no_cache_is_refused():

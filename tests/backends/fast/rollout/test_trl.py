@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from aligntune.backends.base import Prepared, require
 from aligntune.backends.fast.attachment import detach
 from aligntune.backends.fast.build import build as build_fast
+from aligntune.backends.fast.rollout import trl as rollout_trl
 from aligntune.backends.fast.rollout.engine import RolloutEngine
 from aligntune.backends.fast.support import BACKEND
 from aligntune.backends.trl.build import build as build_trl
@@ -225,3 +227,22 @@ def test_gates() -> None:
         require(BACKEND, "gspo", {})
     require(BACKEND, "grpo", {"rollout_engine": "fast", "loss_type": "grpo", "importance_sampling_level": "token"})
     require(BACKEND, "grpo", {"loss_type": "luspo", "trainer_options": {"loss_type": "grpo"}})
+
+
+def test_a_cache_too_small_for_a_row_is_said_when_building(tmp_path: Any, monkeypatch: Any) -> None:
+    why = r"one row of 64 tokens needs 0\.0234 MiB, 0\.00102 MiB of cache are there; set rollout_memory_gib"
+    with pytest.raises(ConfigError, match=rf"rollout_engine = 'fast': {why}.*'hf' generates"):
+        built_of("fast", "grpo", tmp_path, rollout_engine="fast", rollout_memory_gib=1e-6)
+    built = built_of("fast", "grpo", tmp_path, rollout_memory_gib=1e-6)
+    layout = built.attestation()["layout"]
+    assert re.search(f"; rollouts: hf, {why}.*; generate: transformers, for one row of 256", layout), layout
+    detach(built.trainer.model)
+    assert built.trainer._generate_single_turn([[9, 30, 7]] * 2, None, {}, 2)[1] is None
+    # Without the option it is the share of a budget, or of what is free.
+    monkeypatch.setattr(rollout_trl, "share_of_budget", lambda plan: 1e-6)
+    assert "rollouts: hf, one row of 64" in built_of("fast", "grpo", tmp_path).attestation()["layout"]
+    built = built_of("fast", "grpo", tmp_path, rollout_memory_gib=0.01)
+    assert "rollouts: our engine" in built.attestation()["layout"]
+    monkeypatch.setattr(rollout_trl, "gather_object", lambda mine: [*mine, "the other process has no room"])
+    with pytest.raises(ConfigError, match="the other process has no room"):
+        built.trainer.rollouts_on(max_len=64, memory_gib=0.01)
