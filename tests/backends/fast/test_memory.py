@@ -110,9 +110,10 @@ def test_the_first_step_recomputes_all_and_the_next_what_it_must(gpu: dict[str, 
         assert planned.costs is not None and planned.costs.base == 1200 * MIB
         assert planned.costs.step == pytest.approx(0.3 * MIB) and planned.costs.layer == pytest.approx(0.05 * MIB)
         assert flags(planned) == [True] * 3 + [False] * 7  # 370 // 50 are kept, the last ones
+        assert planned.keeps == pytest.approx(350 * MIB)
     assert gpu["emptied"] == 1
     with planned.step(2000, number=2):
-        assert flags(planned) == [True] * 10
+        assert flags(planned) == [True] * 10 and planned.keeps == 0
     with planned.step(100, number=3):
         assert flags(planned) == [False] * 10
     assert "up to 10 of 10 layers recomputed" in str(planned) and "1.17 GiB between steps" in str(planned)
