@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +27,37 @@ OPTIONS = (
 )
 """The sampling options of `AlignTrainer.generate`: transformers' names and meanings."""
 
+_NUMBERS: Mapping[str, tuple[type, Callable[[Any], bool], str]] = {
+    "max_new_tokens": (int, lambda n: n >= 1, "a whole number >= 1"),
+    "min_new_tokens": (int, lambda n: n >= 0, "a whole number >= 0"),
+    "top_k": (int, lambda n: n >= 0, "a whole number >= 0"),
+    "no_repeat_ngram_size": (int, lambda n: n >= 0, "a whole number >= 0"),
+    "num_beams": (int, lambda n: n >= 1, "a whole number >= 1"),
+    "temperature": (float, lambda x: x >= 0, "a number >= 0"),
+    "top_p": (float, lambda x: 0 <= x <= 1, "a number >= 0 and <= 1"),
+    "min_p": (float, lambda x: 0 <= x <= 1, "a number >= 0 and <= 1"),
+    "typical_p": (float, lambda x: 0 < x <= 1, "a number > 0 and <= 1"),
+    "repetition_penalty": (float, lambda x: x > 0, "a number > 0"),
+    "length_penalty": (float, lambda x: True, "a number"),
+    "max_time": (float, lambda x: x > 0, "a number of seconds > 0"),
+}
+_FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "do_sample": (lambda value: isinstance(value, bool), "true or false"),
+    "early_stopping": (lambda value: isinstance(value, bool) or value == "never", "true, false or 'never'"),
+    "stop_strings": (lambda value: all(isinstance(text, str) and text for text in _listed(value)),
+                     "a string or a list of them, none empty,"),
+    "eos_token_id": (lambda value: _ids(value), "a token id or a list of them"),
+    "forced_eos_token_id": (lambda value: _ids(value), "a token id or a list of them"),
+    "suppress_tokens": (lambda value: _is_list(value) and _ids(value), "a list of token ids"),
+    "begin_suppress_tokens": (lambda value: _is_list(value) and _ids(value), "a list of token ids"),
+    "bad_words_ids": (lambda value: _is_list(value) and len(value) > 0 and all(
+        _is_list(word) and len(word) > 0 and _ids(word) and min(word) >= 0 for word in value),
+        "a list of lists of token ids, none empty,"),
+    "exponential_decay_length_penalty": (lambda value: _is_list(value) and len(value) == 2 and _is_number(
+        value[0], int) and _is_number(value[1], float), "a pair of a whole number and a number"),
+}
+"""What transformers takes, some of it without a look, and its processors then fail on."""
+
 _SAMPLES = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
@@ -34,8 +67,10 @@ def generate(
 ) -> list[str]:
     """See `AlignTrainer.generate`; `generator` takes the place of transformers' `generate`, for options that it has."""
     options = check_options(sampling)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+    if not _is_number(batch_size, int) or batch_size < 1:
         raise ConfigError(f"batch_size = {batch_size!r}: a whole number >= 1 is wanted")
+    if seed is not None and not _is_number(seed, int):
+        raise ConfigError(f"seed = {seed!r}: a whole number is wanted")
     ids = [encode(tokenizer, prompt, raw=raw, system_prompt=system_prompt) for prompt in as_list(prompts)]
     empty = next((index for index, row in enumerate(ids) if not row), None)
     if empty is not None:
@@ -74,17 +109,21 @@ def check_options(sampling: Mapping[str, Any]) -> dict[str, Any]:
             hint = f"; did you mean {close!r}?" if close else f"; valid: {', '.join(OPTIONS)}"
             faults.append(f"unknown sampling option {name!r}{hint}")
     options = dict(sampling)
-    ranges = {"temperature": (0, None), "top_p": (0, 1), "min_p": (0, 1), "top_k": (0, None),
-              "max_new_tokens": (1, None), "min_new_tokens": (0, None)}
-    for name, (low, high) in ranges.items():
-        value = options.get(name)
+    for name, value in sampling.items():
         if value is None:
             continue
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-        if not number or value < low or (high is not None and value > high):
-            faults.append(f"{name} = {value!r}: a number >= {low}{f' and <= {high}' if high else ''} is wanted")
+        if name in _NUMBERS:
+            kind, holds, wanted = _NUMBERS[name]
+            if _is_number(value, kind) and holds(value):
+                options[name] = kind(value)  # transformers refuses an int as temperature
+            else:
+                faults.append(f"{name} = {value!r}: {wanted} is wanted")
+        elif name in _FORMS and not _FORMS[name][0](value):
+            faults.append(f"{name} = {value!r}: {_FORMS[name][1]} is wanted")
     if faults:
         raise ConfigError.from_faults(faults, "generate()")
+    if "stop_strings" in options and not options["stop_strings"]:
+        del options["stop_strings"]  # transformers wants a tokenizer even for none
     if options.get("temperature") == 0:
         del options["temperature"]
         options["do_sample"] = False
@@ -93,6 +132,24 @@ def check_options(sampling: Mapping[str, Any]) -> dict[str, Any]:
         for name in _SAMPLES:
             options.pop(name, None)
     return options
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    """Whether this is a finite number, whole where `kind` is int; numpy's numbers are."""
+    number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if _is_list(value) else [value]
+
+
+def _ids(value: Any) -> bool:
+    return all(isinstance(item, int) and not isinstance(item, bool) for item in _listed(value))
 
 
 def as_list(prompts: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,11 +117,38 @@ def test_messages_without_a_template(model):
     ({"temprature": 1.0}, "'temperature'"), ({"top_p": 1.5}, "top_p = 1.5"), ({"temperature": -1}, "temperature = -1"),
     ({"max_new_tokens": 0}, "max_new_tokens = 0"), ({"temperature": float("nan")}, "temperature"),
     ({"top_k": True}, "top_k = True"), ({"batch_size": 0}, "batch_size = 0"), ({"streamer": 1}, "streamer"),
+    ({"top_k": 2.5}, "top_k = 2.5: a whole number >= 0"), ({"max_new_tokens": 2.5}, "a whole number >= 1"),
+    ({"min_new_tokens": 1.0}, "min_new_tokens = 1.0: a whole"), ({"num_beams": 0}, "num_beams = 0"),
+    ({"no_repeat_ngram_size": "2"}, "no_repeat_ngram_size = '2'"), ({"temperature": float("inf")}, "temperature = inf"),
+    ({"repetition_penalty": "a"}, "repetition_penalty = 'a': a number > 0"), ({"repetition_penalty": 0}, "> 0"),
+    ({"typical_p": 0}, "typical_p = 0"), ({"length_penalty": [1]}, "length_penalty"), ({"max_time": -1}, "max_time"),
+    ({"top_p": 1.5, "top_k": "5", "do_sample": "yes"}, "3 faults"), ({"do_sample": 1}, "do_sample = 1: true or"),
+    ({"early_stopping": "nevr", "num_beams": 2}, "early_stopping = 'nevr': true, false or 'never'"),
+    ({"stop_strings": ["a", 3]}, "stop_strings"), ({"stop_strings": ""}, "none empty"), ({"seed": 1.5}, "seed = 1.5"),
+    ({"eos_token_id": "</s>"}, "eos_token_id = '</s>': a token id or"), ({"eos_token_id": [2, 2.5]}, "eos_token_id"),
+    ({"eos_token_id": np.int64(2)}, "eos_token_id"),
+    ({"suppress_tokens": 3}, "suppress_tokens = 3: a list"), ({"begin_suppress_tokens": ["a"]}, "begin_suppress"),
+    ({"bad_words_ids": [3]}, "bad_words_ids"), ({"bad_words_ids": []}, "bad_words_ids"), ({"batch_size": 2.0}, "batch"),
+    ({"bad_words_ids": [[-1]]}, "bad_words_ids"), ({"forced_eos_token_id": True}, "forced_eos_token_id = True"),
+    ({"exponential_decay_length_penalty": 1.1}, "exponential_decay"),
     ({"max_tokens": 3, "top_p": 2}, "2 faults"), ({"max_new_tokens": 300}, "positions for 256"),
 ])
 def test_options_that_cannot_be(model, tokens, options, message):
     with pytest.raises(ConfigError, match=message):
         generation.generate(model, tokens, "hi", **options)
+
+
+@pytest.mark.parametrize("options", [
+    {"temperature": 2, "seed": np.int64(3)}, {"top_k": np.int64(4), "seed": 1}, {"min_p": 0, "top_p": 1, "seed": 1},
+    {"repetition_penalty": 2}, {"repetition_penalty": np.float32(1.5)}, {"top_k": None, "temperature": None},
+    {"num_beams": 2, "early_stopping": "never", "length_penalty": -1}, {"typical_p": 1, "seed": 1}, {"max_time": 60},
+    {"stop_strings": ("a", "b")}, {"stop_strings": []}, {"eos_token_id": [2, 3]}, {"eos_token_id": None},
+    {"eos_token_id": []},
+    {"suppress_tokens": [4]}, {"begin_suppress_tokens": [4]}, {"bad_words_ids": [[4, 5]]}, {"forced_eos_token_id": 2},
+    {"exponential_decay_length_penalty": (2, 1.5)}, {"no_repeat_ngram_size": 2, "min_new_tokens": 1},
+], ids=lambda options: "-".join(options))
+def test_options_that_can_be(model, tokens, options):
+    assert generation.generate(model, tokens, ["hi", "you"], max_new_tokens=3, **options) != ["", ""]
 
 
 def test_greedy_is_the_default_whatever_the_checkpoint_says(model, tokens):
