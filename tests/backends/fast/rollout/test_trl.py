@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,7 +98,7 @@ def test_a_base_in_fp8_draws_from_the_policy_that_learns(algorithm: str, tmp_pat
 
 
 def rollout_of(trainer: Any) -> Any:
-    """What a trainer makes of a rollout, without its kernels."""
+    """What a trainer without a reference makes of a rollout, without its kernels."""
     detach(trainer.model.train())
     trainer.rows_end_to_end = False
     rows = [{"prompt": f"count to {n}:"} for n in (3, 5) for _ in range(4)]
@@ -109,7 +110,8 @@ def test_nothing_is_logged_where_nothing_is_compared(algorithm: str, tmp_path: A
     """No completion ends within 5 tokens: masked, none of them is in a pass, and 0 would read as agreement."""
     name = "sampling/sampling_logp_difference/mean"
     for masks, compared in ((True, 0), (False, 1)):
-        trainer = built_of("fast", algorithm, tmp_path, mask_truncated_completions=masks, num_iterations=2).trainer
+        trainer = built_of("fast", algorithm, tmp_path, mask_truncated_completions=masks, num_iterations=2,
+                           beta=0.0).trainer
         trainer._tokenizer.eos_token_id, trainer.eos_token_ids = None, [258]
         rollout = rollout_of(trainer)
         assert bool(rollout["completion_mask"].any()) is not masks
@@ -118,7 +120,7 @@ def test_nothing_is_logged_where_nothing_is_compared(algorithm: str, tmp_path: A
 
 
 def test_a_rollout_of_several_steps_is_compared_once_and_whole(tmp_path: Any) -> None:
-    trainer = built_of("fast", "grpo", tmp_path, num_iterations=2, steps_per_generation=2).trainer
+    trainer = built_of("fast", "grpo", tmp_path, num_iterations=2, steps_per_generation=2, beta=0.0).trainer
     compared = []
     log = trainer._log_difference
     trainer._log_difference = lambda *given: (compared.append(given[2].sum()), log(*given))
@@ -130,7 +132,7 @@ def test_a_rollout_of_several_steps_is_compared_once_and_whole(tmp_path: Any) ->
     assert len(compared) == 1 and trainer._sampled is None
     assert 0 < trainer._metrics["train"]["sampling/sampling_logp_difference/max"][0] < 1e-4
     # A step whose rollout ends with it scores it in its loss alone.
-    aligned = built_of("fast", "grpo", tmp_path).trainer
+    aligned = built_of("fast", "grpo", tmp_path, beta=0.0).trainer
     assert "old_per_token_logps" not in rollout_of(aligned) and not aligned._metrics["train"][
         "sampling/sampling_logp_difference/max"]
 
@@ -246,3 +248,13 @@ def test_a_cache_too_small_for_a_row_is_said_when_building(tmp_path: Any, monkey
     monkeypatch.setattr(rollout_trl, "gather_object", lambda mine: [*mine, "the other process has no room"])
     with pytest.raises(ConfigError, match="the other process has no room"):
         built.trainer.rollouts_on(max_len=64, memory_gib=0.01)
+
+
+def test_rows_at_once_are_capped_as_the_docs_say(tmp_path: Any) -> None:
+    trainer = built_of("fast", "grpo", tmp_path).trainer
+    detach(trainer.model)
+    trainer.args.generation_batch_size = 300
+    trainer._generate_single_turn([[9, 30, 7]], None, {}, 1)
+    assert trainer.rollout_engine.max_batch == rollout_trl.MOST_ROWS == 256
+    page = (Path(__file__).parents[4] / "docs" / "rollouts.md").read_text()
+    assert f"no more than {rollout_trl.MOST_ROWS} rows at once" in page
