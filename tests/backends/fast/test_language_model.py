@@ -63,8 +63,10 @@ def trained(model: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, {"lora_dropout": 0.5},
-], ids=["linears", "tied ends", "dropout"])
+    pytest.param({}, id="linears"),
+    pytest.param({"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, id="tied ends", marks=pytest.mark.slow),
+    pytest.param({"lora_dropout": 0.5}, id="dropout", marks=pytest.mark.slow),
+])
 def test_training_goes_on_from_saved_adapters(options, tmp_path):
     """As it would have without the detour over the disk: the same losses, and the same weights after it."""
     tiny.llama(num_hidden_layers=1, tie_word_embeddings=True).save_pretrained(tmp_path / "model")

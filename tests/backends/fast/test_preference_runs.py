@@ -69,7 +69,8 @@ def test_a_collator_that_overrides_trls_lays_the_rows(algorithm: str, tmp_path: 
     assert trainer.data_collator is mine and not trainer.rows_end_to_end
 
 
-@pytest.mark.parametrize("algorithm", ["dpo", "kto", "reward", pytest.param("orpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("algorithm", ["reward", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("dpo", "kto", "orpo"))])
 def test_noise_on_embeddings_is_trls(algorithm: str, tmp_path: Path) -> None:
     def made(backend: str) -> Any:
         model = {"model_name": scorer()} if algorithm == "reward" else {"use_peft": True}

@@ -108,6 +108,7 @@ def test_embedding_rates(saved, tmp_path):
     assert "lora" in str(trainer.attachment) and not [line for line in trainer.attachment.report if line.eager]
 
 
+@pytest.mark.slow
 def test_embedding_rates_inside_the_block_of_trl_scripts(saved, tmp_path):
     """FastSFTTrainer in `accelerate_trl()` is what it is outside."""
 
