@@ -7,14 +7,14 @@ the copy, so that the policy that draws, the one that learns and the reference a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from aligntune.backends.fast import lora
-from aligntune.backends.fast.ops.fp8 import Fp8Weight, fits
+from aligntune.backends.fast.ops.fp8 import Fp8Weight, fits, together
 from aligntune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,13 +23,21 @@ if TYPE_CHECKING:
 LEAST_CAPABILITY = (8, 9)  # tensor cores that multiply e4m3: Ada and Hopper
 
 
+# Layers on one input: their gradients of it are one product, where the columns of their copies lie side by side.
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
 @dataclass
 class Copies:
-    """The e4m3 copies of one base layer's weight, and what that weight was when they were made."""
+    """The e4m3 copies of one base layer's weight, and what that weight was when they were made.
+
+    `bases`: the base layers whose columns lie beside this one's, itself among them; none where it stands alone.
+    """
 
     weight: Fp8Weight
     pointer: int
     version: int
+    bases: list[Any] = field(default_factory=list, repr=False)
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> Copies:
@@ -45,12 +53,20 @@ class Copies:
         if weight.requires_grad or weight.shape != self.weight.shape:
             return weight
         if weight.data_ptr() != self.pointer or weight._version != self.version:
-            if weight.device == self.weight.rows.device:
-                self.weight.renew_(weight)
+            others = [base._parameters["weight"] for base in self.bases]
+            if weight.device == self.weight.rows.device and self._lie_together(others):
+                self.weight.renew_(weight, others)
             else:
-                self.weight = Fp8Weight.of(weight)
+                self.weight, self.bases = Fp8Weight.of(weight), []
             self.pointer, self.version = weight.data_ptr(), weight._version
         return self.weight
+
+    def _lie_together(self, others: list[torch.Tensor]) -> bool:
+        """Whether the weights beside this one are still what their columns were made of, but for their numbers."""
+        beside = self.weight.beside
+        return beside is None or (tuple(one.shape[0] for one in others) == beside.widths
+                                  and all(one.shape[1:] == self.weight.shape[1:] for one in others)
+                                  and all(one.device == self.weight.rows.device for one in others))
 
 
 def install(model: nn.Module) -> tuple[int, int]:
@@ -58,19 +74,43 @@ def install(model: nn.Module) -> tuple[int, int]:
 
     Layers that have copies keep them. A layer cannot whose weight trains or has a side that is no multiple of 16.
     """
+    for module in model.modules():
+        for names in GROUPS:
+            _install_beside([module._modules.get(name) for name in names])
     have = cannot = 0
     for module in model.modules():
         if lora.kind_of(module) != "lora":
             continue
-        base: Any = module.base_layer
-        weight = base._parameters.get("weight")
-        if lora.kind_of(base) != "plain" or weight.requires_grad or not fits(weight.shape):
+        if not _can(module):
             cannot += 1
             continue
+        base: Any = module.base_layer
         if lora.FP8 not in base.__dict__:
-            base.__dict__[lora.FP8] = Copies.of(weight)
+            base.__dict__[lora.FP8] = Copies.of(base._parameters["weight"])
         have += 1
     return have, cannot
+
+
+def _can(module: Any) -> bool:
+    base = module.base_layer
+    if lora.kind_of(base) != "plain":
+        return False
+    weight = base._parameters.get("weight")
+    return weight is not None and not weight.requires_grad and fits(weight.shape)
+
+
+def _install_beside(layers: list[Any]) -> None:
+    """Copies of layers on one input, where all of them are to have some and none has any."""
+    if any(layer is None or lora.kind_of(layer) != "lora" or not _can(layer) for layer in layers):
+        return
+    bases = [layer.base_layer for layer in layers]
+    weights = [base._parameters["weight"] for base in bases]
+    one_input = len({(weight.shape[1], weight.device, weight.dtype) for weight in weights}) == 1
+    if not one_input or not together([weight.shape[0] for weight in weights]) \
+            or any(lora.FP8 in base.__dict__ for base in bases):
+        return
+    for base, weight, eight in zip(bases, weights, Fp8Weight.of_several(weights), strict=True):
+        base.__dict__[lora.FP8] = Copies(eight, weight.data_ptr(), weight._version, bases)
 
 
 def remove(model: nn.Module) -> None:

@@ -47,9 +47,10 @@ PROMISES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "lora dropout": (("lora_dropout_down_kernel",), ("lora_dropout_grad_a_kernel",)),
     "lora dropout, input gradient": ((), ("lora_dropout_grad_x_kernel",)),
     "nf4": (("nf4_dequant_kernel",), ("nf4_dequant_kernel",)),
-    # A group's input is quantised once, and the gradient of each of its outputs.
+    # A group's input is quantised once, and the gradient of each of its outputs, or all of them together.
     "fp8 base": (("quantize_rows_kernel",), ()),
     "fp8 base, input gradient": ((), ("quantize_rows_kernel",)),
+    "fp8 base, one input gradient": ((), ("quantize_rows_together_kernel",)),
     # Torch's kernels: rows end to end in 16 bits on a GPU never attend by a matrix of scores.
     "attention": (("fused attention",), ("fused attention, backward",)),
     # A frozen head makes its gradients in the forward, and so does a loss.

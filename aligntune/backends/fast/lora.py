@@ -16,7 +16,7 @@ from torch import nn
 from aligntune.backends.fast.ledger import promise
 from aligntune.backends.fast.ops.fp8 import Fp8Weight
 from aligntune.backends.fast.ops.glu import glu
-from aligntune.backends.fast.ops.lora import Adapter, LoraLinear, lora_linear_group, lora_mlp
+from aligntune.backends.fast.ops.lora import Adapter, LoraLinear, lora_linear_group, lora_mlp, side_by_side
 from aligntune.backends.fast.ops.nf4 import NF4Weight
 
 KEY = "_aligntune"  # where `attach` leaves a module's spec
@@ -208,10 +208,13 @@ def _promise_linears(parent: nn.Module, linears: Sequence[LoraLinear], x: torch.
     """What the layers launch besides cuBLAS. `inner`: their input is made inside the op, so its gradient always is."""
     factors = [tensor for linear in linears for tensor in _tensors(linear)]
     to_x = [x, *factors] if inner else [x]
+    beside = side_by_side(linears)
+    if beside is not None:
+        promise(parent, "fp8 base, one input gradient", *to_x)
     for linear in linears:
         if isinstance(linear.weight, NF4Weight):
             promise(parent, "nf4", *to_x)
-        elif isinstance(linear.weight, Fp8Weight):
+        elif isinstance(linear.weight, Fp8Weight) and beside is None:
             promise(parent, "fp8 base, input gradient", *to_x)
     if any(isinstance(linear.weight, Fp8Weight) for linear in linears):
         promise(parent, "fp8 base")

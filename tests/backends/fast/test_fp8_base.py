@@ -47,6 +47,19 @@ def _rounded(x: torch.Tensor) -> torch.Tensor:
     return ((rows / torch.where(scale == 0, 1, scale)).to(torch.float8_e4m3fn).float() * scale).view(x.shape)
 
 
+class RoundedTogether(torch.autograd.Function):
+    """The same for several layers on one input, whose gradients, and whose columns, are rounded as one row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.weights = weights
+        return tuple(_rounded(x) @ _rounded(weight).t() for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *douts: torch.Tensor) -> Any:
+        return _rounded(torch.cat(douts, -1)) @ _rounded(torch.cat(ctx.weights).t()).t(), *[None] * len(douts)
+
+
 def by_hand(model: Any) -> Any:
     """The model with the forward of every base layer under adapters replaced by torch's own operations."""
 
@@ -54,9 +67,28 @@ def by_hand(model: Any) -> Any:
         out = Rounded.apply(x, self.weight.detach())
         return out if self.bias is None else out + self.bias
 
+    def together(parent: Any, layers: list[Any]) -> None:
+        """The first layer that is called computes for all of them, which are called on the same input."""
+        made: dict[int, torch.Tensor] = {}
+
+        def one(self: Any, x: torch.Tensor) -> torch.Tensor:
+            if not made:
+                outs = RoundedTogether.apply(x, *(layer.weight.detach() for layer in layers))
+                made.update(zip(map(id, layers), outs, strict=True))
+            out = made.pop(id(self))
+            return out if self.bias is None else out + self.bias
+
+        for layer in layers:
+            layer.forward = MethodType(one, layer)
+
     for module in model.modules():
         if lora.kind_of(module) == "lora":
             module.base_layer.forward = MethodType(forward, module.base_layer)
+    for module in model.modules():
+        for names in fp8_base.GROUPS:
+            layers = [module._modules.get(name) for name in names]
+            if all(layer is not None and lora.kind_of(layer) == "lora" for layer in layers):
+                together(module, [layer.base_layer for layer in layers])
     return model
 
 
@@ -77,6 +109,11 @@ def step(model: Any, **extra: Any) -> tuple[float, dict[str, torch.Tensor]]:
     loss = model(**batch(), **extra).loss
     loss.backward()
     return float(loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def eight_beside(linears: list[LoraLinear]) -> list[LoraLinear]:
+    weights = Fp8Weight.of_several([one.weight for one in linears])
+    return [one._replace(weight=weight) for one, weight in zip(linears, weights, strict=True)]
 
 
 def eight(linear: LoraLinear) -> LoraLinear:
@@ -113,6 +150,50 @@ def test_a_group_is_the_definition(bias, device):
     for one, other in zip(results[0][0], results[1][0], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert_same(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_columns_side_by_side_are_the_definition(count, device):
+    """One product for the gradient of the input, also with biases and layers without adapters."""
+    results = []
+    for ours in (True, False):
+        maker = Maker(device, seed=6)
+        x = maker.tensor("x", 7, 48)
+        linears = [maker.linear("q", 64, 48, bias=True), maker.linear("k", 16, 48, ranks=()),
+                   maker.linear("v", 32, 48, ranks=(2,))][:count]
+        if ours:
+            outs = lora_linear_group(x, eight_beside(linears))
+        else:
+            outs = RoundedTogether.apply(x, *(one.weight.detach() for one in linears))
+            outs = [out + sum(one.scaling * (x @ one.a.t() @ one.b.t()) for one in linear.adapters)
+                    + (0 if linear.bias is None else linear.bias) for out, linear in zip(outs, linears, strict=True)]
+        results.append((outs, gradients(outs, maker, x)))
+    for one, other in zip(results[0][0], results[1][0], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert_same(results[0][1], results[1][1])
+
+
+def test_part_of_what_lies_side_by_side(device):
+    """Some of the layers, or all of them in another order, or an output that nothing is asked of: one by one."""
+    for pick, skip in (((0, 1), ()), ((1, 0, 2), ()), ((0, 1, 2), (1,))):
+        maker, other = Maker(device, seed=8), Maker(device, seed=8)
+        x, y = maker.tensor("x", 5, 32), other.tensor("x", 5, 32)
+        ours, theirs = ([one.linear(name, n, 32, ranks=()) for name, n in (("q", 32), ("k", 16), ("v", 48))]
+                        for one in (maker, other))
+        outs = lora_linear_group(x, [eight_beside(ours)[i] for i in pick])
+        columns = _rounded(torch.cat([one.weight.detach() for one in theirs]).t()).split([32, 16, 48], dim=1)
+        wanted, dx = [], torch.zeros_like(x)
+        for place, i in enumerate(pick):
+            wanted.append(_rounded(y) @ _rounded(theirs[i].weight.detach()).t())
+            torch.testing.assert_close(outs[place], wanted[-1], rtol=1e-4, atol=1e-5)
+            dout = torch.cos(torch.arange(wanted[-1].numel(), device=device).view_as(wanted[-1]) * (place + 1.0))
+            if place not in skip:
+                dx += _rounded(dout) @ columns[i].t()
+        given = [(out, torch.cos(torch.arange(out.numel(), device=device).view_as(out) * (place + 1.0)))
+                 for place, out in enumerate(outs) if place not in skip]
+        (found,) = torch.autograd.grad([out for out, _ in given], [x], [dout for _, dout in given])
+        torch.testing.assert_close(found, dx, rtol=1e-3, atol=1e-4)
+        assert dx.norm() > 1
 
 
 def test_one_layer_of_a_group_may_be_fp8(device):
@@ -172,9 +253,11 @@ def test_the_witness_is_promised_what_runs(device):
     install(model)
     attestation = attach(model, strict=False).attest(lambda: step(model, output_logits=False))
     assert attestation.ok, attestation.problems
-    # q, k, v share an input, o has its own, gate and up share one, down has its own. Backward: one for each output, but
-    # q, k, v, whose input is an embedding that does not train.
-    assert attestation.kernels["quantize_rows_kernel"] == attestation.promised["quantize_rows_kernel"] == 4 + 4
+    # q, k, v share an input, o has its own, gate and up share one, down has its own. Backward: one for each input, but
+    # that of q, k, v, which is an embedding that does not train.
+    assert attestation.kernels["quantize_rows_kernel"] == attestation.promised["quantize_rows_kernel"] == 4 + 2
+    together = "quantize_rows_together_kernel"
+    assert attestation.kernels[together] == attestation.promised[together] == 1
 
 
 def test_adapters_off_go_through_the_copies_and_merged_ones_do_not(device):
@@ -224,6 +307,45 @@ def test_a_weight_that_was_written_is_quantised_again_in_place(device):
     assert held.weight.row_scale._version == version
     base.weight.requires_grad_(True)
     assert held.current(base.weight) is base.weight
+
+
+def test_columns_side_by_side_are_renewed_together(device):
+    model = adapted(device)
+    install(model)
+    attach(model)
+    attention = model.base_model.model.model.layers[0].self_attn
+    q, k, v = (getattr(attention, name).base_layer for name in ("q_proj", "k_proj", "v_proj"))
+    held = [base.__dict__[lora.FP8] for base in (q, k, v)]
+    beside = held[0].weight.beside
+    assert beside is not None and all(one.weight.beside is beside for one in held)
+    assert beside.widths == tuple(base.weight.shape[0] for base in (q, k, v))
+    memory = beside.columns.data_ptr(), beside.scale.data_ptr()
+    with torch.no_grad():
+        v.weight.mul_(100.0)
+    for one, base in zip(held, (q, k, v), strict=True):
+        assert one.current(base.weight) is one.weight and one.weight.beside is beside
+    assert (beside.columns.data_ptr(), beside.scale.data_ptr()) == memory
+    columns = torch.cat([base.weight.detach() for base in (q, k, v)]).t()
+    torch.testing.assert_close(beside.columns.float() * beside.scale[:, None], _rounded(columns))
+    torch.testing.assert_close(held[2].weight.dequantized_columns(), _rounded(columns).t()[-v.weight.shape[0]:])
+    # A neighbour of another shape: what was written stands alone from then on.
+    k.weight = torch.nn.Parameter(torch.zeros(16, k.weight.shape[1] + 16, device=device), requires_grad=False)
+    with torch.no_grad():
+        q.weight.add_(1.0)
+    alone = held[0].current(q.weight)
+    assert isinstance(alone, Fp8Weight) and alone.beside is None and held[0].bases == []
+    torch.testing.assert_close(alone.dequantized_columns(), _rounded(q.weight.t()).t())
+
+
+def test_a_copied_model_s_copies_lie_side_by_side_too(device):
+    model = adapted(device)
+    install(model)
+    twin = copy.deepcopy(model)
+    for one in (model, twin):
+        layers = one.base_model.model.model.layers[0].mlp
+        gate, up = (layer.base_layer for layer in (layers.gate_proj, layers.up_proj))
+        assert gate.__dict__[lora.FP8].bases[0] is gate and gate.__dict__[lora.FP8].bases[1] is up
+        assert gate.__dict__[lora.FP8].weight.beside is up.__dict__[lora.FP8].weight.beside
 
 
 def test_detaching_takes_the_copies_and_attaching_again_keeps_them(device):
@@ -320,7 +442,8 @@ def test_a_run_says_so_and_learns(tmp_path):
     found = run.attestation()
     assert "base: e4m3 by rows in 7 linear layers" in found["layout"]
     assert any("lora, fp8 base" in line for line in found["modules"])
-    assert not found["step"]["problems"] and found["step"]["kernels"]["quantize_rows_kernel"] >= 8
+    assert not found["step"]["problems"] and found["step"]["kernels"]["quantize_rows_kernel"] >= 6
+    assert found["step"]["kernels"]["quantize_rows_together_kernel"] >= 1
     assert sum(lora.FP8 in base.__dict__ for base in bases(run.model).values()) == 7
     detach(run.model)
     assert not any(lora.FP8 in base.__dict__ for base in bases(run.model).values())
@@ -367,8 +490,9 @@ def test_replayed_steps_with_an_fp8_base(lengths, tmp_path, monkeypatch):
     assert captured.trainer.graphed.pairs
     attested = captured.attestation()["step"]
     assert not attested["problems"], attested["problems"]
-    # Three layers: four inputs each; seven gradients each, less those of the first q, k, v.
-    assert attested["kernels"]["quantize_rows_kernel"] >= 3 * 4 + 3 * 7 - 3
+    # Three layers: four inputs each; and four gradients each, two of them together, less that of the first q, k, v.
+    assert attested["kernels"]["quantize_rows_kernel"] >= 3 * 4 + 3 * 2
+    assert attested["kernels"]["quantize_rows_together_kernel"] >= 3 * 2 - 1
     bf16 = test_graphs.train(tmp_path / "bf16", data)
     losses, wanted = test_graphs.history(captured, "loss"), test_graphs.history(bf16, "loss")
     # The first loss is of the same weights, so that what differs is the rounding. Where the rows are learnt by heart,

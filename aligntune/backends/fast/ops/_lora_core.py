@@ -8,7 +8,14 @@ from typing import NamedTuple
 import torch
 
 from aligntune.backends.fast.ops._lora_dropout import Dropout, padded_rank
-from aligntune.backends.fast.ops.fp8 import Fp8Weight, fp8_mm, quantize_rows
+from aligntune.backends.fast.ops.fp8 import (
+    Fp8Weight,
+    SideBySide,
+    fp8_mm,
+    quantize_rows,
+    quantize_rows_together,
+    together,
+)
 from aligntune.backends.fast.ops.glu import MAX_RANK, Update
 from aligntune.backends.fast.ops.nf4 import NF4Weight, dequantize_nf4
 
@@ -178,6 +185,16 @@ def forward(
     return outs, s
 
 
+def side_by_side(linears: Sequence[LoraLinear]) -> SideBySide | None:
+    """The columns of exactly these layers' fp8 weights, where they lie side by side in this order."""
+    weights = [linear.weight for linear in linears if isinstance(linear.weight, Fp8Weight)]
+    beside = weights[0].beside if weights else None
+    if beside is None or len(weights) != len(linears) or len(weights) != len(beside.widths):
+        return None
+    mine = all(weight.beside is beside and weight.place == place for place, weight in enumerate(weights))
+    return beside if mine and together(beside.widths) else None
+
+
 def input_grad(
     douts: Sequence[torch.Tensor | None],
     linears: Sequence[LoraLinear],
@@ -191,8 +208,9 @@ def input_grad(
 
     `base_only`: dX is the base layers' alone; dS A is still to be added to it.
     """
-    given = next(dout for dout in douts if dout is not None)
-    dtype = given.dtype
+    there = [dout for dout in douts if dout is not None]
+    given, dtype = there[0], there[0].dtype
+    beside = side_by_side(linears) if want_dx and len(there) == len(linears) else None
     ds: torch.Tensor | None = None
     dx: torch.Tensor | None = None
     j = 0
@@ -208,12 +226,17 @@ def input_grad(
                 part.addmm_(dout, factors.ups[j], beta=0, alpha=adapter.scaling)
             j += 1
         if want_dx and dout is not None and isinstance(linear.weight, Fp8Weight):
-            part = fp8_mm(*quantize_rows(dout), linear.weight.columns, linear.weight.column_scale, dtype)
+            if beside is not None:
+                continue
+            columns = linear.weight.columns.contiguous()  # part of several, where not all of them are wanted
+            part = fp8_mm(*quantize_rows(dout), columns, linear.weight.column_scale, dtype)
             dx = part if dx is None else dx.add_(part)
         elif want_dx and dout is not None:
             weight = _weight(linear, dtype)
             dx = torch.mm(dout, weight) if dx is None else dx.addmm_(dout, weight)
             del weight
+    if beside is not None:
+        dx = fp8_mm(*quantize_rows_together(there), beside.columns, beside.scale, dtype)
     if dx is not None and ds is not None and factors is not None and not base_only:
         if dropout:
             dropout.add_grad_x_(dx, ds, factors.stack)

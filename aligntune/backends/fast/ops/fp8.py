@@ -7,12 +7,18 @@
 bits costs 2^-4 of an element at most, 2^-5.3 in the mean square. Products are taken along rows of both factors, so a
 frozen weight W (N, H) is held twice: by rows of W for x W^T, by rows of W^T for dout W.
 
+Layers on one input have one gradient of it, sum_i dout_i W_i. Their columns may lie side by side (`SideBySide`), with a
+scale for each row of all of them; their dout_i are then quantised into one row each token (`quantize_rows_together`),
+and the sum is one product along sum_i N_i, rounded once, instead of several that are rounded and added. A scale that
+rows share costs the smaller ones nothing but numbers 2^-14 below the largest: the exponent is e4m3's own.
+
 Bytes: `quantize_rows` reads x once and writes a byte an element (rows past 16,384 are read twice, the second time from
 L2). A weight takes 2 bytes, beside whatever else holds it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +84,18 @@ def _e4m3(x, dtype: tl.constexpr, ROUND_FIRST: tl.constexpr):
     return x.to(dtype)
 
 
+@triton.jit
+def _scale_of(bits, BLOCK_R: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr):
+    """(scale, 1 / scale) of rows whose largest magnitude has these bits."""
+    amax = bits.to(tl.float32, bitcast=True)
+    scale = tl.div_rn(amax, tl.full([BLOCK_R], LARGEST, tl.float32))
+    scale = tl.where(scale < TINY, TINY, scale)
+    scale = tl.where(amax == 0, 1.0, scale)
+    # |x / scale| is 448 but for rounding, and the first number that would not round to 448 is 464: no clamp, so that
+    # NaN (and infinity, by inf * 0) stays NaN.
+    return scale, tl.div_rn(tl.full([BLOCK_R], 1.0, tl.float32), scale)[:, None]
+
+
 @kernel(do_not_specialize=["n_rows"])
 def quantize_rows_kernel(
     x_ptr, x_row, out_ptr, scale_ptr, n_rows,
@@ -95,14 +113,8 @@ def quantize_rows_kernel(
         for start in range(BLOCK_H, H, BLOCK_H):
             part = in_rows[:, None] & (start + cols < H)[None, :]
             bits = tl.maximum(bits, _magnitude(tl.load(x_rows + start + cols[None, :], part, other=0.0)))
-    amax = tl.max(bits, axis=1).to(tl.float32, bitcast=True)
-    scale = tl.div_rn(amax, tl.full([BLOCK_R], LARGEST, tl.float32))
-    scale = tl.where(scale < TINY, TINY, scale)
-    scale = tl.where(amax == 0, 1.0, scale)
+    scale, inverse = _scale_of(tl.max(bits, axis=1), BLOCK_R, LARGEST, TINY)
     tl.store(scale_ptr + rows, scale, in_rows)
-    # |x / scale| is 448 but for rounding, and the first number that would not round to 448 is 464: no clamp, so that
-    # NaN (and infinity, by inf * 0) stays NaN.
-    inverse = tl.div_rn(tl.full([BLOCK_R], 1.0, tl.float32), scale)[:, None]
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     tl.store(out_rows + cols[None, :], _e4m3(x.to(tl.float32) * inverse, dtype, ROUND_FIRST), keep)
     if WIDE:
@@ -110,6 +122,43 @@ def quantize_rows_kernel(
             part = in_rows[:, None] & (start + cols < H)[None, :]
             x = tl.load(x_rows + start + cols[None, :], part, other=0.0)
             tl.store(out_rows + start + cols[None, :], _e4m3(x.to(tl.float32) * inverse, dtype, ROUND_FIRST), part)
+
+
+@triton.jit
+def _store_part(out_ptr, rows, x, inverse, WIDTH: tl.constexpr, AT: tl.constexpr, N: tl.constexpr, in_rows,
+                ROUND_FIRST: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    cols = tl.arange(0, BLOCK)
+    values = _e4m3(x.to(tl.float32) * inverse, out_ptr.dtype.element_ty, ROUND_FIRST)
+    tl.store(out_ptr + rows[:, None] * WIDTH + AT + cols[None, :], values, in_rows[:, None] & (cols < N)[None, :])
+
+
+@triton.jit
+def _load_part(x_ptr, x_row, rows, in_rows, N: tl.constexpr, BLOCK: tl.constexpr):
+    cols = tl.arange(0, BLOCK)
+    return tl.load(x_ptr + rows[:, None] * x_row + cols[None, :], in_rows[:, None] & (cols < N)[None, :], other=0.0)
+
+
+@kernel(do_not_specialize=["n_rows"])
+def quantize_rows_together_kernel(
+    a_ptr, a_row, b_ptr, b_row, c_ptr, c_row, out_ptr, scale_ptr, n_rows,
+    A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr,
+    ROUND_FIRST: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_rows = rows < n_rows
+    a = _load_part(a_ptr, a_row, rows, in_rows, A, BLOCK_A)
+    b = _load_part(b_ptr, b_row, rows, in_rows, B, BLOCK_B)
+    bits = tl.maximum(tl.max(_magnitude(a), axis=1), tl.max(_magnitude(b), axis=1))
+    if C > 0:
+        c = _load_part(c_ptr, c_row, rows, in_rows, C, BLOCK_C)
+        bits = tl.maximum(bits, tl.max(_magnitude(c), axis=1))
+    scale, inverse = _scale_of(bits, BLOCK_R, LARGEST, TINY)
+    tl.store(scale_ptr + rows, scale, in_rows)
+    _store_part(out_ptr, rows, a, inverse, A + B + C, 0, A, in_rows, ROUND_FIRST, BLOCK_A)
+    _store_part(out_ptr, rows, b, inverse, A + B + C, A, B, in_rows, ROUND_FIRST, BLOCK_B)
+    if C > 0:
+        _store_part(out_ptr, rows, c, inverse, A + B + C, A + B, C, in_rows, ROUND_FIRST, BLOCK_C)
 
 
 def quantize_rows(
@@ -151,6 +200,60 @@ def quantize_rows_reference(
     return values, scale
 
 
+def together(widths: Sequence[int]) -> bool:
+    """Whether rows of these widths can be quantised together: two or three, within one program's registers."""
+    return 2 <= len(widths) <= 3 and sum(next_power_of_2(width) for width in widths) <= 2 * MAX_TILE
+
+
+def launch_together(n_rows: int, widths: Sequence[int]) -> tuple[Launch, tuple[int, ...]]:
+    """As `launch_of`, 16 elements a thread of the widest part; and the columns of each part."""
+    blocks = tuple(next_power_of_2(width) for width in widths)
+    block_rows = max(1, min(4096 // next_power_of_2(sum(blocks)), next_power_of_2(n_rows)))
+    num_warps = min(32, max(1, block_rows * max(blocks) // (32 * 16)))
+    return Launch(block_rows, max(blocks), num_warps, cdiv(n_rows, block_rows)), blocks
+
+
+def quantize_rows_together(xs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of two or three xs (T, N_i), all in one dtype, side by side in e4m3 (T, sum N_i), one fp32 scale (T,) a row.
+
+    In one launch. Raises ConfigError for other shapes, dtypes and widths (`together`), BackendUnavailableError off the
+    GPU.
+    """
+    values, scale = _outputs_together(xs)
+    require_device(*xs, values, scale)
+    if values.shape[0] == 0:
+        return values, scale
+    rows = [as_rows(x) for x in xs]
+    widths = [x.shape[1] for x in rows]
+    launch, blocks = launch_together(values.shape[0], widths)
+    a, b, c = (*rows, rows[0])[:3]
+    third = widths[2] if len(rows) == 3 else 0
+    with on_device(values):
+        quantize_rows_together_kernel[(launch.programs,)](
+            a, a.stride(0), b, b.stride(0), c, c.stride(0), values, scale, values.shape[0],
+            A=widths[0], B=widths[1], C=third, LARGEST=LARGEST, TINY=TINY, ROUND_FIRST=interpreting(),
+            BLOCK_R=launch.block_rows, BLOCK_A=blocks[0], BLOCK_B=blocks[1], BLOCK_C=blocks[2] if third else 1,
+            num_warps=launch.num_warps,
+        )  # fmt: skip
+    return values, scale
+
+
+def quantize_rows_together_reference(xs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rows_together` in plain torch."""
+    values, scale = _outputs_together(xs)
+    return quantize_rows_reference(torch.cat(list(xs), dim=1), out=(values, scale))
+
+
+def _outputs_together(xs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = all(x.dim() == 2 and x.shape[1] > 0 and x.dtype in IN_DTYPES for x in xs)
+    if not rows or len({(x.shape[0], x.dtype) for x in xs}) != 1 or not together([x.shape[1] for x in xs]):
+        raise ConfigError("rows of two or three tensors (T, N_i) in one dtype of fp32, bf16 or fp16 are made e4m3 "
+                          f"together; got {', '.join(f'{tuple(x.shape)} of {x.dtype}' for x in xs)}")  # fmt: skip
+    tokens, width = xs[0].shape[0], sum(x.shape[1] for x in xs)
+    return (torch.empty((tokens, width), dtype=E4M3, device=xs[0].device),
+            xs[0].new_empty(tokens, dtype=torch.float32))
+
+
 def _outputs(x: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[torch.Tensor, torch.Tensor]:
     if x.dim() != 2 or x.dtype not in IN_DTYPES:
         raise ConfigError(f"rows of fp32, bf16 or fp16 are made e4m3, (T, H); got {tuple(x.shape)} of {x.dtype}")
@@ -166,11 +269,33 @@ def _outputs(x: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None) -> 
     return values, scale
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class SideBySide:
+    """Columns of several weights (N_i, H) on one input: `columns` (H, sum N_i) with one `scale` (H,), e4m3 and fp32."""
+
+    columns: torch.Tensor
+    scale: torch.Tensor
+    widths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, weights: Sequence[torch.Tensor]) -> SideBySide:
+        return cls(*quantize_rows(_columns_of(weights)), tuple(weight.shape[0] for weight in weights))
+
+    def renew_(self, weights: Sequence[torch.Tensor]) -> None:
+        """Quantise weights of the same shapes again, into the same memory."""
+        quantize_rows(_columns_of(weights), out=(self.columns, self.scale))
+
+
+def _columns_of(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([weight.detach().t() for weight in weights], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
 class Fp8Weight:
     """A frozen weight (N, H) in e4m3, by its rows for x W^T and by those of its transpose for dout W.
 
     `rows` (N, H) with `row_scale` (N,); `columns` (H, N) with `column_scale` (H,). `source_dtype`: what it was made of.
+    `beside`, where there is one, holds these columns with those of other weights, of which this one is number `place`.
     """
 
     rows: torch.Tensor
@@ -178,6 +303,8 @@ class Fp8Weight:
     columns: torch.Tensor
     column_scale: torch.Tensor
     source_dtype: torch.dtype
+    beside: SideBySide | None = None
+    place: int = 0
 
     @property
     def shape(self) -> torch.Size:
@@ -186,16 +313,31 @@ class Fp8Weight:
     @classmethod
     def of(cls, weight: torch.Tensor) -> Fp8Weight:
         """Quantise `weight` (N, H), which is left as it is. Raises ConfigError unless `fits(weight.shape)`."""
-        if not fits(weight.shape):
-            raise ConfigError(f"an fp8 weight has two dimensions, multiples of {MULTIPLE}; got {tuple(weight.shape)}")
+        _check(weight)
         detached = weight.detach()
-        return cls(*quantize_rows(detached), *quantize_rows(detached.t().contiguous()), weight.dtype)
+        return cls(*quantize_rows(detached), *quantize_rows(_columns_of([weight])), weight.dtype)
 
-    def renew_(self, weight: torch.Tensor) -> None:
-        """Quantise `weight` of the same shape and device again, into the same memory: captured graphs read it there."""
-        detached = weight.detach()
-        quantize_rows(detached, out=(self.rows, self.row_scale))
-        quantize_rows(detached.t().contiguous(), out=(self.columns, self.column_scale))
+    @classmethod
+    def of_several(cls, weights: Sequence[torch.Tensor]) -> list[Fp8Weight]:
+        """Quantise weights (N_i, H) of layers on one input, their columns side by side. Raises ConfigError as `of`."""
+        for weight in weights:
+            _check(weight)
+        beside = SideBySide.of(weights)
+        parts = beside.columns.split(beside.widths, dim=1)
+        return [cls(*quantize_rows(weight.detach()), part, beside.scale, weight.dtype, beside, place)
+                for place, (weight, part) in enumerate(zip(weights, parts, strict=True))]
+
+    def renew_(self, weight: torch.Tensor, others: Sequence[torch.Tensor] = ()) -> None:
+        """Quantise `weight` of the same shape and device again, into the same memory: captured graphs read it there.
+
+        Args:
+            others: all weights that lie side by side, this one among them.
+        """
+        quantize_rows(weight.detach(), out=(self.rows, self.row_scale))
+        if self.beside is not None:
+            self.beside.renew_(others)
+        else:
+            quantize_rows(_columns_of([weight]), out=(self.columns, self.column_scale))
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight (N, H) that the forward multiplies by."""
@@ -204,6 +346,11 @@ class Fp8Weight:
     def dequantized_columns(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight (N, H) that the backward multiplies by: rounded with other scales than the forward's."""
         return (self.columns.float() * self.column_scale[:, None]).t().to(dtype)
+
+
+def _check(weight: torch.Tensor) -> None:
+    if not fits(weight.shape):
+        raise ConfigError(f"an fp8 weight has two dimensions, multiples of {MULTIPLE}; got {tuple(weight.shape)}")
 
 
 def fits(shape: torch.Size) -> bool:

@@ -12,8 +12,9 @@ rank 16 they are bound by reading X and dout, as a fused kernel would be. Triton
 (`_lora_dropout`), NF4 (`nf4`), GLU (`glu`), e4m3 rows (`fp8`).
 
 With an fp8 weight, X is quantised by rows once for all layers of the group that have one, and each dout_i for its
-product with W_i. Only these two products change: adapters, dropout and every gradient but dX's base part read X and
-dout as they are. dX is rounded once more for each layer after the first.
+product with W_i, or all of them together where the weights' columns lie side by side (`fp8`): dX is then one product.
+Only these two products change: adapters, dropout and every gradient but dX's base part read X and dout as they are. dX
+is rounded once more for each product after the first.
 
 Saved for backward, bytes a token in 16 bits: a group 2H (its input, which the layer before often keeps anyway) and
 2nR; the MLP 2H + 4F + 6R, where eager keeps 2H + 8F + 6R; and the cast factors. act(gate) and the product are made
@@ -58,6 +59,7 @@ from aligntune.backends.fast.ops._lora_core import (
     gradient_rows,
     input_grad,
     param_grads,
+    side_by_side,
     updates_of,
 )
 from aligntune.backends.fast.ops._lora_dropout import STEPS, keep_reference, threshold_of
@@ -74,6 +76,7 @@ __all__ = [
     "lora_linear_group_reference",
     "lora_mlp",
     "lora_mlp_reference",
+    "side_by_side",
 ]
 
 

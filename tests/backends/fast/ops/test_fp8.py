@@ -13,9 +13,14 @@ from aligntune.backends.fast.ops.fp8 import (
     fp8_mm,
     fp8_mm_reference,
     launch_of,
+    launch_together,
     quantize_rows,
     quantize_rows_kernel,
     quantize_rows_reference,
+    quantize_rows_together,
+    quantize_rows_together_kernel,
+    quantize_rows_together_reference,
+    together,
 )
 from aligntune.errors import ConfigError
 from tests.backends.fast.ops.harness import assert_fits, far_rows, launches, relative_error, sm90_case
@@ -129,6 +134,79 @@ def test_one_launch_into_given_memory(device):
             quantize_rows(bad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "widths"), [
+    (1, (16, 16)), (5, (48, 16, 32)), (37, (300, 12, 1)), (3, (4096, 4096)),
+])
+def test_rows_side_by_side_have_one_scale(tokens, widths, dtype, device):
+    torch.manual_seed(2)
+    xs = [(torch.randn(tokens, width, device=device) * size).to(dtype)
+          for width, size in zip(widths, (1.0, 30.0, 0.1), strict=False)]
+    xs[0] = torch.randn(tokens, widths[0] + 8, device=device).to(dtype)[:, : widths[0]]  # rows further apart
+    assert launches(lambda: quantize_rows_together(xs)) == {"quantize_rows_together_kernel": 1}
+    values, scale = quantize_rows_together(xs)
+    wanted, wanted_scale = quantize_rows_together_reference(xs)
+    one, one_scale = quantize_rows_reference(torch.cat(xs, dim=1))
+    assert values.shape == (tokens, sum(widths)) and torch.equal(scale, wanted_scale) and torch.equal(scale, one_scale)
+    # As numbers: the interpreter rounds what is below the smallest of them to a zero without its sign.
+    assert torch.equal(values.float(), wanted.float()) and torch.equal(values.float(), one.float())
+    assert (values.float().abs().amax(1) == 448).all()
+
+
+@pytest.mark.parametrize("fn", [quantize_rows_together, quantize_rows_together_reference])
+def test_what_is_not_finite_is_seen_in_every_part(fn, device):
+    for part in range(3):
+        xs = [torch.ones(3, 16, device=device) for _ in range(3)]
+        xs[part][1, 3] = float("nan")
+        values, scale = fn(xs)
+        assert scale.isnan().tolist() == [False, True, False]
+        assert (values.float() * scale[:, None])[1].isnan().all()
+        assert (values.float()[[0, 2]] == 448).all()
+    zeros = fn([torch.zeros(2, 16, device=device)] * 2)
+    assert zeros[1].tolist() == [1.0, 1.0] and not zeros[0].float().any()
+    assert fn([torch.zeros(0, 16, device=device)] * 2)[0].shape == (0, 32)
+
+
+@pytest.mark.parametrize("fn", [quantize_rows_together, quantize_rows_together_reference])
+def test_what_cannot_be_quantised_together(fn, device):
+    x = torch.zeros(2, 16, device=device)
+    for xs in ([x], [x] * 4, [x, x[:1]], [x, x.half()], [x, x.double()], [x[0], x[0]], [x, x[:, :0]],
+               [torch.zeros(1, 1, device=device).expand(1, 40_000)] * 2):
+        with pytest.raises(ConfigError, match="rows of two or three tensors"):
+            fn(xs)
+    assert together([14336, 14336]) and together([4096, 1024, 1024]) and not together([18944, 18944])
+    assert not together([16]) and not together([16] * 4)
+
+
+def test_rows_side_by_side_past_int32(device):
+    x = far_rows(5, 24, torch.float32, device)
+    x.copy_(torch.arange(120, device=device).view(5, 24) - 30.0)
+    values, scale = quantize_rows_together([x, x * 2])
+    wanted, wanted_scale = quantize_rows_together_reference([x.clone(), x * 2])
+    assert torch.equal(scale, wanted_scale) and torch.equal(values.view(torch.uint8), wanted.view(torch.uint8))
+
+
+def test_weights_side_by_side(device):
+    torch.manual_seed(5)
+    weights = [torch.randn(n, 32, device=device) * size for n, size in ((48, 1.0), (16, 20.0), (32, 0.5))]
+    found = Fp8Weight.of_several(weights)
+    beside = found[0].beside
+    assert beside is not None and beside.columns.shape == (32, 96) and beside.widths == (48, 16, 32)
+    torch.testing.assert_close(beside.scale, torch.cat(weights).abs().amax(0) / 448)
+    for place, (one, weight) in enumerate(zip(found, weights, strict=True)):
+        alone = Fp8Weight.of(weight)
+        assert one.beside is beside and one.place == place and one.columns.shape == (32, weight.shape[0])
+        assert torch.equal(one.rows.view(torch.uint8), alone.rows.view(torch.uint8))
+        assert relative_error(one.dequantized_columns(), weight) < 0.04
+    memory = beside.columns.data_ptr()
+    found[1].renew_(weights[1] * -3, [weights[0], weights[1] * -3, weights[2]])
+    assert beside.columns.data_ptr() == memory and relative_error(found[1].dequantized(), weights[1] * -3) < 0.04
+    assert relative_error(found[1].dequantized_columns(), weights[1] * -3) < 0.04
+    assert relative_error(found[0].dequantized_columns(), weights[0]) < 0.04
+    with pytest.raises(ConfigError, match="multiples of 16"):
+        Fp8Weight.of_several([weights[0], torch.zeros(8, 32, device=device)])
+
+
 def test_a_product_of_dequantised_factors(device):
     torch.manual_seed(3)
     x, w, bias = (torch.randn(*shape, device=device) for shape in ((7, 32), (48, 32), (48,)))
@@ -182,6 +260,23 @@ def _case(width: int, x: str = "*bf16"):
     )  # fmt: skip
 
 
+def _case_together(widths: tuple[int, ...], x: str = "*bf16"):
+    launch, blocks = launch_together(8192, widths)
+    a, b, c = (*widths, 0)[:3]
+    return sm90_case(
+        quantize_rows_together_kernel,
+        {"a_ptr": x, "a_row": a, "b_ptr": x, "b_row": b, "c_ptr": x, "c_row": c or a, "out_ptr": "*fp8e4nv",
+         "scale_ptr": "*fp32", "n_rows": "i32"},
+        {"A": a, "B": b, "C": c, "LARGEST": 448.0, "TINY": 2.0**-126, "ROUND_FIRST": False,
+         "BLOCK_R": launch.block_rows, "BLOCK_A": blocks[0], "BLOCK_B": blocks[1],
+         "BLOCK_C": blocks[2] if c else 1},
+        num_warps=launch.num_warps,
+    )  # fmt: skip
+
+
+TOGETHER = {widths: _case_together(widths) for widths in
+            ((2048, 512, 512), (8192, 8192), (4096, 1024, 1024), (14336, 14336), (9728, 9728))}
+TOGETHER_OTHERS = [_case_together((2048, 512, 512), "*fp32"), _case_together((300, 60), "*fp16")]
 SM90 = {width: _case(width) for width in (512, 2048, 8192, 14336)}
 SM90_OTHERS = [_case(2048, "*fp32"), _case(2048, "*fp16"), _case(300), _case(28672)]
 
@@ -193,9 +288,35 @@ def test_compiles_for_sm90(width):
     assert found.registers <= 64
 
 
+@pytest.mark.parametrize("widths", TOGETHER)
+def test_rows_side_by_side_compile_for_sm90(widths):
+    found = assert_fits(TOGETHER[widths], load_bits=128)
+    assert found.stores.get(128, 0) > 0 and found.registers <= 64
+
+
 def test_the_other_forms_compile():
-    for case in SM90_OTHERS:
+    for case in (*SM90_OTHERS, *TOGETHER_OTHERS):
         assert_fits(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [8192, 1, 17, 1001])
+@pytest.mark.parametrize("widths", [(2048, 512, 512), (8192, 8192), (144, 80)])
+def test_one_product_of_rows_side_by_side_on_the_gpu(rows, widths):
+    torch.manual_seed(rows)
+    douts = [torch.randn(rows, n, device="cuda").bfloat16() for n in widths]
+    weights = [(torch.randn(n, 2048, device="cuda") * n**-0.5).bfloat16() for n in widths]
+    found = Fp8Weight.of_several(weights)
+    beside = found[0].beside
+    assert beside is not None
+    values, scale = quantize_rows_together(douts)
+    wanted, wanted_scale = quantize_rows_together_reference(douts)
+    assert torch.equal(scale, wanted_scale) and torch.equal(values.view(torch.uint8), wanted.view(torch.uint8))
+    ours = fp8_mm(values, scale, beside.columns, beside.scale, torch.bfloat16)
+    reference = fp8_mm_reference(values, scale, beside.columns, beside.scale, torch.bfloat16)
+    truth = sum(dout.double() @ weight.double() for dout, weight in zip(douts, weights, strict=True))
+    assert torch.isfinite(ours).all()
+    assert relative_error(ours, truth) < 1.1 * relative_error(reference, truth) < 0.06
 
 
 @pytest.mark.gpu
