@@ -2,7 +2,10 @@
 
 Launching a LoRA step of a 1B model takes the CPU about 120 ms; the GPU works on 4,000 tokens for about half of that.
 
-A shape is captured when it comes the second time; until then, and beyond `MOST_GRAPHS` shapes, the step runs as it is.
+The first steps run as they are, until a shape comes the second time. It is captured, and from then on each shape that
+no captured one holds, at once and a little longer than it came (`room_for`): the next batch is then likely to fit,
+filled up. One that is often filled up by much is captured itself. Beyond `MOST_GRAPHS` shapes a step is launched.
+
 All pairs share one memory pool: a forward is always followed by its own backward before another forward runs, so what
 one pair keeps in between, another may write over later. Parameters are read where they are: the optimizer writes in
 place, and where they come to lie elsewhere all is captured anew. 4-bit weights are unpacked within the graph, each into
@@ -25,7 +28,7 @@ from aligntune.backends.fast import ledger
 from aligntune.backends.fast.attachment import base_model
 from aligntune.backends.fast.ledger import writing_to
 from aligntune.backends.fast.lora import kind_of, read
-from aligntune.backends.fast.packing import IGNORED
+from aligntune.backends.fast.packing import IGNORED, quarter_of
 from aligntune.backends.fast.recompute import Recompute, recompute_of, recomputes
 from aligntune.backends.fast.steps import QuickSteps
 
@@ -35,9 +38,15 @@ if TYPE_CHECKING:
 MOST_GRAPHS = 32
 MOST_FILLING = 0.5
 LITTLE_FILLING = 0.15
-OFTEN = 2
+OFTEN = 8
 """A shape that a captured one holds is filled up to it, by half of its tokens at most; where that is more than 0.15, it
-is captured itself when it comes again. Launching takes longer than computing on the filling."""
+is captured itself when it comes the eighth time. Launching a step of a 1B model takes as long as computing on 15,000
+tokens, a capture twice that: filling by 1,000 tokens eight times costs a quarter of one."""
+ROOMS = ((4096, 2), (16_384, 4))
+"""Up to so many tokens a shape is captured with room: so many lengths an octave. Longer steps keep the GPU busy for
+longer than launching them takes: their filling would cost more than it saves."""
+ROOM_SHARE = 0.5
+"""Of the memory that is free, what a capture with room may need; with less it is made without."""
 _OUTPUTS = ("log_probs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs", "label_mask")
 
 Batch = dict[str, Any]
@@ -181,6 +190,7 @@ class GraphedModel:
     captures: int = 0
     capture_seconds: float = 0.0
     _largest: int = 0
+    _most_tokens: int = 0
     _warmed: set[bool] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -216,23 +226,52 @@ class GraphedModel:
     def _pair(self, kind: str, batch: Batch) -> _Pair | None:
         """What was captured of this kind that holds the batch, now or before; None where the step is to be launched."""
         self._forget_moved()
-        key = (kind, *sorted((name, tuple(value.shape) if isinstance(value, torch.Tensor) else value)
-                             for name, value in batch.items()))
+        self._most_tokens = max(self._most_tokens, tokens_of(batch))
+        key = self._key(kind, batch)
         if key not in self.pairs:
             self.seen[key] = self.seen.get(key, 0) + 1
-            more, near = min(((more, other) for name, other in self.pairs.items()
-                              if name[0] == kind and (more := other.more_for(batch)) is not None),
-                             key=lambda found: found[0], default=(0.0, None))
-            if near is not None and (more <= LITTLE_FILLING or self.seen[key] < OFTEN):
-                return near
-            if self.seen[key] < 2 or sum(other[0] == kind for other in self.pairs) >= MOST_GRAPHS:
-                return near
+            near = self._near(kind, batch)
+            if not self._to_capture(kind, key, near[0] if near else None):
+                return near[1] if near else None
             started = time.perf_counter()
-            self._make_room(tokens_of(batch))
-            self.pairs[key] = self._capture(batch, loaded=near is None)
+            roomy = batch if near else self._with_room(batch)
+            loaded = roomy is batch and not near and self.seen[key] > 1
+            key = self._key(kind, roomy)
+            self._make_room(tokens_of(roomy))
+            self.pairs[key] = self._capture(roomy, loaded=loaded)
             self.captures += 1
             self.capture_seconds += time.perf_counter() - started
         return self.pairs[key]
+
+    @staticmethod
+    def _key(kind: str, batch: Batch) -> tuple[Any, ...]:
+        return (kind, *sorted((name, tuple(value.shape) if isinstance(value, torch.Tensor) else value)
+                              for name, value in batch.items()))
+
+    def _near(self, kind: str, batch: Batch) -> tuple[float, _Pair] | None:
+        """The captured shape that `batch` has to be filled up the least for, and by which share of its tokens."""
+        found = [(more, pair) for key, pair in self.pairs.items()
+                 if key[0] == kind and (more := pair.more_for(batch)) is not None]
+        return min(found, key=lambda one: one[0], default=None)
+
+    def _to_capture(self, kind: str, key: tuple[Any, ...], filling: float | None) -> bool:
+        """Whether a shape is captured now; `filling` is the share that one which holds it would be filled up by."""
+        if filling is not None and (filling <= LITTLE_FILLING or self.seen[key] < OFTEN):
+            return False
+        if self.seen[key] < 2 and torch.is_grad_enabled() not in self._warmed:
+            return False  # nothing of the kind has been replayed yet: whether shapes come again is not known
+        return sum(other[0] == kind for other in self.pairs) < MOST_GRAPHS
+
+    def _with_room(self, batch: Batch) -> Batch:
+        """`batch` filled up to `room_for` its tokens, or as it is where it cannot be or memory is scarce."""
+        wanted = planned_tokens(batch, capture=True)
+        return with_room(batch, wanted) if wanted > tokens_of(batch) and self._free_for(wanted) else batch
+
+    def _free_for(self, tokens: int) -> bool:
+        """Whether a step of so many tokens, as the largest one yet took, would leave much of the memory free."""
+        standing, free = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+        a_token = (torch.cuda.max_memory_allocated() - standing) / max(1, self._most_tokens)
+        return tokens * a_token < ROOM_SHARE * (free + torch.cuda.memory_reserved() - standing)
 
     def _forget_moved(self) -> None:
         """Let go of everything captured if a tensor of the model lies elsewhere than when it was."""
@@ -240,7 +279,8 @@ class GraphedModel:
         if self.pairs and now != self._read_at:
             torch.cuda.synchronize()
             self.pairs.clear()
-            self.seen.clear()  # launched once before it is captured: copies in fp8 are then made anew
+            self.seen.clear()
+            self._warmed.clear()  # a step is launched before one is captured: copies in fp8 are then made anew
             self._pool = torch.cuda.graph_pool_handle()
             self.buffers = [torch.zeros_like(p) for p in self.parameters]  # `model.to` moves gradients as well
         self._read_at = now
@@ -342,6 +382,42 @@ class _Replay(torch.autograd.Function):
         return None, None, None, None
 
 
+def room_for(tokens: int) -> int:
+    """The flat length at which a shape of so many tokens is captured."""
+    for most, an_octave in ROOMS:
+        if tokens <= most:
+            step = max(1, (1 << max(0, (tokens - 1).bit_length() - 1)) // an_octave)
+            return -(-tokens // step) * step
+    return tokens
+
+
+def planned_tokens(batch: Batch, *, capture: bool) -> int:
+    """The flat length whose memory a step of `batch` may take, where steps are captured or where they are not."""
+    tokens = tokens_of(batch)
+    if not capture or "cu_seq_lens_q" not in batch or _equal_rows(batch):
+        return batch["input_ids"].numel()
+    return min(room_for(tokens), int(tokens * (1 + MOST_FILLING)))
+
+
+def with_room(batch: Batch, tokens: int) -> Batch:
+    """`batch`, rows of uneven lengths end to end, filled up to a flat length of `tokens`.
+
+    It has room for a filling as long as any batch needs that is replayed in its place.
+    """
+    longest_filling = math.ceil(tokens * MOST_FILLING / (1 + MOST_FILLING))
+    lengths = dict.fromkeys(_FLAT, tokens) | {name: len(batch[name]) for name in _ENDS}
+    if "kept" in batch:  # as many quarters of the longer row
+        lengths["kept"] = max(1, round(len(batch["kept"]) / quarter_of(tokens_of(batch)))) * quarter_of(tokens)
+    found = dict(batch)
+    for name, value in batch.items():
+        if name.startswith("max_length"):
+            found[name] = max(value, 1 << (longest_filling - 1).bit_length())
+        elif name in lengths:
+            found[name] = value.new_empty((*value.shape[:-1], lengths[name]))
+            _fill(name, found[name], value, tokens)
+    return found
+
+
 def tokens_of(batch: Batch) -> int:
     """T, the flat length of a batch."""
     return batch["input_ids"].shape[-1]
@@ -352,6 +428,7 @@ def _equal_rows(batch: Batch) -> bool:
 
 
 _ENDS = ("cu_seq_lens_q", "cu_seq_lens_k")
+_FLAT = ("input_ids", "labels", "shift_labels", "position_ids")
 _FILLING = {"labels": IGNORED, "shift_labels": IGNORED, "kept": -1}
 
 

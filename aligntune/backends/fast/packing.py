@@ -34,6 +34,11 @@ def bucket(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
+def quarter_of(tokens: int) -> int:
+    """The steps in which the number of kept positions grows, of a flat length of `tokens`."""
+    return max(64, -(-tokens // 4))
+
+
 @dataclass
 class RowsEndToEnd:
     """Collates rows of `input_ids` and `labels` (and `seq_lengths`, for packed ones) into one flat row.
@@ -103,8 +108,7 @@ class RowsEndToEnd:
             "max_length_q": longest, "max_length_k": longest,
         }
         kept = np.flatnonzero(next_T != IGNORED)
-        quarter = max(64, -(-total // 4))
-        size = max(1, -(-len(kept) // quarter)) * quarter
+        size = max(1, -(-len(kept) // quarter_of(total))) * quarter_of(total)
         if size < total:
             batch["kept"] = torch.from_numpy(np.concatenate([kept, np.full(size - len(kept), -1)]))
         return batch

@@ -19,7 +19,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from aligntune.algorithms.dpo import FORMS, Pairs
 from aligntune.backends.fast.attachment import attachment_of
-from aligntune.backends.fast.graphs import ReplayedSteps, named_outputs
+from aligntune.backends.fast.graphs import ReplayedSteps, named_outputs, planned_tokens
 from aligntune.backends.fast.memory import MemoryPlan
 from aligntune.backends.fast.optim import EmbeddingRate
 from aligntune.backends.fast.packing import attention_padded_because
@@ -143,7 +143,7 @@ class FlatPreference(ReplayedSteps):
         step = super().training_step  # type: ignore[misc]
         if self.memory is None or not self.rows_end_to_end:
             return step(model, inputs, num_items_in_batch)
-        with self.memory.step(inputs["input_ids"].numel(), number=self.state.global_step):
+        with self.memory.step(planned_tokens(inputs, capture=self.capture), number=self.state.global_step):
             return step(model, inputs, num_items_in_batch)
 
     def _precompute_ref_logps(self: Any, dataset: Any, name: str, batch_size: int) -> Any:

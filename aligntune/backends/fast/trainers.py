@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from aligntune.backends.fast.graphs import ReplayedSteps
+from aligntune.backends.fast.graphs import ReplayedSteps, planned_tokens
 from aligntune.backends.fast.memory import MemoryPlan
 from aligntune.backends.fast.online import FlatLogProbs
 from aligntune.backends.fast.optim import EmbeddingRate
@@ -79,7 +79,7 @@ class FastSFT(EmbeddingRate, ReplayedSteps, SFT):
         """TRL's, within the memory that is planned with."""
         if self.memory is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        with self.memory.step(inputs["input_ids"].numel(), number=self.state.global_step):
+        with self.memory.step(planned_tokens(inputs, capture=self.capture), number=self.state.global_step):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(

@@ -1,0 +1,172 @@
+"""Which batch shapes are captured, and with how much room: decided on the CPU, so that it is tested there."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from aligntune.backends.fast import graphs
+from aligntune.backends.fast.graphs import GraphedModel, _Pair, planned_tokens, room_for, tokens_of, with_room
+from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd, bucket
+
+
+def rows(*lengths: int, learnt: int = 1) -> list[dict[str, list[int]]]:
+    """Of every row the last `learnt` of each four tokens are learnt."""
+    return [{"input_ids": list(range(1, n + 1)), "labels": [i if i % 4 < learnt else IGNORED for i in range(1, n + 1)]}
+            for n in lengths]
+
+
+def batch(flat: RowsEndToEnd, *lengths: int, learnt: int = 1) -> dict[str, Any]:
+    found = flat(rows(*lengths, learnt=learnt))
+    del found["num_tokens"]
+    return found | {"attention_mask": torch.empty(1, 1, 1, 0, dtype=torch.bool), "use_cache": False}
+
+
+@pytest.fixture
+def graphed(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """One without a GPU: a capture is a pair that holds clones of its inputs."""
+    found: Any = GraphedModel.__new__(GraphedModel)
+    found.pairs, found.seen, found.captures, found.capture_seconds = {}, {}, 0, 0.0
+    found._largest, found._most_tokens, found._warmed, found.scarce = 0, 0, set(), False
+    found.log = []
+
+    def capture(inputs: Any, *, loaded: bool) -> _Pair:
+        found._warmed.add(torch.is_grad_enabled())
+        found.log.append((tokens_of(inputs), loaded))
+        return _Pair({name: value.clone() if isinstance(value, torch.Tensor) else value
+                      for name, value in inputs.items()}, {}, None, None)  # type: ignore[arg-type]
+
+    def make_room(tokens: int) -> None:
+        if tokens > found._largest:
+            found._largest = tokens
+            found.pairs.clear()
+
+    found._capture, found._make_room = capture, make_room
+    found._forget_moved, found._free_for = lambda: None, lambda tokens: not found.scarce
+    return found
+
+
+@pytest.mark.parametrize(("tokens", "room"), [
+    (1, 1), (64, 64), (65, 96), (1000, 1024), (1025, 1536), (1536, 1536), (1537, 2048), (4096, 4096), (4097, 5120),
+    (5121, 6144), (16_384, 16_384), (16_385, 16_385), (100_000, 100_000),
+])
+def test_room(tokens: int, room: int) -> None:
+    assert room_for(tokens) == room
+
+
+def test_a_shape_is_captured_again_with_less_room_than_it_may_be_filled() -> None:
+    for tokens in range(64, 40_000, 64):
+        room = room_for(bucket(tokens))
+        assert tokens <= room <= bucket(tokens) * (1 + graphs.MOST_FILLING)
+
+
+def test_a_batch_with_room_is_the_batch_and_filling() -> None:
+    flat = RowsEndToEnd(pad_token_id=0)
+    small = batch(flat, 700, 500, 350)
+    assert tokens_of(small) == 1664 and len(small["kept"]) == 416
+    roomy = with_room(small, 2048)
+    assert tokens_of(roomy) == 2048 and roomy["use_cache"] is False and roomy["attention_mask"].shape == (1, 1, 1, 0)
+    for name in ("input_ids", "labels", "shift_labels", "position_ids"):
+        assert roomy[name].shape == (1, 2048) and torch.equal(roomy[name][:, :1664], small[name])
+    assert (roomy["labels"][0, 1550:] == IGNORED).all() and (roomy["shift_labels"][0, 1550:] == IGNORED).all()
+    assert len(roomy["kept"]) == 512 and torch.equal(roomy["kept"][:416], small["kept"])
+    assert (roomy["kept"][416:] == -1).all()
+    ends = roomy["cu_seq_lens_q"].tolist()
+    # Ends of rows that are not there, and that of the filling.
+    assert ends[:5] == [0, 700, 1200, 1550, 1664] and set(ends[5:-1]) == {1664} and ends[-1] == 2048
+    assert len(ends) == len(small["cu_seq_lens_q"]) == 9
+    assert roomy["max_length_q"] == roomy["max_length_k"] == 1024
+    assert with_room(batch(flat, 1500, 1400, 1300), 6144)["max_length_q"] == 2048
+    assert with_room(batch(flat, 9000, 20), 12_288)["max_length_q"] == 16_384
+    every = with_room(batch(flat, 700, 500, 350, learnt=4), 2048)
+    assert "kept" not in every
+
+
+@pytest.mark.parametrize("learnt", [1, 2, 3, 4])
+def test_every_batch_that_may_be_filled_fits(learnt: int) -> None:
+    """Of shapes captured with room: whatever has the same rows learnt and two thirds of the tokens or more."""
+    flat, draw = RowsEndToEnd(pad_token_id=0), random.Random(learnt)
+    flat(rows(2000, 5))  # the longest row was seen
+    for _ in range(60):
+        lengths = [draw.randint(20, 900) for _ in range(8)]
+        small = batch(flat, *lengths, learnt=learnt)
+        room = planned_tokens(small, capture=True)
+        pair = _Pair(with_room(small, room), {}, None, None)  # type: ignore[arg-type]
+        assert pair.more_for(small) == pytest.approx((room - tokens_of(small)) / tokens_of(small))
+        other = batch(flat, *(max(1, n * 3 // 4) for n in lengths), learnt=learnt)
+        more = pair.more_for(other)
+        assert (more is not None) == ((room - tokens_of(other)) <= 0.5 * tokens_of(other))
+
+
+def test_first_launched_then_captured_with_room(graphed: Any) -> None:
+    flat = RowsEndToEnd(pad_token_id=0)
+    first, other = batch(flat, 700, 500, 300), batch(flat, 300, 200, 100)
+    assert graphed._pair("trained", first) is None and graphed._pair("trained", other) is None
+    pair = graphed._pair("trained", first)
+    assert graphed.log == [(1536, True)] and pair.tokens == 1536  # no longer than it came: its kernels are there
+    # From now on what nothing holds is captured as soon as it comes, with room.
+    larger = batch(flat, 900, 800, 600)
+    assert tokens_of(larger) == 2304 and graphed._pair("trained", larger).tokens == 3072
+    assert graphed.log[-1] == (3072, False)
+    # Two thirds of that or more is filled up; less is captured.
+    assert graphed._pair("trained", batch(flat, 900, 700, 400)).tokens == 3072
+    assert tokens_of(other) == 640 and graphed._pair("trained", other).tokens == 768
+    assert graphed.log == [(1536, True), (3072, False), (768, False)] and graphed.captures == 3
+
+
+def test_what_is_often_filled_up_by_much_is_captured_itself(graphed: Any) -> None:
+    flat = RowsEndToEnd(pad_token_id=0)
+    graphed._warmed.add(True)
+    graphed._pair("trained", batch(flat, 900, 800, 700))
+    assert graphed.log == [(3072, False)]
+    much, little = batch(flat, 800, 800, 500), batch(flat, 900, 900, 990)
+    for _ in range(graphs.OFTEN - 1):
+        assert graphed._pair("trained", much).tokens == 3072
+    assert graphed._pair("trained", much).tokens == tokens_of(much) == 2304 and graphed.log[1:] == [(2304, False)]
+    for _ in range(3 * graphs.OFTEN):
+        assert graphed._pair("trained", little).tokens == 3072
+    assert len(graphed.log) == 2
+
+
+def test_no_room_where_memory_is_scarce_or_rows_are_of_one_length(graphed: Any) -> None:
+    flat = RowsEndToEnd(pad_token_id=0)
+    graphed._warmed.add(True)
+    equal = batch(flat, 500, 500, 500)
+    assert graphed._pair("trained", equal).tokens == tokens_of(equal) == 1500
+    graphed.scarce = True
+    tight = batch(flat, 900, 800, 600)
+    assert graphed._pair("trained", tight).tokens == tokens_of(tight) == 2304
+    assert planned_tokens(equal, capture=True) == 1500 and planned_tokens(tight, capture=True) == 3072
+    assert planned_tokens(tight, capture=False) == 2304
+    assert planned_tokens({"input_ids": torch.zeros(4, 600)}, capture=True) == 2400
+
+
+def test_passes_without_gradients_wait_for_their_own_second_shape(graphed: Any) -> None:
+    flat = RowsEndToEnd(pad_token_id=0)
+    graphed._warmed.add(True)
+    one = batch(flat, 900, 800, 600)
+    with torch.no_grad():
+        assert graphed._pair("reference", one) is None and graphed._pair("reference", one) is not None
+        assert graphed._pair("reference", batch(flat, 300, 200, 200)).tokens == 768
+    assert graphed._pair("trained", one).tokens == 3072  # not the reference's
+
+
+def test_no_more_than_so_many_graphs(graphed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 1)
+    flat = RowsEndToEnd(pad_token_id=0)
+    graphed._warmed.add(True)
+    assert graphed._pair("trained", batch(flat, 900, 800, 600)) is not None
+    assert graphed._pair("trained", batch(flat, 90, 80, 60)) is None
+
+
+def test_short_runs_replay_most_steps(graphed: Any) -> None:
+    """Eight rows of median 200 tokens a step: of 40 steps a third was launched, and a third captured, without room."""
+    flat, draw = RowsEndToEnd(pad_token_id=0), random.Random(0)
+    launched = 0
+    for _ in range(40):
+        lengths = [min(1023, max(8, int(draw.lognormvariate(5.3, 0.9)))) for _ in range(8)]
+        launched += graphed._pair("trained", batch(flat, *lengths)) is None
+    assert launched <= 4 and graphed.captures <= 12, (launched, graphed.captures, graphed.log)
