@@ -405,7 +405,7 @@ def with_room(batch: Batch, tokens: int) -> Batch:
     It has room for a filling as long as any batch needs that is replayed in its place.
     """
     longest_filling = math.ceil(tokens * MOST_FILLING / (1 + MOST_FILLING))
-    lengths = dict.fromkeys(_FLAT, tokens) | {name: len(batch[name]) for name in _ENDS}
+    lengths = dict.fromkeys(_FLAT, tokens) | {name: len(batch[name]) for name in _ENDS if name in batch}
     if "kept" in batch:  # as many quarters of the longer row
         lengths["kept"] = max(1, round(len(batch["kept"]) / quarter_of(tokens_of(batch)))) * quarter_of(tokens)
     found = dict(batch)

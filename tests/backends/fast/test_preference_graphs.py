@@ -81,6 +81,7 @@ def stand_in(monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(graphs.GraphedModel, "_capture", capture)
     monkeypatch.setattr(Pool, "replays", [])
+    monkeypatch.setattr(graphs.GraphedModel, "_free_for", lambda self, tokens: False)  # no card tells what is free
 
 
 class Toy(torch.nn.Module):
