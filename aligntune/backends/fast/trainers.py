@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from aligntune.backends.fast import rehearsal
 from aligntune.backends.fast.graphs import ReplayedSteps, planned_tokens
 from aligntune.backends.fast.memory import MemoryPlan
 from aligntune.backends.fast.online import FlatLogProbs
@@ -62,6 +63,7 @@ class FastSFT(EmbeddingRate, ReplayedSteps, SFT):
     rows_end_to_end = False
     padded_collator = DataCollatorForLanguageModeling  # this class and no other: what overrides it lays rows otherwise
     memory: MemoryPlan | None = None
+    _to_rehearse: tuple[Any, RowsEndToEnd] | None = None
 
     def get_train_dataloader(self) -> Any:
         if not self.rows_end_to_end:
@@ -69,6 +71,8 @@ class FastSFT(EmbeddingRate, ReplayedSteps, SFT):
         padded, rows = self.data_collator, self.train_dataset  # type: ignore[has-type]
         self.data_collator = RowsEndToEnd(self._tokenizer.pad_token_id, packed=padded.padding_free)
         self.train_dataset = _as_arrays(rows)
+        if rehearsal.wanted(self):
+            self._to_rehearse = self.train_dataset, self.data_collator
         try:
             return super().get_train_dataloader()
         finally:
@@ -76,7 +80,11 @@ class FastSFT(EmbeddingRate, ReplayedSteps, SFT):
             self.train_dataset = rows
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """TRL's, within the memory that is planned with."""
+        """TRL's, within the memory that is planned with; before the first, a pass over the longest batch."""
+        if self._to_rehearse is not None:
+            (rows, collate), self._to_rehearse = self._to_rehearse, None
+            model.train()
+            rehearsal.rehearse(self, model, rows, collate, first=inputs["input_ids"].numel())
         if self.memory is None:
             return super().training_step(model, inputs, num_items_in_batch)
         with self.memory.step(planned_tokens(inputs, capture=self.capture), number=self.state.global_step):

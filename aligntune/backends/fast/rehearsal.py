@@ -1,0 +1,107 @@
+"""The longest batch first: a pass over one as long as a run's longest is expected to be, before the first step.
+
+Rows and their order stay TRL's, so the longest batch comes when it comes. Where memory does not suffice for it, this
+pass says so at once, and under gradient_checkpointing="auto" it is what the plan measures. It leaves nothing behind:
+no gradient, no metric, no drawn number. The longest of as many batches drawn at random is taken, as the sampler's own
+order is its own affair.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from datasets import Dataset
+
+from aligntune.backends.fast.graphs import tokens_of
+
+logger = logging.getLogger(__name__)
+DRAWS = 4096
+"""Batches that are drawn at most: the longest of more is hardly longer."""
+LONGER = 1.1
+"""How many times the first batch's tokens make a pass of its own worth the time."""
+Indices = npt.NDArray[np.int64]
+
+
+def lengths_of(rows: Any) -> Indices | None:
+    """Tokens of each row of a dataset, read from its table; None where they cannot be told so."""
+    if not isinstance(rows, Dataset) or "input_ids" not in rows.column_names or rows.format["type"] == "custom":
+        return None
+    import pyarrow.compute
+
+    # Offsets of the lists: no token is read. `select` and `shuffle` leave indices over the table.
+    table = rows.with_format("arrow")
+    column = table.data.column("input_ids")
+    lengths = np.asarray(pyarrow.compute.list_value_length(column), dtype=np.int64)
+    indices = table._indices
+    return lengths if indices is None else lengths[np.asarray(indices.column(0), dtype=np.int64)]
+
+
+def longest_batch(lengths: Indices, *, size: int, batches: int) -> Indices:
+    """Indices of the rows of the longest of so many batches of `size` rows, drawn without touching torch's state."""
+    draw = np.random.default_rng(0)
+    found, most = np.empty(0, dtype=np.int64), -1
+    for _ in range(min(batches, DRAWS)):
+        rows = draw.integers(0, len(lengths), size)
+        tokens = int(lengths[rows].sum())
+        if tokens > most:
+            found, most = rows, tokens
+    return found
+
+
+def rehearse(trainer: Any, model: Any, rows: Any, collate: Any, *, first: int) -> int | None:
+    """Forward and backward of the longest batch; returns its flat length, None where it is no longer than the first's.
+
+    Args:
+        rows: the training rows.
+        collate: makes a flat batch of some.
+        first: tokens of the first batch.
+    """
+    lengths, size = lengths_of(rows), trainer.args.per_device_train_batch_size
+    if lengths is None or not len(lengths):
+        return None
+    steps = trainer.state.max_steps - trainer.state.global_step
+    indices = longest_batch(lengths, size=size, batches=max(1, steps * trainer.args.gradient_accumulation_steps))
+    if lengths[indices].sum() <= LONGER * first:
+        return None
+    batch = collate([rows[int(index)] for index in indices])
+    tokens = tokens_of(batch)
+    logger.info("the longest batch first: %d rows, %d tokens", size, int(lengths[indices].sum()))
+    # The classes' own: what watches a run is put around the instances' methods, and this is no step of it.
+    ours, accelerator = type(trainer), trainer.accelerator
+    with _leaving_nothing(trainer, model):
+        inputs = ours._prepare_inputs(trainer, batch)
+        planned = trainer.memory.step(tokens, number=trainer.state.global_step) if trainer.memory else None
+        with planned or contextlib.nullcontext(), trainer.compute_loss_context_manager():
+            loss = ours.compute_loss(trainer, model, inputs)
+            type(accelerator).backward(accelerator, loss)
+    return tokens
+
+
+@contextlib.contextmanager
+def _leaving_nothing(trainer: Any, model: Any) -> Iterator[None]:
+    """No gradient, metric or drawn number of what is done within is there afterwards."""
+    kept = {name: copy.copy(value) if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+            for name in ("_metrics", "_flat_tokens", "_total_train_tokens")
+            if (value := trainer.__dict__.get(name)) is not None}
+    gone = {"_flat_tokens"} - kept.keys()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        model.zero_grad(set_to_none=True)
+        trainer.__dict__.update(kept)
+        for name in gone:
+            trainer.__dict__.pop(name, None)
+
+
+def wanted(trainer: Any) -> bool:
+    """Whether memory can run out: on a GPU, in one process, where nothing else exchanges gradients meanwhile."""
+    return trainer.args.device.type == "cuda" and trainer.accelerator.num_processes == 1
