@@ -15,6 +15,7 @@ import torch
 
 from aligntune.backends.fast.memory import GIB, MemoryPlan
 from aligntune.backends.fast.packing import IGNORED
+from aligntune.backends.fast.shared_prompts import keys_of, segments_of
 from aligntune.backends.fast.steps import QuickSteps
 
 _BUCKET = 64
@@ -32,9 +33,17 @@ class Flat:
     columns: int
 
     @classmethod
-    def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor, columns: int) -> Flat:
-        """Of (rows, L) ids and a mask whose ones are one run in each row; outputs of the last `columns` are wanted."""
-        rows, width = input_ids.shape
+    def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor, columns: int, *, share: bool = False) -> Flat:
+        """Of (rows, L) ids and a mask whose ones are one run in each row; outputs of the last `columns` are wanted.
+
+        Args:
+            share: prompts that several rows begin with are computed once, where that spares enough.
+        """
+        rows = len(input_ids)
+        segments = segments_of(input_ids, attention_mask, columns) if share else None
+        if segments is not None:
+            input_ids, attention_mask = segments.ids, segments.mask
+        width = input_ids.shape[1]
         lengths = attention_mask.sum(dim=1)
         completions = attention_mask[:, width - columns :].sum()
         longest, total, completed = torch.stack((lengths.max(), lengths.sum(), completions)).tolist()
@@ -42,14 +51,15 @@ class Flat:
         index = torch.argsort(attention_mask.flatten(), descending=True, stable=True)[:total]
         row, column = index // width, index % width
         ids = input_ids.flatten()[index]
-        cu_seq_lens = torch.zeros(rows + 1, dtype=torch.int32, device=ids.device)
+        cu_seq_lens = torch.zeros(len(input_ids) + 1, dtype=torch.int32, device=ids.device)
         cu_seq_lens[1:] = lengths.cumsum(0)
         position_ids = torch.arange(total, device=ids.device) - cu_seq_lens.long()[row]
         # Token t scores token t + 1, where that is of the same row and of the completion.
         scored = torch.zeros(total, dtype=torch.bool, device=ids.device)
         scored[:-1] = (row[1:] == row[:-1]) & (column[1:] >= width - columns)
         shift_labels = torch.where(scored, ids.roll(-1), IGNORED)
-        places = torch.where(scored, row * columns + column + 1 - (width - columns), rows * columns)
+        given = row if segments is None else row - segments.prompts  # no prompt's segment scores a token
+        places = torch.where(scored, given * columns + column + 1 - (width - columns), rows * columns)
         inputs = {
             "input_ids": ids[None], "labels": shift_labels.roll(1)[None], "shift_labels": shift_labels[None],
             "position_ids": position_ids[None], "cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens,
@@ -57,6 +67,9 @@ class Flat:
             # A mask of width 0 is the sign that our attention reads.
             "attention_mask": ids.new_empty((1, 1, 1, 0), dtype=torch.bool),
         }
+        if segments is not None:
+            keys, inputs["cu_seq_lens_k"], inputs["max_length_k"] = keys_of(segments, cu_seq_lens)
+            inputs |= {"shared_keys": keys, "position_ids": (position_ids + segments.before[row])[None]}
         size = max(1, -(-completed // _BUCKET)) * _BUCKET
         if size < total:  # the head leaves the prompts out
             inputs["kept"] = torch.nonzero_static(scored, size=size, fill_value=-1).view(-1)
@@ -139,7 +152,7 @@ class FlatLogProbs(QuickSteps):
         log_probs, entropies = [], []
         size = batch_size or len(input_ids)
         self.flats = tuple(
-            Flat.of(input_ids[start : start + size], attention_mask[start : start + size], logits_to_keep)
+            Flat.of(input_ids[start : start + size], attention_mask[start : start + size], logits_to_keep, share=True)
             for start in range(0, len(input_ids), size))
         self._plan_pass(sum(flat.inputs["input_ids"].numel() for flat in self.flats))
         for flat in self.flats:

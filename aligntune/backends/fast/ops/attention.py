@@ -2,6 +2,8 @@
 
     out_i = softmax(scale * q_i k_j^T over j <= i in the same row, j > i - window) v
 
+A row may have more keys than queries, which are then its last: query i of m sees the first n - m + i + 1 of n keys.
+
 Torch has the kernels; this op picks by shape. Rows of one length are a dense batch, which cuDNN runs at 375 / 290
 TFLOP/s forward / backward (head_dim 64, H100); ragged rows go through FlashAttention-2's variable-length launch at
 206 / 200. fp32 has no such launch: there each row is a call of its own, which waits for the lengths.
@@ -23,7 +25,7 @@ _HEAD_MULTIPLE = 8
 
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, *, max_seqlen: int, scale: float,
-    window: int | None = None,
+    window: int | None = None, cu_seqlens_k: torch.Tensor | None = None, max_seqlen_k: int | None = None,
 ) -> torch.Tensor:
     """Causal attention within each row.
 
@@ -34,6 +36,8 @@ def attention(
         max_seqlen: the longest row. Where rows x max_seqlen is T, every row has that length.
         scale: what the scores are multiplied with.
         window: a token sees itself and the `window` - 1 before it; None sees all.
+        cu_seqlens_k, max_seqlen_k: the same of the keys, where rows have more keys than queries: k and v then have as
+            many tokens as `cu_seqlens_k` ends with. No row has fewer keys than queries.
 
     Returns:
         (1, T, query heads, head_dim), contiguous.
@@ -44,13 +48,17 @@ def attention(
     tokens, rows = q.shape[2], cu_seqlens.shape[0] - 1
     if rows * max_seqlen < tokens:
         raise ConfigError(f"{rows} rows of at most {max_seqlen} tokens cannot hold {tokens} tokens")
-    if window is not None and window >= max_seqlen:
+    longest = max_seqlen if cu_seqlens_k is None else max_seqlen_k
+    assert longest is not None, "max_seqlen_k goes with cu_seqlens_k"
+    if window is not None and window >= longest:
         window = None
-    if rows * max_seqlen == tokens and window is None:
+    if rows * max_seqlen == tokens and window is None and cu_seqlens_k is None:
         return _dense(q, k, v, rows, max_seqlen, scale)
     if not q.is_cuda or q.dtype == torch.float32:
-        return attention_reference(q, k, v, cu_seqlens, max_seqlen=max_seqlen, scale=scale, window=window)
-    return _varlen(q, k, v, cu_seqlens, max_seqlen, scale, window)
+        return attention_reference(q, k, v, cu_seqlens, max_seqlen=max_seqlen, scale=scale, window=window,
+                                   cu_seqlens_k=cu_seqlens_k, max_seqlen_k=max_seqlen_k)
+    ends = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    return _varlen(q, k, v, (cu_seqlens, ends), (max_seqlen, longest), scale, window)
 
 
 def _dense(
@@ -64,8 +72,8 @@ def _dense(
 
 
 def _varlen(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float,
-    window: int | None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: tuple[torch.Tensor, torch.Tensor],
+    longest: tuple[int, int], scale: float, window: int | None,
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -77,26 +85,28 @@ def _varlen(
         q, k, v = (pad(x, (0, short)) for x in (q, k, v))
     q_THD, k_THD, v_THD = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
     back = -1 if window is None else window - 1
-    out = varlen_attn(q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale,
-                      window_size=(back, 0), **grouped)
+    # Of queries that are fewer than the keys, the last sees all: the mask is aligned at the bottom right.
+    out = varlen_attn(q_THD, k_THD, v_THD, *ends, *longest, scale=scale, window_size=(back, 0), **grouped)
     # torch lays the output as q lies (2.11), or end to end.
     return (out[..., :head_dim] if short else out).contiguous().unsqueeze(0)
 
 
 def attention_reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, *, max_seqlen: int, scale: float,
-    window: int | None = None,
+    window: int | None = None, cu_seqlens_k: torch.Tensor | None = None, max_seqlen_k: int | None = None,
 ) -> torch.Tensor:
     """`attention`, a row at a time; the arguments are the same."""
     outs = []
-    for start, stop in pairwise(cu_seqlens.tolist()):
+    of_keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    for (start, stop), (first, last) in zip(pairwise(cu_seqlens.tolist()), pairwise(of_keys.tolist()), strict=True):
         if start == stop:
             continue
-        mask = None
-        if window is not None and stop - start > window:
-            at = torch.arange(stop - start, device=q.device)
-            mask = (at[:, None] >= at) & (at[:, None] - at < window)
-        q_row, k_row, v_row = (x[:, :, start:stop] for x in (q, k, v))
+        more, mask = (last - first) - (stop - start), None
+        if more or (window is not None and stop - start > window):
+            at = torch.arange(more, last - first, device=q.device)[:, None]
+            key = torch.arange(last - first, device=q.device)
+            mask = at >= key if window is None else (at >= key) & (at - key < window)
+        q_row, k_row, v_row = q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last]
         outs.append(scaled_dot_product_attention(q_row, k_row, v_row, attn_mask=mask, is_causal=mask is None,
                                                  scale=scale, enable_gqa=True))
     return torch.cat(outs, dim=2).transpose(1, 2).contiguous()

@@ -1,0 +1,151 @@
+"""A prompt that several rows begin with, computed once: the layout by hand, and the numbers of whole rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from aligntune.backends.fast.online import Flat
+from aligntune.backends.fast.ops.attention import attention, attention_reference
+from aligntune.backends.fast.shared_prompts import SharedKeys, copied, segments_of
+from tests.backends.fast.rollout.test_trl import built_of
+
+
+def batch(prompts: list[int], groups: list[int], completions: list[int], *, width: int = 9, columns: int = 5,
+          ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of a prompt of `prompts[g]` tokens for g in `groups` and so many tokens of completion."""
+    draw = torch.Generator().manual_seed(0)
+    edge = width - columns
+    ids, mask = torch.zeros(len(groups), width, dtype=torch.long), torch.zeros(len(groups), width, dtype=torch.long)
+    made = [torch.randint(3, 250, (length,), generator=draw) for length in prompts]
+    for row, (group, completion) in enumerate(zip(groups, completions, strict=True)):
+        if prompts[group]:
+            ids[row, edge - prompts[group] : edge] = made[group]
+        ids[row, edge : edge + completion] = torch.randint(3, 250, (completion,), generator=draw)
+        mask[row, edge - prompts[group] : edge + completion] = 1
+    return ids, mask
+
+
+def test_the_layout_by_hand() -> None:
+    ids, mask = batch([4, 3], [0, 1, 0], [2, 1, 3])
+    flat = Flat.of(ids, mask, 5, share=True)
+    whole = Flat.of(ids, mask, 5).inputs
+    assert whole["input_ids"].shape == (1, 17) and "shared_keys" not in whole
+    prompt, other = ids[0, :4].tolist(), ids[1, 1:4].tolist()
+    one, two, three = ids[0, 4:6].tolist(), ids[1, 4:5].tolist(), ids[2, 4:7].tolist()
+    assert flat.inputs["input_ids"].tolist() == [
+        [*prompt[:3], *other[:2], prompt[3], *one, other[2], *two, prompt[3], *three]]
+    assert flat.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1, 3, 4, 5, 2, 3, 3, 4, 5, 6]]
+    assert flat.inputs["cu_seq_lens_q"].tolist() == [0, 3, 5, 8, 10, 14]
+    assert flat.inputs["cu_seq_lens_k"].tolist() == [0, 3, 5, 11, 15, 22]
+    assert flat.inputs["cu_seq_lens_k"].dtype == flat.inputs["cu_seq_lens_q"].dtype == torch.int32
+    assert (flat.inputs["max_length_q"], flat.inputs["max_length_k"]) == (4, 7)
+    keys = flat.inputs["shared_keys"]
+    assert keys.index.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 3, 4, 8, 9, 0, 1, 2, 10, 11, 12, 13]
+    assert keys.own.tolist() == [0, 1, 2, 3, 4, 8, 9, 10, 13, 14, 18, 19, 20, 21]
+    assert keys.uses.tolist() == [[5, 15], [6, 16], [7, 17], [11, 22], [12, 22]]
+    values = torch.arange(1.0, 15.0)[None]
+    # Each completion's first token is scored by its own copy of the prompt's last one.
+    assert flat.padded(values).tolist() == [[6, 7, 0, 0, 0], [9, 0, 0, 0, 0], [11, 12, 13, 0, 0]]
+    assert (flat.rows, flat.columns) == (3, 5)
+
+
+@pytest.mark.parametrize(("prompts", "groups", "completions"), [
+    ([4, 4], [0, 1], [5, 5]),  # no two alike
+    ([1], [0, 0], [5, 5]), ([0], [0, 0, 0], [3, 2, 1]),  # nothing before the last token
+    ([2], [0, 0], [5, 5]),  # one token of fourteen
+    ([4], [0], [5]),
+])
+def test_what_spares_too_little_stays_whole(prompts: list[int], groups: list[int], completions: list[int]) -> None:
+    ids, mask = batch(prompts, groups, completions)
+    assert segments_of(ids, mask, 5) is None
+    assert "shared_keys" not in Flat.of(ids, mask, 5, share=True).inputs
+
+
+def test_copies_and_the_sum_of_their_gradients() -> None:
+    ids, mask = batch([4, 3], [0, 1, 0], [2, 1, 3])
+    keys: SharedKeys = Flat.of(ids, mask, 5, share=True).inputs["shared_keys"]
+    x = torch.randn(1, 2, 14, 4, dtype=torch.float64, requires_grad=True)
+    found = copied(x, keys)
+    assert torch.equal(found, x[:, :, keys.index])
+    dout = torch.randn_like(found)
+    (dx,) = torch.autograd.grad(found, [x], dout)
+    torch.testing.assert_close(dx, torch.zeros_like(x).index_add(2, keys.index, dout))
+    assert dx.norm() > 1
+    low = x.detach().bfloat16().requires_grad_()
+    (ours,) = torch.autograd.grad(copied(low, keys), [low], dout.bfloat16())
+    truth = torch.zeros_like(x).index_add(2, keys.index, dout.bfloat16().double())
+    assert ours.dtype == torch.bfloat16 and torch.equal(ours, truth.bfloat16())  # rounded once
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_queries_that_are_their_row_s_last(window: int | None, device: str) -> None:
+    """Rows of 5, 4 and 3 keys whose last 2, 4 and 1 are asked; an empty one between."""
+    torch.manual_seed(0)
+    lengths, asked = (5, 0, 4, 3), (2, 0, 4, 1)
+    q, k, v = (torch.randn(1, heads, 12, 8, device=device) for heads in (4, 2, 2))
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    ends_q = torch.tensor([0, *asked]).cumsum(0).to(device, torch.int32)
+    whole = attention_reference(q, k, v, ends, max_seqlen=5, scale=0.4, window=window)
+    last = torch.cat([torch.arange(int(e) - n, int(e)) for e, n in zip(ends[1:], asked, strict=True)]).to(device)
+    found = attention(q[:, :, last], k, v, ends_q, max_seqlen=4, scale=0.4, window=window, cu_seqlens_k=ends,
+                      max_seqlen_k=5)
+    torch.testing.assert_close(found, whole[:, last])
+    assert found.abs().max() > 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_queries_that_are_their_row_s_last_on_a_gpu(window: int | None, dim: int) -> None:
+    torch.manual_seed(0)
+    lengths, asked = (300, 17, 128, 1), (200, 17, 1, 1)
+    q, k, v = (torch.randn(1, heads, 446, dim, device="cuda").bfloat16() for heads in (8, 2, 2))
+    ends = torch.tensor([0, *lengths]).cumsum(0).to("cuda", torch.int32)
+    ends_q = torch.tensor([0, *asked]).cumsum(0).to("cuda", torch.int32)
+    last = torch.cat([torch.arange(int(e) - n, int(e)) for e, n in zip(ends[1:], asked, strict=True)]).cuda()
+    results = []
+    for dtype, fn in ((torch.bfloat16, attention), (torch.float32, attention_reference)):
+        given = [x[:, :, last].to(dtype).requires_grad_() if i == 0 else x.to(dtype).requires_grad_()
+                 for i, x in enumerate((q, k, v))]
+        out = fn(*given, ends_q, max_seqlen=200, scale=dim**-0.5, window=window, cu_seqlens_k=ends, max_seqlen_k=300)
+        results.append([out, *torch.autograd.grad(out, given, torch.ones_like(out) * torch.arange(dim, device="cuda"))])
+    for ours, truth in zip(*results, strict=True):
+        assert (ours.float() - truth).norm() < 1e-2 * truth.norm() and truth.norm() > 1
+
+
+@pytest.mark.parametrize("options", [{}, {"use_peft": True, "lora_r": 4}], ids=["full", "lora"])
+def test_log_probs_and_gradients_are_those_of_whole_rows(options: dict[str, Any], tmp_path: Any) -> None:
+    """Two prompts in any order, one row without a completion, one without a prompt."""
+    built = built_of("fast", "grpo", tmp_path, **options)
+    trainer = built.trainer
+    if options:
+        with torch.no_grad():
+            for name, parameter in trainer.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(0, 0.05)
+    ids, mask = (x.to(trainer.accelerator.device) for x in batch(
+        [9, 7, 0], [0, 1, 0, 0, 1, 2], [5, 2, 0, 4, 5, 3], width=14, columns=5))
+    upstream = torch.randn(6, 5, generator=torch.Generator().manual_seed(1)).to(ids.device)
+    scored = torch.tensor([[j < n for j in range(5)] for n in (5, 2, 0, 4, 5, 3)], device=ids.device)
+    scored[5, 0] = False  # of an empty prompt the first token has nothing before it
+    found = []
+    for share in (True, False):
+        flat = Flat.of(ids, mask, 5, share=share)
+        assert ("shared_keys" in flat.inputs) is share
+        assert flat.inputs["input_ids"].shape[1] == (60 - 2 * 8 - 6 if share else 60)
+        trainer.model.zero_grad()
+        outputs = trainer.model(**flat.inputs, fused_lm_head=True)
+        log_probs, entropy = flat.padded(outputs.log_probs), flat.padded(outputs.entropy)
+        (log_probs * upstream + 0.3 * entropy * scored * upstream).sum().backward()
+        found.append((log_probs.detach(), entropy.detach(), {
+            name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}))
+    (ours, our_entropy, our_grads), (theirs, their_entropy, their_grads) = found
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(our_entropy, their_entropy, rtol=1e-5, atol=1e-5)
+    assert theirs[scored].abs().min() > 0.1 and our_grads.keys() == their_grads.keys() and our_grads
+    for name, grad in their_grads.items():
+        assert (our_grads[name] - grad).norm() <= 2e-5 * grad.norm() + 1e-7, name
+    assert sum(float(grad.norm()) for grad in their_grads.values()) > 0.1
