@@ -9,7 +9,7 @@ of a completion's are the prompt's and then its own, so that each token sees wha
 hidden states depend on nothing behind it: numbers and gradients are those of whole rows but for the order of sums.
 
 With P tokens of prompt, and C of all completions, linear layers see P + C + G tokens instead of G P + C. In every layer
-the keys and values are copied, 2 (G P + C) rows of them; the gradients of a prompt's are added up in fp32, in one order.
+keys and values are copied, 2 (G P + C) rows of them; the gradients of a prompt's are added up in fp32, in one order.
 """
 
 from __future__ import annotations
