@@ -1,6 +1,6 @@
 """Does backend "fast" train the same model as backend "trl"? Runs of both, and every difference beside its bound.
 
-python -m benchmarks.parity --json benchmarks/results/parity.json     about two minutes on a card
+python -m benchmarks.parity --json benchmarks/results/parity.json     on a card
 python -m benchmarks.parity --device cpu --steps 3                    toy lengths, any machine; needs TRITON_INTERPRET=1
 
 Runs go through the factories, from one checkpoint whose weights are numbers of bf16 (what is judged is arithmetic, not
@@ -13,7 +13,8 @@ Triton's interpreter cuts fp32 to bf16 where a GPU rounds: what a toy run says o
 * Distance of a run in lower precision: root mean square, over all steps and seeds, of its loss less that of the fp32
   run on the same batches; of gradients, for each parameter, the norm of the difference over the norm, over the seeds.
   A ratio of two such norms over n numbers has a standard deviation of 1 / sqrt(n); three of them are allowed for.
-* fp8 is held against bf16 on trl, as bf16 on fast is: the row above it has what bf16 on fast comes to.
+* fp8 is held against bf16 on trl, as bf16 on fast is: the row above it has what bf16 on fast comes to. One run's
+  distance says little: steps of Adam enlarge what any rounding began. It is pooled over several seeds.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import platform
 import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from transformers import TrainerCallback
@@ -42,6 +45,7 @@ from benchmarks.ops.__main__ import commit
 Losses: TypeAlias = torch.Tensor
 """(steps,), fp64."""
 Gradients: TypeAlias = dict[str, torch.Tensor]
+Found = TypeVar("Found")
 
 YARD, BF16, FP8, FIRST, QUIET = 2.0, 1.25, 1.5, 1e-6, 0.1
 """Bounds: times the yardstick; times trl's own distance; times that of trl in bf16; relative, of one step; the last is
@@ -67,6 +71,7 @@ ARMS = {
     "fast-bf16": Arm("fast", {"precision": "bf16"}),
     "fast-fp8": Arm("fast", {"precision": "bf16", "base_precision": "fp8"}),
 }
+LEARNING = ("trl", "trl-bf16", "fast-bf16", "fast-fp8")
 LORA: dict[str, Any] = {"use_peft": True, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
 COMMON: dict[str, Any] = {
     "logging_steps": 1, "report_to": "none", "progress": False, "lr_scheduler": "constant", "overwrite": True,
@@ -273,59 +278,91 @@ def gradients_apart(
 # the report
 
 
+@dataclass(frozen=True)
+class _Job:
+    """One SFT run, or the runs of one online method, as a process of a pool is given it."""
+
+    name: str
+    seed: int
+    steps: int
+    source: str
+    rows: Any
+    options: Mapping[str, Any]
+
+
+def _sft_job(job: _Job) -> tuple[Losses, list[Gradients], str]:
+    losses, gradients, run = sft(ARMS[job.name], job.source, job.rows, steps=job.steps, seed=job.seed, **job.options)
+    assert len(losses) == job.steps
+    return losses, gradients, run.attestation()["layout"] if ARMS[job.name].backend == "fast" else ""
+
+
+def _forced_job(job: _Job) -> list[Losses]:
+    runs = forced(job.name, job.source, job.rows, [ARMS["fast"], ARMS["trl"], ARMS["trl-eager"]], steps=job.steps,
+                  **job.options)  # fmt: skip
+    return [losses_of(run, JUDGED.get(job.name, "loss")) for run in runs]
+
+
+def _each(work: Callable[[_Job], Found], jobs: Sequence[_Job], pool: Executor | None) -> Iterator[tuple[_Job, Found]]:
+    """What each job comes to, in order; in a pool several run at once and share the card."""
+    return zip(jobs, (pool.map if pool else map)(work, jobs), strict=True)
+
+
 def sft_checks(
-    source: str, *, seeds: int, yard_steps: int, learn_steps: int, rows: Any = "builtin:pydoc", say: Any = print,
-    device: str = "auto", **options: Any
+    source: str, *, seeds: int, yard_steps: int, learn_steps: int, learn_seeds: int = 1, pool: Executor | None = None,
+    rows: Any = "builtin:pydoc", say: Any = print, device: str = "auto", **options: Any
 ) -> tuple[list[Check], dict[str, Any]]:
-    """The yardstick over seeds; then one learning run in fp32, bf16 and with a base in fp8."""
+    """The yardstick over `seeds`; runs that learn, in fp32, bf16 and with a base in fp8, over `learn_seeds`."""
     given = {"device": device, **options}
+    jobs = []
+    for seed in range(1, max(seeds, learn_seeds) + 1):
+        for name in ARMS:
+            learns = name in LEARNING and seed <= learn_seeds or name == "trl-eager" and seed == 1
+            if learns or seed <= seeds and name != "fast-fp8":
+                jobs.append(_Job(name, seed, learn_steps if learns else yard_steps, source, rows, given))
     lost: dict[str, list[Losses]] = {name: [] for name in ARMS}
     grads: dict[str, list[Gradients]] = {name: [] for name in ARMS}
     layouts = {}
-    for seed in range(1, seeds + 1):
-        for name, arm in ARMS.items():
-            learns = name != "fast"
-            if name == "fast-fp8" and seed > 1:
-                continue
-            # Of further seeds the low precisions are run for their gradients, over as many steps as the yardstick.
-            steps = learn_steps if learns and seed == 1 else yard_steps
-            losses, gradients, run = sft(arm, source, rows, steps=steps, seed=seed, **given)
-            assert len(losses) == steps
-            lost[name].append(losses)
-            grads[name] += gradients
-            if arm.backend == "fast":
-                layouts[name] = run.attestation()["layout"]
-            say(f"  {name}, seed {seed}: {float(losses[0]):.4f} -> {float(losses[-1]):.4f}")
-    short = {name: [x[:yard_steps] for x in found] for name, found in lost.items()}
-    learnt = {name: found[:1] for name, found in lost.items()}
+    for job, (losses, gradients, layout) in _each(_sft_job, jobs, pool):
+        lost[job.name].append(losses)
+        grads[job.name] += gradients
+        if layout:
+            layouts[job.name] = layout
+        say(f"  {job.name}, seed {job.seed}: {float(losses[0]):.4f} -> {float(losses[-1]):.4f}")
+    short = {name: [x[:yard_steps] for x in found[:seeds]] for name, found in lost.items()}
+    learnt = {name: found[:learn_seeds] for name, found in lost.items()}
+    first = {name: found[:seeds] for name, found in grads.items()}
     checks = [
-        first_loss("sft, fp32", lost["trl"], lost["fast"]),
+        first_loss("sft, fp32", short["trl"], short["fast"]),
         *within_yardstick("sft, fp32", short["trl"], short["trl-eager"], short["fast"]),
         distance("sft, bf16", short["trl"], short["trl-bf16"], short["fast-bf16"], BF16),
         distance("sft, bf16", learnt["trl"], learnt["trl-bf16"], learnt["fast-bf16"], BF16),
-        gradients_apart("sft, bf16", grads["trl"], grads["trl-bf16"], grads["fast-bf16"])[0],
+        gradients_apart("sft, bf16", first["trl"], first["trl-bf16"], first["fast-bf16"])[0],
         distance("sft, fp8 base", learnt["trl"], learnt["trl-bf16"], learnt["fast-fp8"], FP8),
-        distance("sft, two trl runs in fp32", learnt["trl"], learnt["trl-bf16"], learnt["trl-eager"], QUIET),
+        distance("sft, two trl runs in fp32", learnt["trl"][:1], learnt["trl-bf16"][:1], learnt["trl-eager"][:1],
+                 QUIET),
     ]
     tenth = max(1, learn_steps // 10)
     fell = [float(part.mean()) for part in (lost["trl"][0][:tenth], lost["trl"][0][-tenth:])]
-    curves = {name: [round(float(x), 6) for x in found[0]] for name, found in lost.items()}
-    return checks, {"fell": fell, "losses": curves, "layouts": layouts, "parameters": len(grads["trl"][0])}
+    curves = {name: [[round(float(x), 6) for x in run] for run in found] for name, found in lost.items()}
+    apart = {name: [rms([run - true]) for run, true in zip(learnt[name], learnt["trl"], strict=True)]
+             for name in LEARNING if name != "trl"}  # fmt: skip
+    coarse = gradient_distances(grads["trl"][:learn_seeds], grads["fast-fp8"])
+    return checks, {"fell": fell, "losses": curves, "apart": apart, "fp8_gradients": coarse, "layouts": layouts,
+                    "parameters": len(grads["trl"][0])}  # fmt: skip
 
 
 def rl_checks(
-    source: str, *, steps: int, algorithms: Iterable[str] = tuple(ONLINE), say: Any = print, **options: Any
+    source: str, *, steps: int, algorithms: Iterable[str] = tuple(ONLINE), pool: Executor | None = None,
+    say: Any = print, **options: Any
 ) -> list[Check]:
     """Forced rollouts: losses of fast within the yardstick of two trl runs on the completions that fast drew."""
     rows = [{"prompt": f"What is {i} plus {3 * i % 7}?"} for i in range(64)]
     checks = []
-    for algorithm in algorithms:
-        arms = [ARMS["fast"], ARMS["trl"], ARMS["trl-eager"]]
-        fast, trl, other = (losses_of(run, JUDGED.get(algorithm, "loss"))
-                            for run in forced(algorithm, source, rows, arms, steps=steps, **options))
+    jobs = [_Job(algorithm, 1, steps, source, rows, options) for algorithm in algorithms]
+    for job, (fast, trl, other) in _each(_forced_job, jobs, pool):
         assert len(fast) == len(trl) == steps and float(trl.abs().max()) > 1e-4
-        checks += within_yardstick(f"{algorithm}, fp32, forced rollouts", [trl], [other], [fast])
-        say(f"  {algorithm}: losses up to {float(trl.abs().max()):.4f}")
+        checks += within_yardstick(f"{job.name}, fp32, forced rollouts", [trl], [other], [fast])
+        say(f"  {job.name}: losses up to {float(trl.abs().max()):.4f}")
     return checks
 
 
@@ -343,6 +380,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write versions, card, commit, command, figures and bounds here")
     parser.add_argument("--steps", type=int, default=300, help="of the learning run; the yardstick takes 100 at most")
     parser.add_argument("--seeds", type=int, default=2, help="of the yardstick and of the first-step gradients")
+    parser.add_argument("--learn-seeds", type=int, default=4, help="of the learning run")
+    parser.add_argument("--workers", type=int, default=1, help="runs at once: they share the card")
     parser.add_argument("--parts", default=f"sft,{','.join(ONLINE)}", help="some of the default")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--commit", help="the commit, where this tree is not a checkout")
@@ -353,15 +392,20 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(tempfile.mkdtemp())
     checks: list[Check] = []
     more: dict[str, Any] = {}
+    spawned = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(args.workers, mp_context=spawned) if args.workers > 1 else None
     try:
         source = write_model(folder / "model")
         toy = {"batch_size": 2, "max_seq_length": 48} if args.steps < 10 else {}
         if "sft" in parts:
             checks, more = sft_checks(source, seeds=args.seeds, yard_steps=min(100, args.steps),
-                                      learn_steps=args.steps, device=args.device, **toy)  # fmt: skip
-        checks += rl_checks(source, steps=min(50, args.steps), device=args.device,
+                                      learn_steps=args.steps, learn_seeds=args.learn_seeds, pool=pool,
+                                      device=args.device, **toy)  # fmt: skip
+        checks += rl_checks(source, steps=min(50, args.steps), device=args.device, pool=pool,
                             algorithms=[name for name in ONLINE if name in parts])  # fmt: skip
     finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
         shutil.rmtree(folder)
     for check in checks:
         own = "-" if check.own is None else f"{check.own:.2e}"

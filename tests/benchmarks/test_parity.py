@@ -83,7 +83,8 @@ def test_the_committed_figures_hold():
     assert min(row["steps"] for row in rows if "max |loss" in row["what"] and "sft" in row["part"]) >= 100
     assert min(row["steps"] for row in rows if "forced" in row["part"]) >= 50
     assert report["fell"][0] - report["fell"][1] > 0.3, "nothing was learnt"
-    assert len(report["losses"]["fast-fp8"]) == 300
+    assert {len(run) for run in report["losses"]["fast-fp8"]} == {300}
+    assert {row["seeds"] for row in rows if "fp8" in row["part"]} == {len(report["losses"]["fast-fp8"])}
 
 
 @pytest.mark.slow
@@ -91,7 +92,8 @@ def test_the_committed_figures_hold():
 def test_toy_runs_end_to_end(part, tmp_path):
     """Three steps judge nothing, and their bounds are not asserted: the command runs, and one step is one step."""
     path = tmp_path / "parity.json"
-    parity.main(["--device", "cpu", "--steps", "3", "--seeds", "1", "--parts", part, "--json", str(path)])
+    parity.main(["--device", "cpu", "--steps", "3", "--seeds", "1", "--learn-seeds", "1", "--parts", part,
+                 "--json", str(path)])
     rows = json.loads(path.read_text())["rows"]
     assert len(rows) == (8 if part == "sft" else 4) and all(row["value"] >= 0 for row in rows)
     if part == "sft":

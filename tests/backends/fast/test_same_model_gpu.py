@@ -23,10 +23,12 @@ def assert_hold(checks: list[Check]) -> None:
 
 def test_sft_in_three_precisions(source: str) -> None:
     checks, more = parity.sft_checks(source, seeds=1, yard_steps=100, learn_steps=100)
-    # Early steps are rounding alone, which e4m3 does more of: its bound is of 300 steps, in the committed figures.
+    # Of e4m3 the committed figures judge 300 steps over several seeds: one run's distance depends on where Adam takes
+    # its rounding. Here the gradients of the first step: 2^-5.3 an element and factor, over a product and its inputs.
     assert_hold([check for check in checks if "fp8" not in check.part])
-    (fp8,) = (check for check in checks if "fp8" in check.part)
-    assert fp8.own is not None and fp8.own < fp8.value < 8 * fp8.own
+    assert 0.01 < max(more["fp8_gradients"].values()) < 0.1
+    (lost,) = more["losses"]["fast-fp8"]
+    assert max(abs(fp8 - true) for fp8, true in zip(lost, more["losses"]["trl"][0], strict=True)) < 0.05
     assert "CUDA graphs" in more["layouts"]["fast-bf16"] and "launched one by one" in more["layouts"]["fast"]
     assert "e4m3" in more["layouts"]["fast-fp8"]
 
