@@ -169,6 +169,20 @@ def roofline_table(*reports: Report) -> str:
                     [*rows, ["a step, mean of those measured", *step]])
 
 
+def longest(report: Report) -> str:
+    """The longest row that an arm trains: its tokens, the peak on the card, seconds a step."""
+    rows, versions = [], {}
+    for entry in report["rows"]:
+        best = next(probe for probe in entry["probes"] if probe["tokens"] == entry["longest"])
+        rows.append([
+            entry["arm"], f"{entry['longest']:,}", f"{entry['peak_gib']:.1f} of {entry['card_gib']:.1f}",
+            f"{entry['step_s']:.0f}", f"{entry['longest'] / entry['step_s']:,.0f}", f"{best['losses'][0]:.3f}",
+        ])  # fmt: skip
+        versions = _with_versions(versions, {"arm": entry["arm"], "versions": best.get("versions", {})})
+    head = ["arm", "tokens", "peak GiB", "seconds a step", "tokens/s", "loss"]
+    return markdown(head, rows) + "\n" + source(report | {"versions": versions})
+
+
 def _with_versions(versions: dict[str, str], entry: dict[str, Any]) -> dict[str, str]:
     """`versions` with those of an arm, under the arm's name where it has another one."""
     apart = {f"{entry['arm']}'s {name}": version for name, version in entry["versions"].items()
@@ -372,6 +386,8 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "ops-adamw": ("ops/adamw.json", bounded(lambda entry: f"{entry['numel']:,} parameters")),
     **{f"sft-{name}": (f"sft/{name}.json", sft) for name in SFT_ROWS},
     "sft-roofline": (" ".join(f"sft/{name}.json" for name in roofline.ROWS), roofline_table),
+    "sft-lora-1b-fp8": ("sft/lora-1b-fp8.json", sft),
+    "sft-longest": ("sft/longest.json", longest),
     "sft-start": ("sft/start.json", sft),
     "compare-unsloth": ("compare/unsloth.json", comparison),
     "sft-summary": (" ".join(f"sft/{name}.json" for name in SFT_ROWS), sft_summary),

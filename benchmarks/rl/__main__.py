@@ -39,7 +39,8 @@ from aligntune.compare.stats import throughput_ratio
 from aligntune.errors import AlignTuneError
 from benchmarks.ops.__main__ import commit
 from benchmarks.rl.workloads import WHY_NOT, WORKLOADS, Workload, recipe, write_policy, write_rows
-from benchmarks.sft.__main__ import PACKAGES, PLAIN, RECOMPUTE, Runner, missing
+from benchmarks.sft.__main__ import PLAIN, RECOMPUTE, Runner, missing
+from benchmarks.sft.workloads import versions_of
 
 CONTINUOUS = {"trainer_options": {"use_transformers_continuous_batching": True}}
 # Run where they are named: not part of every table.
@@ -179,9 +180,7 @@ def entry(name: str, arm: Arm, runs: list[dict[str, Any]], reference: list[dict[
         "phases_s": speed["phases"], "capture_s": speed["capture_seconds"], "trace": first["trace"],
         "attestation": first["attestation"], "machine": [one["machine"] for one in runs],
         "laps_s": [one.get("laps") for one in runs],
-        "versions": {"python": first["environment"]["python"], **{
-            package: version for package in PACKAGES
-            if (version := first["environment"]["packages"].get(package)) is not None}},
+        "versions": versions_of(first["environment"]),
     }
     if workload.online:
         found["rollout"] = rollouts(runs, steps)

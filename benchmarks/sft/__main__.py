@@ -38,7 +38,7 @@ from aligntune.compare.stats import throughput_ratio
 from aligntune.errors import ComparisonError
 from benchmarks.ops.__main__ import commit
 from benchmarks.sft.longest import longest
-from benchmarks.sft.workloads import MODELS, WORKLOADS, Workload, recipe, write_model, write_rows
+from benchmarks.sft.workloads import MODELS, WORKLOADS, Workload, recipe, versions_of, write_model, write_rows
 
 PLAIN, RECOMPUTE = {"gradient_checkpointing": False}, {"gradient_checkpointing": True}
 COLD = "fast-cold"
@@ -59,7 +59,6 @@ ARMS: dict[str, Arm] = {arm.label: arm for arm in (
     # Of LoRA alone: on other rows it fails, and says why.
     Arm("fast-fp8", "fast", {**PLAIN, "base_precision": "fp8"}),
 )}
-PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "liger-kernel", "unsloth")
 Runner = Callable[[ArmSpec, Arm], dict[str, Any]]
 
 
@@ -129,9 +128,7 @@ def entry(
         "mfu": speed["mfu"], "phases_s": speed["phases"], "trace": first["trace"],
         "capture_s": speed["capture_seconds"], "laps_s": [one.get("laps") for one in runs],
         "attestation": first["attestation"], "machine": [one["machine"] for one in runs],
-        "versions": {"python": first["environment"]["python"], **{
-            package: version for package in PACKAGES
-            if (version := first["environment"]["packages"].get(package)) is not None}},
+        "versions": versions_of(first["environment"]),
     }
     if reference is not None and reference is not runs:
         data = findings.compare_data(reference[0], first, online=False, repacked=False)

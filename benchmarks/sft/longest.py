@@ -18,7 +18,7 @@ from typing import Any
 from aligntune.compare.protocol import Run, in_a_fresh_process, spec_of
 from aligntune.compare.settings import Arm, Settings
 from aligntune.errors import ComparisonError
-from benchmarks.sft.workloads import WORKLOADS, recipe, write_model
+from benchmarks.sft.workloads import WORKLOADS, recipe, versions_of, write_model
 
 TOLERANCE = 0.02
 ROUND = 256
@@ -83,6 +83,7 @@ def probe(spec: Any, arm: Arm, runner: Callable[..., Probe]) -> Probe:
         "peak_bytes": memory.get("peak_allocated") or 0, "reserved_bytes": memory.get("peak_reserved") or 0,
         "step_s": min(seconds) if seconds else None, "steps_s": seconds, "losses": [step["loss"] for step in steps],
         "tokens_per_step": steps[-1]["tokens"], "attestation": result["attestation"],
+        "versions": versions_of(result["environment"]),
     }
 
 

@@ -19,6 +19,13 @@ LLAMA3 = {
     "vocab_size": 128_256, "rms_norm_eps": 1e-5, "max_position_embeddings": 131_072, "rope_theta": 500_000.0,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
+PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "liger-kernel", "unsloth")
+
+
+def versions_of(environment: dict[str, Any]) -> dict[str, str]:
+    """Of an arm's environment: Python's version, and of the packages that steps run through those that are there."""
+    found = {name: version for name in PACKAGES if (version := environment["packages"].get(name)) is not None}
+    return {"python": environment["python"], **found}
 
 
 def _rope(factor: float) -> dict[str, Any]:

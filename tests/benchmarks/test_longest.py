@@ -72,7 +72,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
             return {"status": "out of memory", "kind": "OutOfMemoryError", "message": "no room"}
         step = {"seconds": tokens / 100, "loss": 2.0, "tokens": tokens}
         return {"status": "ok", "memory": {"peak_allocated": tokens << 20, "peak_reserved": tokens << 21},
-                "steps": [step | {"seconds": 99.0}, step], "attestation": None}
+                "steps": [step | {"seconds": 99.0}, step], "attestation": None,
+                "environment": {"python": "3.12", "packages": {"torch": "2", "numpy": "1"}}}
 
     args = ["--longest", "smoke", "--start", "600", "--most", "4000", "--json", str(out)]
     assert benchmark.main(args, run) == 0
@@ -81,6 +82,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert {label for label, *_ in asked} == {"fast-offload"}
     assert 1500 * 0.8 < row["longest"] <= 1500 and row["peak_gib"] == row["longest"] / 1024
     assert row["step_s"] == row["longest"] / 100 and row["stopped"] is None and row["row"] == "smoke, longest"
+    assert row["probes"][0]["versions"] == {"python": "3.12", "torch": "2"}
     why = [one["why"] for one in row["probes"] if not one["fits"]]
     assert why[0].endswith("Killed") and "out of memory: OutOfMemoryError: no room" in why
     assert "tokens: 1.17 GiB (reserved 2.34), 12.0 s a step" in capsys.readouterr().out
