@@ -25,7 +25,7 @@ from aligntune.backends.fast.ops.attention import attention
 from aligntune.backends.fast.ops.glu import glu
 from aligntune.backends.fast.ops.rms_norm import rms_norm
 from aligntune.backends.fast.ops.rope import qk_norm_rope, rope
-from aligntune.backends.fast.shared_prompts import copied
+from aligntune.backends.fast.shared_prompts import SharedKeys, copied
 from aligntune.errors import ConfigError
 
 
@@ -161,7 +161,7 @@ def attention_forward(
     if attention_mask is not None and attention_mask.shape[-1] == 0:
         if query.is_cuda and query.dtype != torch.float32:
             promise(self, "attention", query, key, value)
-        keys = kwargs.get("shared_keys")
+        keys = SharedKeys.among(kwargs)
         apart: dict[str, Any] = {}
         if keys is not None:
             key, value = copied(key, keys), copied(value, keys)

@@ -2,9 +2,10 @@
 
 Launching a LoRA step of a 1B model takes the CPU about 120 ms; the GPU works on 4,000 tokens for about half of that.
 
-The first steps run as they are, until a shape comes the second time. It is captured, and from then on each shape that
-no captured one holds, at once and a little longer than it came (`room_for`): the next batch is then likely to fit,
-filled up. One that is often filled up by much is captured itself. Beyond `MOST_GRAPHS` shapes a step is launched.
+The first steps run as they are, until a shape comes the second time. It is captured, and from then on each ragged shape
+that no captured one holds, at once and a little longer than it came (`room_for`): the next batch is then likely to fit,
+filled up. One that is often filled up by much is captured itself. Rows of one length are captured when they come the
+second time. Beyond `MOST_GRAPHS` shapes a step is launched.
 
 All pairs share one memory pool: a forward is always followed by its own backward before another forward runs, so what
 one pair keeps in between, another may write over later. Parameters are read where they are: the optimizer writes in
@@ -30,6 +31,7 @@ from aligntune.backends.fast.ledger import writing_to
 from aligntune.backends.fast.lora import kind_of, read
 from aligntune.backends.fast.packing import IGNORED, quarter_of
 from aligntune.backends.fast.recompute import Recompute, recompute_of, recomputes
+from aligntune.backends.fast.shared_prompts import KEYS, NOWHERE
 from aligntune.backends.fast.steps import QuickSteps
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ ROOM_SHARE = 0.5
 _OUTPUTS = ("log_probs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs", "label_mask")
 
 Batch = dict[str, Any]
+SHARED_INDEX, SHARED_OWN, SHARED_USES = KEYS
 
 
 def eager_because(trainer: Trainer) -> str | None:
@@ -69,7 +72,7 @@ def eager_because(trainer: Trainer) -> str | None:
     unread = _unread_four_bits(model)
     if unread is not None:
         return f"bitsandbytes multiplies 4-bit weights itself, {unread}"
-    if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()):
+    if drops_out(model):
         return "dropout under replay is not covered by the parity tests"
     if args.neftune_noise_alpha is not None:
         return "noise on embeddings (neftune_noise_alpha) under replay is not covered by the parity tests"
@@ -78,6 +81,11 @@ def eager_because(trainer: Trainer) -> str | None:
     if getattr(args, "activation_offloading", False):  # a field of some of TRL's configs
         return "activation_offloading copies what the backward keeps on a stream of its own"
     return None
+
+
+def drops_out(model: torch.nn.Module) -> bool:
+    """Whether training draws masks: an adapter's dropout, or the model's."""
+    return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
 
 
 def _numbers(parameter: torch.nn.Parameter) -> int:
@@ -147,7 +155,7 @@ class _Pair:
         """Log-probs of `batch`; a copy, as the next replay writes over the graph's own."""
         for name, value in self.inputs.items():
             if isinstance(value, torch.Tensor):
-                _fill(name, value, batch[name], self.tokens)
+                _fill(name, value, batch[name], self.inputs)
         self.forward.replay()
         ledger.replayed(self.promises)
         return self.outputs["log_probs"][..., : tokens_of(batch)].clone()
@@ -226,12 +234,17 @@ class GraphedModel:
     def _pair(self, kind: str, batch: Batch) -> _Pair | None:
         """What was captured of this kind that holds the batch, now or before; None where the step is to be launched."""
         self._forget_moved()
-        self._most_tokens = max(self._most_tokens, tokens_of(batch))
+        pair = self._found_or_captured(kind, batch)
+        if torch.is_grad_enabled():
+            self._most_tokens = max(self._most_tokens, tokens_of(batch) if pair is None else pair.tokens)
+        return pair
+
+    def _found_or_captured(self, kind: str, batch: Batch) -> _Pair | None:
         key = self._key(kind, batch)
         if key not in self.pairs:
             self.seen[key] = self.seen.get(key, 0) + 1
             near = self._near(kind, batch)
-            if not self._to_capture(kind, key, near[0] if near else None):
+            if not self._to_capture(kind, batch, near[0] if near else None):
                 return near[1] if near else None
             started = time.perf_counter()
             roomy = batch if near else self._with_room(batch)
@@ -254,12 +267,15 @@ class GraphedModel:
                  if key[0] == kind and (more := pair.more_for(batch)) is not None]
         return min(found, key=lambda one: one[0], default=None)
 
-    def _to_capture(self, kind: str, key: tuple[Any, ...], filling: float | None) -> bool:
+    def _to_capture(self, kind: str, batch: Batch, filling: float | None) -> bool:
         """Whether a shape is captured now; `filling` is the share that one which holds it would be filled up by."""
-        if filling is not None and (filling <= LITTLE_FILLING or self.seen[key] < OFTEN):
+        seen = self.seen[self._key(kind, batch)]
+        if filling is not None and (filling <= LITTLE_FILLING or seen < OFTEN):
             return False
-        if self.seen[key] < 2 and torch.is_grad_enabled() not in self._warmed:
-            return False  # nothing of the kind has been replayed yet: whether shapes come again is not known
+        # Until something of the kind is replayed nobody knows whether shapes come again; and rows of one length (one
+        # row is such) fit no other batch.
+        if seen < 2 and (torch.is_grad_enabled() not in self._warmed or _equal_rows(batch)):
+            return False
         return sum(other[0] == kind for other in self.pairs) < MOST_GRAPHS
 
     def _with_room(self, batch: Batch) -> Batch:
@@ -268,7 +284,7 @@ class GraphedModel:
         return with_room(batch, wanted) if wanted > tokens_of(batch) and self._free_for(wanted) else batch
 
     def _free_for(self, tokens: int) -> bool:
-        """Whether a step of so many tokens, as the largest one yet took, would leave much of the memory free."""
+        """Whether a step of so many tokens would leave much of the memory free, by what the largest one so far took."""
         standing, free = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
         a_token = (torch.cuda.max_memory_allocated() - standing) / max(1, self._most_tokens)
         return tokens * a_token < ROOM_SHARE * (free + torch.cuda.memory_reserved() - standing)
@@ -320,8 +336,8 @@ class GraphedModel:
         return pair
 
     def _warm(self, inputs: Batch) -> None:
-        """Fill the side stream's workspaces outside of a capture, the backward's where there is one. Kernels of a shape
-        were compiled when it came first, in a launched step."""
+        """Run once outside of a capture: kernels of the shape are compiled, and the side stream's workspaces are there,
+        the backward's too."""
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side):
             warm = named_outputs(self.model(**inputs, fused_lm_head=True))["log_probs"]
@@ -405,16 +421,22 @@ def with_room(batch: Batch, tokens: int) -> Batch:
     It has room for a filling as long as any batch needs that is replayed in its place.
     """
     longest_filling = math.ceil(tokens * MOST_FILLING / (1 + MOST_FILLING))
-    lengths = dict.fromkeys(_FLAT, tokens) | {name: len(batch[name]) for name in _ENDS if name in batch}
-    if "kept" in batch:  # as many quarters of the longer row
-        lengths["kept"] = max(1, round(len(batch["kept"]) / quarter_of(tokens_of(batch)))) * quarter_of(tokens)
+    lengths = {name: len(batch[name]) for name in _ENDS}
+    lengths |= {name: tokens for name in (*_FLAT, SHARED_OWN) if name in batch}
+    # as many quarters of the longer row
+    lengths |= {name: max(1, round(batch[name].shape[-1] / quarter_of(tokens_of(batch)))) * quarter_of(tokens)
+                for name in ("kept", SHARED_USES) if name in batch}
+    if SHARED_USES in batch:
+        lengths[SHARED_USES] = min(lengths[SHARED_USES], tokens)
+        lengths[SHARED_INDEX] = tokens + len(batch[SHARED_USES]) * lengths[SHARED_USES]
     found = dict(batch)
     for name, value in batch.items():
         if name.startswith("max_length"):
             found[name] = max(value, 1 << (longest_filling - 1).bit_length())
         elif name in lengths:
             found[name] = value.new_empty((*value.shape[:-1], lengths[name]))
-            _fill(name, found[name], value, tokens)
+    for name in lengths:
+        _fill(name, found[name], batch[name], found)
     return found
 
 
@@ -424,12 +446,13 @@ def tokens_of(batch: Batch) -> int:
 
 
 def _equal_rows(batch: Batch) -> bool:
-    return (batch["cu_seq_lens_q"].numel() - 1) * batch["max_length_q"] == tokens_of(batch)
+    rows = batch["cu_seq_lens_q"].numel() - 1
+    return SHARED_INDEX not in batch and rows * batch["max_length_q"] == tokens_of(batch)
 
 
 _ENDS = ("cu_seq_lens_q", "cu_seq_lens_k")
 _FLAT = ("input_ids", "labels", "shift_labels", "position_ids")
-_FILLING = {"labels": IGNORED, "shift_labels": IGNORED, "kept": -1}
+_FILLING = {"labels": IGNORED, "shift_labels": IGNORED, "kept": -1, SHARED_OWN: NOWHERE, SHARED_USES: NOWHERE}
 
 
 def _fits(name: str, captured: Any, value: Any, *, spare: bool) -> bool:
@@ -441,12 +464,17 @@ def _fits(name: str, captured: Any, value: Any, *, spare: bool) -> bool:
     return captured.ndim == value.ndim and captured.shape[-1] >= value.shape[-1]
 
 
-def _fill(name: str, captured: torch.Tensor, value: torch.Tensor, tokens: int) -> None:
-    """Copy `value` to where the graph reads, and behind it what is no row's; of `cu_seq_lens` the filling's end."""
+def _fill(name: str, captured: torch.Tensor, value: torch.Tensor, batch: Batch) -> None:
+    """Copy `value` to where the graph reads, and behind it what is no row's; of `cu_seq_lens` the filling's end.
+
+    Args:
+        batch: all that was captured, of which `captured` is one.
+    """
     length = value.shape[-1]
     captured[..., :length].copy_(value, non_blocking=True)
     if name in _ENDS:
-        captured[min(length, captured.numel() - 1) :].fill_(tokens)
+        end = len(batch[SHARED_INDEX]) if name == "cu_seq_lens_k" and SHARED_INDEX in batch else tokens_of(batch)
+        captured[min(length, captured.numel() - 1) :].fill_(end)
     elif length < captured.shape[-1]:
         captured[..., length:].fill_(_FILLING.get(name, 0))
 

@@ -93,13 +93,19 @@ class MemoryPlan:
     _first: tuple[int, int, float, dict[str, Any] | None] | None = None
 
     @contextmanager
-    def step(self, tokens: int, *, number: int) -> Iterator[None]:
-        """Around forward and backward of `tokens`, in optimizer step `number`."""
+    def step(self, tokens: int, *, number: int, most: int | None = None) -> Iterator[None]:
+        """Around forward and backward of `tokens`, in optimizer step `number`.
+
+        Args:
+            most: tokens whose memory they may take, where that is more (a longer shape that was captured, prompts that
+                other rows share); a step is measured by its own.
+        """
         if self._began is None:
             self._began = number
         if self.costs is None and self._first is not None and number > self._began:
             self._settle()
         if self.costs is not None:
+            tokens = max(tokens, most or 0)
             kept = self.costs.kept(tokens, self._budget(), len(self.recompute.layers))
             self.most = max(self.most, len(self.recompute.layers) - kept)
             self.keeps = kept * tokens * self.costs.layer

@@ -8,14 +8,16 @@ completions, and the numbers are put back where TRL expects them; padding gets 0
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from aligntune.backends.fast.graphs import drops_out
 from aligntune.backends.fast.memory import GIB, MemoryPlan
 from aligntune.backends.fast.packing import IGNORED
-from aligntune.backends.fast.shared_prompts import keys_of, segments_of
+from aligntune.backends.fast.shared_prompts import KEYS, keys_of, segments_of
 from aligntune.backends.fast.steps import QuickSteps
 
 _BUCKET = 64
@@ -25,12 +27,14 @@ _FOR_THE_HEAD = ("labels", "shift_labels", "kept")
 @dataclass
 class Flat:
     """A padded batch, flat. `inputs`: keywords of the model. `places` (T,): where token t's output goes in the padded
-    (rows * kept columns) result, and one past its end for outputs that nobody asked for."""
+    (rows * kept columns) result, and one past its end for outputs that nobody asked for. `whole`: tokens of its rows,
+    those that share a prompt counted each with its own."""
 
     inputs: dict[str, Any]
     places: torch.Tensor
     rows: int
     columns: int
+    whole: int
 
     @classmethod
     def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor, columns: int, *, share: bool = False) -> Flat:
@@ -69,11 +73,12 @@ class Flat:
         }
         if segments is not None:
             keys, inputs["cu_seq_lens_k"], inputs["max_length_k"] = keys_of(segments, cu_seq_lens)
-            inputs |= {"shared_keys": keys, "position_ids": (position_ids + segments.before[row])[None]}
+            inputs |= dict(zip(KEYS, keys, strict=True))
+            inputs["position_ids"] = (position_ids + segments.before[row])[None]
         size = max(1, -(-completed // _BUCKET)) * _BUCKET
         if size < total:  # the head leaves the prompts out
             inputs["kept"] = torch.nonzero_static(scored, size=size, fill_value=-1).view(-1)
-        return cls(inputs, places, rows, columns)
+        return cls(inputs, places, rows, columns, total if segments is None else segments.whole)
 
     @property
     def trunk_inputs(self) -> dict[str, Any]:
@@ -152,9 +157,10 @@ class FlatLogProbs(QuickSteps):
         log_probs, entropies = [], []
         size = batch_size or len(input_ids)
         self.flats = tuple(
-            Flat.of(input_ids[start : start + size], attention_mask[start : start + size], logits_to_keep, share=True)
-            for start in range(0, len(input_ids), size))
-        self._plan_pass(sum(flat.inputs["input_ids"].numel() for flat in self.flats))
+            Flat.of(input_ids[start : start + size], attention_mask[start : start + size], logits_to_keep,
+                    share=not self._drops_out) for start in range(0, len(input_ids), size))
+        self._plan_pass(sum(flat.inputs["input_ids"].numel() for flat in self.flats),
+                        most=sum(flat.whole for flat in self.flats))
         for flat in self.flats:
             rule = {} if self._rule is None or not compute_entropy else {"token_rule": self._rule.laid(flat)}
             with self.accelerator.autocast():
@@ -181,7 +187,12 @@ class FlatLogProbs(QuickSteps):
             finally:
                 self._unplanned = None
 
-    def _plan_pass(self: Any, tokens: int) -> None:
+    @functools.cached_property
+    def _drops_out(self: Any) -> bool:
+        """Whether masks are drawn: a prompt's would be the same for all its rows if they shared it."""
+        return drops_out(self.model)
+
+    def _plan_pass(self: Any, tokens: int, *, most: int | None = None) -> None:
         """Before a pass of so many tokens: where it is the one with gradients of a training step, plan its layers."""
         plans = self._unplanned
         if plans is None or not torch.is_grad_enabled():
@@ -190,4 +201,4 @@ class FlatLogProbs(QuickSteps):
         engine = getattr(self, "rollout_engine", None)
         self.memory.cache = 0 if engine is None else engine.cache_bytes
         self.memory.begin()
-        plans.enter_context(self.memory.step(tokens, number=self.state.global_step))
+        plans.enter_context(self.memory.step(tokens, number=self.state.global_step, most=most))

@@ -55,12 +55,15 @@ class RowsEndToEnd:
 
     Args:
         packed: `seq_lengths` are read; else a row is one sequence, whatever its other columns hold.
+        joined: rows are parts of sequences, laid as ragged ones whatever their lengths: a row's first label is that of
+            the position before it.
     """
 
     pad_token_id: int
     longest: int = _LEAST_LONGEST
     rows: int = 0
     packed: bool = True
+    joined: bool = False
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Rows as lists of ints, or as 1-dimensional arrays."""
@@ -75,7 +78,7 @@ class RowsEndToEnd:
             ids.append(row)
             labels.append(np.asarray(example["labels"], dtype=np.int64) if "labels" in example else row)
         real = sum(lengths)
-        ragged = len(set(lengths)) > 1
+        ragged = self.joined or len(set(lengths)) > 1
         filling = bucket(real) - real if ragged else 0
         if filling:
             lengths.append(filling)
@@ -90,7 +93,8 @@ class RowsEndToEnd:
         starts = ends - sizes
         total = len(ids)
         position_ids = np.arange(total) - np.repeat(starts, sizes)
-        labels[starts] = IGNORED
+        if not self.joined:
+            labels[starts] = IGNORED
         next_T = np.append(labels[1:], IGNORED)
         rows = len(lengths)
         if ragged:  # both only grow: soon the flat length is all that tells one batch's shape from another's

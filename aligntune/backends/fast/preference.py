@@ -19,7 +19,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from aligntune.algorithms.dpo import FORMS, Pairs
 from aligntune.backends.fast.attachment import attachment_of
-from aligntune.backends.fast.graphs import ReplayedSteps, named_outputs, planned_tokens
+from aligntune.backends.fast.graphs import ReplayedSteps, drops_out, named_outputs, planned_tokens
 from aligntune.backends.fast.memory import MemoryPlan
 from aligntune.backends.fast.optim import EmbeddingRate
 from aligntune.backends.fast.packing import attention_padded_because
@@ -89,6 +89,9 @@ class FlatPreference(ReplayedSteps):
         self.accelerator.dataloader_config.non_blocking = bool(self.args.dataloader_pin_memory)
         self._theirs = self.theirs
         self.data_collator = self.flat_collator() if why is None else self._theirs
+        if why is None:
+            # A mask is drawn for every token that is computed: shared ones would drop the same for both rows.
+            self.data_collator.share = not drops_out(self.model)
         self.rows_end_to_end = why is None
         self.capture = why is None and eager is None
         if why is not None:
@@ -143,7 +146,10 @@ class FlatPreference(ReplayedSteps):
         step = super().training_step  # type: ignore[misc]
         if self.memory is None or not self.rows_end_to_end:
             return step(model, inputs, num_items_in_batch)
-        with self.memory.step(planned_tokens(inputs, capture=self.capture), number=self.state.global_step):
+        flat = model_inputs(inputs)
+        # Prompts that are computed once have keys for every row: no more than whole rows take.
+        most = max(planned_tokens(flat, capture=self.capture), inputs["input_ids"].numel())
+        with self.memory.step(flat["input_ids"].numel(), number=self.state.global_step, most=most):
             return step(model, inputs, num_items_in_batch)
 
     def _precompute_ref_logps(self: Any, dataset: Any, name: str, batch_size: int) -> Any:

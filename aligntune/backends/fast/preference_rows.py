@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd
+from aligntune.backends.fast.packing import IGNORED, Array, RowsEndToEnd, quarter_of
+from aligntune.backends.fast.shared_prompts import KEYS, LEAST_SAVED, NOWHERE
 
 MODEL_INPUTS = ("input_ids", "shift_labels", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
-                "max_length_k", "kept")
+                "max_length_k", "kept", *KEYS)
 """The entries of a flat batch that the model is called with."""
 
 
@@ -44,6 +45,11 @@ def answer_row(prompt: Sequence[int], answer: Sequence[int], max_length: int | N
         ids, start = ids[cut : cut + max_length], max(start - cut, 0)
     start = min(start, len(ids))
     return Row(ids, start, start)
+
+
+def columns_of(rows: Sequence[Row]) -> int:
+    """C, the most tokens that a row has scored, at least 1."""
+    return max(1, *(len(row.scored) for row in rows))
 
 
 def lay_end_to_end(rows: Sequence[Row], flat: RowsEndToEnd) -> dict[str, Any]:
@@ -72,7 +78,7 @@ def lay_end_to_end(rows: Sequence[Row], flat: RowsEndToEnd) -> dict[str, Any]:
     del batch["labels"]  # transformers would count them, for a loss that is a mean over tokens
     # Not 0, by which rows are counted: the filling is none of the batch's.
     batch["position_ids"][0, batch["num_tokens"] :] = 1
-    columns = max(1, *(len(row.scored) for row in rows))
+    columns = columns_of(rows)
     total = batch["input_ids"].shape[1]
     places, completion_mask = np.full(total, len(rows) * columns), np.zeros((1, total), dtype=np.int64)
     start = 0
@@ -91,11 +97,133 @@ def lay_end_to_end(rows: Sequence[Row], flat: RowsEndToEnd) -> dict[str, Any]:
     }
 
 
+@dataclass
+class PromptsOnce:
+    """Lays pairs of rows (all chosen ones, then all rejected ones) with what both begin with computed once.
+
+    Segments, as `shared_prompts` has them: first what pairs share, then what is each row's own. A position that both
+    rows of a pair score is each row's own. What it makes is what the model is called with instead of the whole rows.
+
+    From the first batch on that sharing spares enough in, all are laid so: shapes stay few.
+    """
+
+    pad_token_id: int
+    begun: bool = False
+    longest: int = 0
+    quarters: int = 1
+
+    def __post_init__(self) -> None:
+        self.flat = RowsEndToEnd(self.pad_token_id, packed=False, joined=True)
+
+    def __call__(self, rows: Sequence[Row], lasts: Sequence[int] | None = None) -> dict[str, Any] | None:
+        """None where it would spare too little, or a batch with
+
+        input_ids, shift_labels, position_ids, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, kept: as
+            `RowsEndToEnd` has them, of segments; a segment has more keys than queries where it goes on from another.
+        shared_index (K,), shared_own (T,), shared_uses (2, S): `SharedKeys`, with K = T + 2 S. S grows by quarters
+            of T.
+        places: (T,) int64, as `lay_end_to_end` has them.
+        last_tokens: (R,) int64, where the tokens stand whose indices are `lasts`.
+        """
+        half = len(rows) // 2
+        shared = [_shared(*pair) for pair in zip(rows[:half], rows[half:], strict=True)]
+        if not self.begun and sum(shared) < LEAST_SAVED * sum(len(row.ids) for row in rows):
+            return None
+        self.begun = True
+        heads = [_head(rows[pair], rows[pair + half], length) for pair, length in enumerate(shared)]
+        tails = [_tail(row, before, self.pad_token_id) for row, before in zip(rows, shared * 2, strict=True)]
+        batch = self.flat(_joined([*(head for head in heads if len(head[0])), *tails]))
+        del batch["labels"], batch["num_tokens"]
+        own = [len(ids) for ids, _ in tails]
+        begins, starts = np.cumsum([0, *shared[:-1]]).tolist() * 2, (sum(shared) + np.cumsum([0, *own[:-1]])).tolist()
+        parts = list(zip(begins, shared * 2, starts, own, strict=True))
+        self._add_keys(batch, parts)
+        batch["places"] = torch.from_numpy(_places(batch["input_ids"].shape[1], rows, parts))
+        if lasts is not None:
+            batch["last_tokens"] = torch.tensor([
+                begin + last if last < before else start + last - before
+                for last, (begin, before, start, _) in zip(lasts, parts, strict=True)])
+        return batch
+
+    def _add_keys(self, batch: dict[str, Any], parts: Sequence[tuple[int, int, int, int]]) -> None:
+        """Positions and keys. `parts`: of each row, where what it shares begins, how long that is, and the same of
+        what is its own."""
+        total, shared, half = batch["input_ids"].shape[1], parts[0][2], len(parts) // 2
+        quarter = quarter_of(total)
+        self.quarters = max(self.quarters, -(-shared // quarter))
+        width = min(self.quarters * quarter, total)
+        index, own_place = np.zeros(total + 2 * width, dtype=np.int64), np.full(total, NOWHERE)
+        uses, ends = np.full((2, width), NOWHERE), [0]
+        index[:shared] = own_place[:shared] = np.arange(shared)
+        ends += [begin + before for begin, before, *_ in parts[:half] if before]
+        for number, (begin, before, start, length) in enumerate(parts):
+            middle, end = ends[-1] + before, ends[-1] + before + length
+            index[ends[-1] : middle] = np.arange(begin, begin + before)
+            index[middle:end] = np.arange(start, start + length)
+            uses[number // half, begin : begin + before] = np.arange(ends[-1], middle)
+            own_place[start : start + length] = np.arange(middle, end)
+            batch["position_ids"][0, start : start + length] += before
+            self.longest = max(self.longest, 1 << (before + length - 1).bit_length())
+            ends.append(end)
+        # The filling has the keys of all places that are left: no fewer than queries, and nothing is learnt there.
+        ends += [len(index)] * (batch["cu_seq_lens_q"].numel() - len(ends))
+        self.longest = max(self.longest, self.flat.longest)
+        batch |= {"cu_seq_lens_k": torch.tensor(ends, dtype=torch.int32), "max_length_k": self.longest}
+        batch |= dict(zip(KEYS, map(torch.from_numpy, (index, own_place, uses)), strict=True))
+
+
+def _places(total: int, rows: Sequence[Row], parts: Sequence[tuple[int, int, int, int]]) -> Array:
+    columns = columns_of(rows)
+    places = np.full(total, len(rows) * columns)
+    for number, (row, (begin, before, start, _)) in enumerate(zip(rows, parts, strict=True)):
+        at = np.array(row.scored, dtype=np.int64) - 1  # the position before a token scores it
+        places[np.where(at < before, begin + at, start + at - before)] = number * columns + np.arange(len(at))
+    return places
+
+
+def _shared(one: Row, other: Row) -> int:
+    """How many tokens two rows begin with that can be computed once: no position that both score is among them."""
+    most = min(max(one.learnt, other.learnt), len(one.ids), len(other.ids)) - 1
+    if most < 1:
+        return 0
+    differ = np.flatnonzero(np.array(one.ids[:most]) != np.array(other.ids[:most]))
+    return int(differ[0]) if len(differ) else most
+
+
+def _next_labels(row: Row) -> Array:
+    """What each position of a row predicts."""
+    found, scored = np.full(len(row.ids), IGNORED), row.scored
+    if scored:
+        found[scored.start - 1 : -1] = row.ids[scored.start :]
+    return found
+
+
+def _head(one: Row, other: Row, length: int) -> tuple[Array, Array]:
+    """Ids and next labels of what two rows share: those of the row that scores there."""
+    ours, theirs = _next_labels(one)[:length], _next_labels(other)[:length]
+    return np.array(one.ids[:length], dtype=np.int64), np.where(ours == IGNORED, theirs, ours)
+
+
+def _tail(row: Row, before: int, pad_token_id: int) -> tuple[Array, Array]:
+    """The same of what is a row's own; a row without tokens has one that nothing is learnt from."""
+    if not row.ids:
+        return np.array([pad_token_id]), np.array([IGNORED])
+    return np.array(row.ids[before:], dtype=np.int64), _next_labels(row)[before:]
+
+
+def _joined(parts: Sequence[tuple[Array, Array]]) -> list[dict[str, Array]]:
+    """Parts of rows with their next labels, as `RowsEndToEnd` joins them: each label a position further on."""
+    befores = [IGNORED, *(following[-1] for _, following in parts)]
+    return [{"input_ids": ids, "labels": np.concatenate([[before], following[:-1]])}
+            for (ids, following), before in zip(parts, befores, strict=False)]
+
+
 def model_inputs(flat: dict[str, Any]) -> dict[str, Any]:
-    """The keywords that a flat batch calls a model with.
+    """The keywords that a flat batch calls a model with: of the rows whose prompts are computed once, if it has them.
 
     A mask of width 0: transformers hands a 4-dimensional mask on as it is, and our attention reads the sign.
     """
+    flat = flat.get("once", flat)
     inputs = {name: flat[name] for name in MODEL_INPUTS if name in flat}
     mask = flat["input_ids"].new_empty((1, 1, 1, 0), dtype=torch.bool)
     return inputs | {"attention_mask": mask, "use_cache": False}
@@ -118,7 +246,7 @@ class Scores:
     @classmethod
     def of(cls, flat: dict[str, Any], log_probs: torch.Tensor, others: dict[str, torch.Tensor]) -> Scores:
         """Of a flat batch's outputs, (1, T) each."""
-        places, columns, scored = flat["places"], flat["columns"], flat["scored"]
+        places, columns, scored = flat.get("once", flat)["places"], flat["columns"], flat["scored"]
         rows = len(scored)
 
         def back(values: torch.Tensor) -> torch.Tensor:
@@ -135,13 +263,25 @@ class Scores:
 
 
 class _Collator:
-    """What the collators share: one `RowsEndToEnd` for each kind of flat batch that they make."""
+    """What the collators share: one `RowsEndToEnd` for each kind of flat batch that they make.
+
+    `share`: whether what both rows of a pair begin with may be computed once.
+    """
 
     pad_token_id: int
+    share = True
 
     def lay(self, rows: Sequence[Row], kind: str = "rows") -> dict[str, Any]:
         kinds = vars(self).setdefault("kinds", {})
         return lay_end_to_end(rows, kinds.setdefault(kind, RowsEndToEnd(self.pad_token_id)))
+
+    def lay_pairs(self, rows: Sequence[Row], lasts: Sequence[int] | None = None) -> dict[str, Any]:
+        """Chosen rows, then rejected ones; `once`: the same with their prompts computed once, where that pays."""
+        batch = self.lay(rows)
+        once = vars(self).setdefault("once", PromptsOnce(self.pad_token_id))(rows, lasts) if self.share else None
+        if once is not None:
+            batch["once"] = once
+        return batch
 
 
 @dataclass
@@ -156,7 +296,7 @@ class PairsEndToEnd(_Collator):
         keep_end = self.truncation_mode == "keep_end"
         rows = [answer_row(one["prompt_ids"], one[f"{side}_ids"], self.max_length, keep_end=keep_end)
                 for side in ("chosen", "rejected") for one in examples]
-        batch = self.lay(rows)
+        batch = self.lay_pairs(rows)
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             if name in examples[0]:
                 batch[name] = torch.tensor([one[name] for one in examples])
@@ -181,7 +321,7 @@ class LabelledPairsEndToEnd(_Collator):
                 ids, labels = list(one[f"{side}_input_ids"]), one[f"{side}_labels"]
                 start = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
                 rows.append(Row(ids, start, 0 if self.prompts_too and side == "chosen" else start))
-        return self.lay(rows)
+        return self.lay_pairs(rows)
 
 
 @dataclass
@@ -226,14 +366,14 @@ class ScoredPairsEndToEnd(_Collator):
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         rows = [list(one[f"{side}_ids"]) for side in ("chosen", "rejected") for one in examples]
-        batch = self.lay([Row(ids, 0, len(ids)) for ids in rows])
-        lasts, start = [], 0
-        for ids in rows:
-            lasts.append(start + max((i for i, token in enumerate(ids) if token != self.pad_token_id), default=0))
-            start += max(len(ids), 1)
-        batch = {name: batch[name] for name in (*MODEL_INPUTS, "num_tokens")
-                 if name in batch and name not in ("shift_labels", "kept")}
-        batch["last_tokens"] = torch.tensor(lasts)
+        lasts = [max((i for i, token in enumerate(ids) if token != self.pad_token_id), default=0) for ids in rows]
+        batch = self.lay_pairs([Row(ids, len(ids), len(ids)) for ids in rows], lasts)
+        lengths = [max(len(ids), 1) for ids in rows]
+        batch["last_tokens"] = torch.tensor(np.cumsum([0, *lengths[:-1]]) + lasts)
+        kept = {*MODEL_INPUTS, "num_tokens", "last_tokens", "once"} - {"shift_labels", "kept"}
+        batch = {name: value for name, value in batch.items() if name in kept}
+        if "once" in batch:
+            batch["once"] = {name: value for name, value in batch["once"].items() if name in kept}
         if "margin" in examples[0]:
             batch["margin"] = torch.tensor([one["margin"] for one in examples], dtype=torch.float)
         return batch

@@ -99,7 +99,7 @@ class FastReward(EmbeddingRate, FlatPreference, Reward):
     ) -> Any:
         if "last_tokens" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**model_inputs(inputs), last_tokens=inputs["last_tokens"])
+        outputs = model(**model_inputs(inputs), last_tokens=inputs.get("once", inputs)["last_tokens"])
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
         margins = chosen - rejected
         loss = -functional.logsigmoid(margins - inputs["margin"] if "margin" in inputs else margins).mean()

@@ -14,6 +14,7 @@ keys and values are copied, 2 (G P + C) rows of them; the gradients of a prompt'
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +23,15 @@ LEAST_SAVED = 0.1
 """Of a batch's tokens, what sharing must spare: copying keys and values in every layer is not for nothing."""
 
 
+NOWHERE = 1 << 62
+"""A place that is none: no batch is filled up to so many."""
+
+
 class SharedKeys(NamedTuple):
     """Whose key stands where, with T tokens, K places and S tokens of shared prompts, which come first.
 
-    `index` (K,): the token at each place. `own` (T,): each token's place in its own segment. `uses` (S, M): the places
-    of a prompt's token in other segments, K where there are fewer than M. All int64.
+    `index` (K,): the token at each place. `own` (T,): each token's place in its own segment, `NOWHERE` of filling.
+    `uses` (M, S): the places of a prompt's token in other segments, `NOWHERE` where there are fewer than M. All int64.
     """
 
     index: torch.Tensor
@@ -34,11 +39,21 @@ class SharedKeys(NamedTuple):
     uses: torch.Tensor
 
 
+    @classmethod
+    def among(cls, inputs: Mapping[str, Any]) -> SharedKeys | None:
+        """What a model is called with, by the names `KEYS`; None where no prompt is shared."""
+        return cls(*(inputs[name] for name in KEYS)) if KEYS[0] in inputs else None
+
+
+KEYS = ("shared_index", "shared_own", "shared_uses")
+
+
 class Segments(NamedTuple):
     """A batch cut into segments: ids and mask (N, L) of them, the first `prompts` of which are prompts.
 
-    `before` (N,): tokens of the prompt that a segment goes on from. `group` (N,): the number of that prompt's segment.
-    `rank` (N,): how many segments before it go on from the same. `most`: the most segments that one prompt has.
+    A row whose prompt is no other's is one segment. `before` (N,): tokens of the prompt that a segment goes on from.
+    `group` (N,): the number of that prompt's segment. `rank` (N,): how many segments before it go on from the same.
+    `most`: the most segments that one prompt has. `whole`: tokens of the rows as they were.
     """
 
     ids: torch.Tensor
@@ -48,6 +63,7 @@ class Segments(NamedTuple):
     group: torch.Tensor
     rank: torch.Tensor
     most: int
+    whole: int
 
 
 def segments_of(input_ids: torch.Tensor, attention_mask: torch.Tensor, columns: int) -> Segments | None:
@@ -60,23 +76,23 @@ def segments_of(input_ids: torch.Tensor, attention_mask: torch.Tensor, columns: 
     _, group = torch.unique(prompts, dim=0, return_inverse=True)
     number = torch.arange(rows, device=group.device)
     same = group[:, None] == group[None]
-    first = torch.where(same, number, rows).amin(1)  # of each row, the first row with its prompt
-    lengths = attention_mask[:, : edge - 1].sum(1)
-    spared = torch.where(first == number, 0, lengths).sum()
-    leaders = (first == number).cumsum(0) - 1
+    sharing, first = same.sum(1), torch.where(same, number, rows).amin(1)  # of each row, the first with its prompt
+    lengths = attention_mask[:, : edge - 1].sum(1).masked_fill(sharing < 2, 0)
+    leads = (first == number) & (sharing > 1)
+    leaders = leads.cumsum(0) - 1
     saved, total, count, most = torch.stack((
-        spared, attention_mask.sum(), leaders[-1] + 1, same.sum(1).amax())).tolist()
+        lengths.masked_fill(leads, 0).sum(), attention_mask.sum(), leaders[-1] + 1, sharing.amax())).tolist()
     if saved < LEAST_SAVED * total:
         return None
-    heads = torch.nonzero_static(first == number, size=count).view(-1)
+    heads = torch.nonzero_static(leads, size=count).view(-1)
     ids = torch.cat((input_ids[heads], input_ids))
     mask = torch.cat((attention_mask[heads], attention_mask)).clone()
     mask[:count, edge - 1 :] = 0
-    mask[count:, : edge - 1] = 0
+    mask[count:, : edge - 1].masked_fill_(sharing[:, None] > 1, 0)
     nothing = torch.zeros(count, dtype=torch.long, device=ids.device)
-    group = torch.cat((nothing, leaders[first]))
+    group = torch.cat((nothing, leaders[first].clamp(min=0)))
     rank = torch.cat((nothing, (same & (number[:, None] > number)).sum(1)))
-    return Segments(ids, mask, count, torch.cat((nothing, lengths)), group, rank, most)
+    return Segments(ids, mask, count, torch.cat((nothing, lengths)), group, rank, most, total)
 
 
 def keys_of(segments: Segments, ends: torch.Tensor) -> tuple[SharedKeys, torch.Tensor, int]:
@@ -105,9 +121,9 @@ def keys_of(segments: Segments, ends: torch.Tensor) -> tuple[SharedKeys, torch.T
     # One place more than there are, for keys that are no prompt's in another segment.
     nowhere = shared * segments.most
     target = torch.where(of_prompt, index * segments.most + segments.rank[segment], nowhere)
-    uses = torch.full((nowhere + 1,), places, device=ends.device)
+    uses = torch.full((nowhere + 1,), NOWHERE, device=ends.device)
     uses[target] = torch.arange(places, device=ends.device)
-    keys = SharedKeys(index, own, uses[:-1].view(shared, segments.most))
+    keys = SharedKeys(index, own, uses[:-1].view(shared, segments.most).T)
     return keys, key_ends.to(torch.int32), most
 
 
@@ -127,12 +143,16 @@ class _Copied(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
         own, uses = ctx.saved_tensors
-        dx = dout.index_select(2, own)
-        shared = len(uses)
+        dx, parts = _at(dout, own), _at(dout, uses)
+        shared = uses.shape[1]
         wide = torch.float32 if dout.dtype in (torch.bfloat16, torch.float16) else dout.dtype
-        last = dout.shape[2] - 1
-        parts = dout.index_select(2, uses.flatten().clamp(max=last)).unflatten(2, uses.shape)
-        parts.masked_fill_((uses > last)[None, None, :, :, None], 0)
-        sums = dx[:, :, :shared].to(wide) + parts.sum(3, dtype=wide)
+        sums = dx[:, :, :shared].to(wide) + parts.sum(2, dtype=wide)
         dx[:, :, :shared] = sums.to(dx.dtype)
         return dx, None, None, None
+
+
+def _at(dout: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The gradients (1, heads, *places, head_dim) of what stands at places, 0 at `NOWHERE`."""
+    last = dout.shape[2] - 1
+    found = dout.index_select(2, places.flatten().clamp(max=last)).unflatten(2, places.shape)
+    return found.masked_fill_((places > last)[..., None], 0)

@@ -135,6 +135,7 @@ def test_no_room_where_memory_is_scarce_or_rows_are_of_one_length(graphed: Any) 
     flat = RowsEndToEnd(pad_token_id=0)
     graphed._warmed.add(True)
     equal = batch(flat, 500, 500, 500)
+    assert graphed._pair("trained", equal) is None, "it fits no other batch: its own second one is waited for"
     assert graphed._pair("trained", equal).tokens == tokens_of(equal) == 1500
     graphed.scarce = True
     tight = batch(flat, 900, 800, 600)
@@ -142,6 +143,28 @@ def test_no_room_where_memory_is_scarce_or_rows_are_of_one_length(graphed: Any) 
     assert planned_tokens(equal, capture=True) == 1500 and planned_tokens(tight, capture=True) == 3072
     assert planned_tokens(tight, capture=False) == 2304
     assert planned_tokens({"input_ids": torch.zeros(4, 600)}, capture=True) == 2400
+
+
+def test_rows_one_at_a_time_are_captured_when_their_length_comes_again(graphed: Any) -> None:
+    """Each length is a shape of its own, which holds no other."""
+    flat, draw = RowsEndToEnd(pad_token_id=0), random.Random(0)
+    lengths = [draw.randint(20, 2000) for _ in range(60)]
+    for length in [*lengths, lengths[0], lengths[1]]:
+        graphed._pair("trained", batch(flat, length))
+    assert graphed.captures == 62 - len(set(lengths)) == 2 + 60 - len(set(lengths))
+    assert graphed._pair("trained", batch(flat, max(set(lengths) - set(lengths[:2])))) is not None
+
+
+def test_room_is_judged_by_steps_that_ran(graphed: Any) -> None:
+    """Not by the batch that is to come, nor by passes that keep no activations."""
+    flat, judged = RowsEndToEnd(pad_token_id=0), []
+    graphed._free_for = lambda tokens: judged.append((tokens, graphed._most_tokens))
+    small, large = batch(flat, 300, 200, 90), batch(flat, 900, 800, 600)
+    with torch.no_grad():
+        graphed._pair("reference", large)
+    for one in (small, small, large):
+        graphed._pair("trained", one)
+    assert judged == [(768, 640), (3072, 640)] and graphed._most_tokens == 2304
 
 
 def test_passes_without_gradients_wait_for_their_own_second_shape(graphed: Any) -> None:

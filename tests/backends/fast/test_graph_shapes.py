@@ -31,7 +31,7 @@ def pair(captured: dict[str, Any]) -> _Pair:
 def fill(captured: _Pair, other: dict[str, Any]) -> dict[str, Any]:
     for name, value in captured.inputs.items():
         if isinstance(value, torch.Tensor):
-            _fill(name, value, other[name], captured.tokens)
+            _fill(name, value, other[name], captured.inputs)
     return captured.inputs
 
 

@@ -91,9 +91,9 @@ def flags(planned: MemoryPlan) -> list[bool]:
     return [layer.gradient_checkpointing for layer in planned.recompute.layers]
 
 
-def measure(planned: MemoryPlan, gpu: dict[str, int], *, layer: int = 50 * MIB) -> None:
+def measure(planned: MemoryPlan, gpu: dict[str, int], *, layer: int = 50 * MIB, most: int | None = None) -> None:
     """A first step of 1,000 tokens that peaks at 320 MiB above what stood before; the optimizer then makes 200."""
-    with planned.step(1000, number=0):
+    with planned.step(1000, number=0, most=most):
         assert flags(planned) == [True] * 10 and planned.recompute.measure
         planned.recompute.measure, planned.recompute.measured = False, layer
         gpu["peak"] = gpu["allocated"] + 320 * MIB
@@ -117,6 +117,17 @@ def test_the_first_step_recomputes_all_and_the_next_what_it_must(gpu: dict[str, 
     with planned.step(100, number=3):
         assert flags(planned) == [False] * 10
     assert "up to 10 of 10 layers recomputed" in str(planned) and "1.17 GiB between steps" in str(planned)
+
+
+def test_a_step_is_measured_by_its_tokens_and_planned_by_the_most_it_may_take(gpu: dict[str, int]) -> None:
+    planned = plan(1200 * MIB + 20 * MIB + MEMORY_BUDGET + 300 * MIB + 370 * MIB)
+    measure(planned, gpu, most=1500)
+    with planned.step(500, number=1, most=1000):
+        assert planned.costs is not None and planned.costs.step == pytest.approx(0.3 * MIB)
+        assert planned.costs.layer == pytest.approx(0.05 * MIB)
+        assert flags(planned) == [True] * 3 + [False] * 7  # as of 1,000
+    with planned.step(1000, number=2, most=500):
+        assert flags(planned) == [True] * 3 + [False] * 7
 
 
 def test_without_a_budget_what_is_free_is_planned_with(gpu: dict[str, int]) -> None:

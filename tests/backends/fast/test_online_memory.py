@@ -113,11 +113,11 @@ class Watched:
         self.begun += 1
 
     @contextlib.contextmanager
-    def step(self, tokens: int, *, number: int) -> Iterator[None]:
+    def step(self, tokens: int, *, number: int, most: int | None = None) -> Iterator[None]:
         assert torch.is_grad_enabled() and self.begun == len(self.passes) + 1
         yield
         assert any(p.grad is not None for p in self.trainer.model.parameters()), "it ends after the backward"
-        self.passes.append((tokens, number))
+        self.passes.append((tokens if most is None else most, number))
 
 
 @pytest.mark.slow  # in CI the next one shows the plan at work
@@ -165,7 +165,7 @@ def test_the_plan_is_in_force_in_the_loss_pass(tmp_path: Any, gpu: dict[str, Any
     def scored(*args: Any, **kwargs: Any) -> Any:
         found = score(*args, **kwargs)
         flags = [one.gradient_checkpointing for one in recompute.layers]
-        seen.append((sum(flat.inputs["input_ids"].numel() for flat in trainer.flats), torch.is_grad_enabled(), flags))
+        seen.append((sum(flat.whole for flat in trainer.flats), torch.is_grad_enabled(), flags))
         return found
 
     trainer._get_per_token_logps_and_entropies = scored
@@ -184,8 +184,12 @@ def test_layers_are_recomputed_as_a_budget_asks(algorithm: str, tmp_path: Any, m
     """With what just fits no layer more is recomputed than must be; losses stay."""
     tokens: list[int] = []
     plan_step = online.LossPassPlan.step
-    monkeypatch.setattr(online.LossPassPlan, "step",
-                        lambda self, count, *, number: (tokens.append(count), plan_step(self, count, number=number))[1])
+
+    def counted(self: Any, count: int, *, number: int, most: int) -> Any:
+        tokens.append(max(count, most))
+        return plan_step(self, count, number=number, most=most)
+
+    monkeypatch.setattr(online.LossPassPlan, "step", counted)
     layers, found = 3, {}
     passes = {"num_ppo_epochs": 1, "num_mini_batches": 1} if algorithm == "ppo" else {}
 

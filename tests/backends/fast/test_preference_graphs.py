@@ -177,9 +177,9 @@ def test_replayed_steps_are_launched_ones(algorithm: str, tmp_path: Any, monkeyp
     stand_in(monkeypatch)
     replayed = run(algorithm, tmp_path / "replayed")
     assert "passes replayed as CUDA graphs" in replayed.attestation()["layout"]
-    # Four micro-steps; the first of a shape is launched, and KTO's come in two.
-    quiet = {"dpo": 3, "kto": 3}.get(algorithm, 0)
-    assert Pool.replays.count("trained") >= (2 if algorithm == "kto" else 3)
+    # Four micro-steps, of two shapes; the first of a shape is launched.
+    quiet = {"dpo": 2, "kto": 3}.get(algorithm, 0)
+    assert Pool.replays.count("trained") >= 2
     assert Pool.replays.count("quiet") >= quiet and bool(quiet) == ("quiet" in Pool.replays)
     assert_same_run(replayed.trainer, launched.trainer)
 
@@ -199,8 +199,8 @@ def test_captured_steps_are_launched_ones_to_the_bit(algorithm: str, tmp_path: A
     from aligntune import create_rl_trainer
     from aligntune.builtin import load_tokenizer
 
-    data = [{"prompt": f"say {i % 7}", "chosen": " alpha beta" * (i % 5 + 1), "rejected": " gamma" * (i % 3 + 1)}
-            for i in range(64)]
+    data = [{"prompt": f"say {i % 7} " * (i % 4 + 2), "chosen": " alpha beta" * (i % 5 + 1),
+             "rejected": " gamma" * (i % 3 + 1)} for i in range(64)]
 
     def train(path: Any) -> Any:
         trainer = create_rl_trainer(
@@ -224,5 +224,7 @@ def test_captured_steps_are_launched_ones_to_the_bit(algorithm: str, tmp_path: A
     kinds = {key[0] for key in captured.trainer.graphed.pairs}
     assert kinds == {"dpo": {"trained", "reference"}, "ipo": {"trained", "reference"},
                      "kto": {"trained", "reference", "policy"}}.get(algorithm, {"trained"})
+    shared = {"shared_index" in pair.inputs for pair in captured.trainer.graphed.pairs.values()}
+    assert shared == {algorithm != "kto"}, "a pair's prompt is computed once"
     assert_same_run(captured.trainer, launched.trainer)
     assert not captured.attestation()["step"]["problems"]

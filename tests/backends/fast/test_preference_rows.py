@@ -41,6 +41,11 @@ def rows_of(batch: dict[str, Any], name: str) -> list[list[int]]:
     return [batch[name][0, a:b].tolist() for a, b in zip(ends, ends[1:], strict=False)][: len(batch["scored"])]
 
 
+def views_of(flat: dict[str, Any]) -> list[dict[str, Any]]:
+    """A batch as it is, and as one of whole rows."""
+    return [flat, {name: value for name, value in flat.items() if name != "once"}][: 1 + ("once" in flat)]
+
+
 def assert_same_rows(flat: dict[str, Any], padded: dict[str, Any]) -> None:
     lengths = padded["attention_mask"].sum(1).tolist()
     for name in ("input_ids", "completion_mask"):
@@ -50,12 +55,13 @@ def assert_same_rows(flat: dict[str, Any], padded: dict[str, Any]) -> None:
     mask = padded["completion_mask"][:, 1:] == 1
     assert flat["scored"].tolist() == mask.sum(1).tolist()
     # A number that names its token, as the model would give it at the position before.
-    labels = flat["shift_labels"]
-    scores = Scores.of(flat, labels.float() * (labels != IGNORED), {"twice": 2.0 * labels})
-    assert scores.log_probs.shape == (len(lengths), max(1, int(flat["scored"].max())))
-    assert scores.log_probs[scores.mask].tolist() == padded["input_ids"][:, 1:][mask].tolist()
-    assert scores.others["twice"][scores.mask].tolist() == [2 * x for x in scores.log_probs[scores.mask].tolist()]
-    assert not scores.log_probs[~scores.mask].any() and not scores.others["twice"][~scores.mask].any()
+    for given in views_of(flat):
+        labels = given.get("once", given)["shift_labels"]
+        scores = Scores.of(given, labels.float() * (labels != IGNORED), {"twice": 2.0 * labels})
+        assert scores.log_probs.shape == (len(lengths), max(1, int(flat["scored"].max())))
+        assert scores.log_probs[scores.mask].tolist() == padded["input_ids"][:, 1:][mask].tolist()
+        assert scores.others["twice"][scores.mask].tolist() == [2 * x for x in scores.log_probs[scores.mask].tolist()]
+        assert not scores.log_probs[~scores.mask].any() and not scores.others["twice"][~scores.mask].any()
     assert (flat["position_ids"] == 0).sum() == len(lengths)  # by which evaluation counts rows
     assert "labels" not in flat
 
@@ -106,13 +112,15 @@ def test_labelled_pairs(prompts_too: bool) -> None:
     flat = LabelledPairsEndToEnd(PAD, prompts_too)(given)
     labels = [one[1:] for side in ("chosen", "rejected") for one in padded[f"{side}_labels"].tolist()]
     answers = [[label for label in row if label != IGNORED] for row in labels]
-    scores = Scores.of(flat, flat["shift_labels"].float(), {})
-    for i, answer in enumerate(answers):
-        found = scores.log_probs[i][scores.mask[i]].tolist()
-        before = int(flat["prompt_scored"][i])
-        assert found[before:] == answer
-        prompt = given[i % 7]["prompt_input_ids"]
-        assert found[:before] == (prompt[1:] if prompts_too and i < 7 else [])
+    assert len(views_of(flat)) == 2
+    for view in views_of(flat):
+        scores = Scores.of(view, view.get("once", view)["shift_labels"].float(), {})
+        for i, answer in enumerate(answers):
+            found = scores.log_probs[i][scores.mask[i]].tolist()
+            before = int(flat["prompt_scored"][i])
+            assert found[before:] == answer
+            prompt = given[i % 7]["prompt_input_ids"]
+            assert found[:before] == (prompt[1:] if prompts_too and i < 7 else [])
 
 
 def test_rows_without_tokens_keep_their_place() -> None:
@@ -127,12 +135,14 @@ def test_rows_without_tokens_keep_their_place() -> None:
 
 def test_gradients_find_their_token() -> None:
     flat = PairsEndToEnd(PAD)(examples())
-    log_probs = torch.zeros(1, flat["input_ids"].shape[1], requires_grad=True)
-    scores = Scores.of(flat, log_probs, {})
-    (scores.log_probs.sum(1) * torch.arange(1.0, 15.0)).sum().backward()
-    rows = torch.repeat_interleave(torch.arange(1.0, 15.0), flat["scored"])
-    assert log_probs.grad[flat["shift_labels"] != IGNORED].tolist() == rows.tolist()
-    assert not log_probs.grad[flat["shift_labels"] == IGNORED].any()
+    for view in views_of(flat):
+        labels = view.get("once", view)["shift_labels"]
+        log_probs = torch.zeros(labels.shape, requires_grad=True)
+        scores = Scores.of(view, log_probs, {})
+        (scores.log_probs.sum(1) * torch.arange(1.0, 15.0)).sum().backward()
+        rows = torch.repeat_interleave(torch.arange(1.0, 15.0), flat["scored"])
+        assert log_probs.grad is not None and log_probs.grad[labels != IGNORED].tolist() == rows.tolist()
+        assert not log_probs.grad[labels == IGNORED].any()
 
 
 def test_shapes_become_few() -> None:

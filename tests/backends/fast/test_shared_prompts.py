@@ -31,24 +31,24 @@ def batch(prompts: list[int], groups: list[int], completions: list[int], *, widt
 def test_the_layout_by_hand() -> None:
     ids, mask = batch([4, 3], [0, 1, 0], [2, 1, 3])
     flat = Flat.of(ids, mask, 5, share=True)
-    whole = Flat.of(ids, mask, 5).inputs
-    assert whole["input_ids"].shape == (1, 17) and "shared_keys" not in whole
+    whole = Flat.of(ids, mask, 5)
+    assert whole.inputs["input_ids"].shape == (1, 17) and "shared_index" not in whole.inputs and whole.whole == 17
     prompt, other = ids[0, :4].tolist(), ids[1, 1:4].tolist()
     one, two, three = ids[0, 4:6].tolist(), ids[1, 4:5].tolist(), ids[2, 4:7].tolist()
-    assert flat.inputs["input_ids"].tolist() == [
-        [*prompt[:3], *other[:2], prompt[3], *one, other[2], *two, prompt[3], *three]]
-    assert flat.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1, 3, 4, 5, 2, 3, 3, 4, 5, 6]]
-    assert flat.inputs["cu_seq_lens_q"].tolist() == [0, 3, 5, 8, 10, 14]
-    assert flat.inputs["cu_seq_lens_k"].tolist() == [0, 3, 5, 11, 15, 22]
+    assert flat.inputs["input_ids"].tolist() == [[*prompt[:3], prompt[3], *one, *other, *two, prompt[3], *three]]
+    assert flat.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 3, 4, 5, 6]]
+    assert flat.inputs["cu_seq_lens_q"].tolist() == [0, 3, 6, 10, 14]
+    assert flat.inputs["cu_seq_lens_k"].tolist() == [0, 3, 9, 13, 20]
     assert flat.inputs["cu_seq_lens_k"].dtype == flat.inputs["cu_seq_lens_q"].dtype == torch.int32
     assert (flat.inputs["max_length_q"], flat.inputs["max_length_k"]) == (4, 7)
-    keys = flat.inputs["shared_keys"]
-    assert keys.index.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 3, 4, 8, 9, 0, 1, 2, 10, 11, 12, 13]
-    assert keys.own.tolist() == [0, 1, 2, 3, 4, 8, 9, 10, 13, 14, 18, 19, 20, 21]
-    assert keys.uses.tolist() == [[5, 15], [6, 16], [7, 17], [11, 22], [12, 22]]
+    keys = SharedKeys.among(flat.inputs)
+    assert keys is not None
+    assert keys.index.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 10, 11, 12, 13]
+    assert keys.own.tolist() == [0, 1, 2, 6, 7, 8, 9, 10, 11, 12, 16, 17, 18, 19]
+    assert keys.uses.tolist() == [[3, 4, 5], [13, 14, 15]]
     values = torch.arange(1.0, 15.0)[None]
     # Each completion's first token is scored by its own copy of the prompt's last one.
-    assert flat.padded(values).tolist() == [[6, 7, 0, 0, 0], [9, 0, 0, 0, 0], [11, 12, 13, 0, 0]]
+    assert flat.padded(values).tolist() == [[4, 5, 0, 0, 0], [9, 0, 0, 0, 0], [11, 12, 13, 0, 0]]
     assert (flat.rows, flat.columns) == (3, 5)
 
 
@@ -61,12 +61,30 @@ def test_the_layout_by_hand() -> None:
 def test_what_spares_too_little_stays_whole(prompts: list[int], groups: list[int], completions: list[int]) -> None:
     ids, mask = batch(prompts, groups, completions)
     assert segments_of(ids, mask, 5) is None
-    assert "shared_keys" not in Flat.of(ids, mask, 5, share=True).inputs
+    assert SharedKeys.among(Flat.of(ids, mask, 5, share=True).inputs) is None
+
+
+def test_padding_is_no_token_of_a_prompt() -> None:
+    """A prompt that begins with what another is padded with is another; what lies under the mask does not count."""
+    ids, mask = batch([4, 4, 4], [0, 1, 2, 2], [1, 1, 1, 1])
+    ids[0, :4] = torch.tensor([0, 7, 8, 9])
+    ids[1, :4], mask[1, 0] = torch.tensor([0, 7, 8, 9]), 0
+    ids[3, 0], mask[2:, 0] = 77, 0
+    found = segments_of(ids, mask, 5)
+    assert found is not None and found.prompts == 1 and found.whole == int(mask.sum())
+    assert found.before.tolist() == [0, 0, 0, 2, 2] and found.mask[1:3].tolist() == mask[:2].tolist()
+
+
+def test_a_row_whose_prompt_is_its_own_stays_whole() -> None:
+    ids, mask = batch([4, 3], [0, 1, 0], [2, 1, 3])
+    flat = Flat.of(ids, mask, 5, share=True)
+    assert flat.inputs["cu_seq_lens_q"].tolist() == [0, 3, 6, 10, 14] and flat.whole == 17
+    assert flat.inputs["input_ids"].shape == (1, 14)
 
 
 def test_copies_and_the_sum_of_their_gradients() -> None:
     ids, mask = batch([4, 3], [0, 1, 0], [2, 1, 3])
-    keys: SharedKeys = Flat.of(ids, mask, 5, share=True).inputs["shared_keys"]
+    keys: Any = SharedKeys.among(Flat.of(ids, mask, 5, share=True).inputs)
     x = torch.randn(1, 2, 14, 4, dtype=torch.float64, requires_grad=True)
     found = copied(x, keys)
     assert torch.equal(found, x[:, :, keys.index])
@@ -80,7 +98,7 @@ def test_copies_and_the_sum_of_their_gradients() -> None:
     assert ours.dtype == torch.bfloat16 and torch.equal(ours, truth.bfloat16())  # rounded once
 
 
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("window", [None, 3, 4])
 def test_queries_that_are_their_row_s_last(window: int | None, device: str) -> None:
     """Rows of 5, 4 and 3 keys whose last 2, 4 and 1 are asked; an empty one between."""
     torch.manual_seed(0)
@@ -134,7 +152,7 @@ def test_log_probs_and_gradients_are_those_of_whole_rows(options: dict[str, Any]
     found = []
     for share in (True, False):
         flat = Flat.of(ids, mask, 5, share=share)
-        assert ("shared_keys" in flat.inputs) is share
+        assert ("shared_index" in flat.inputs) is share
         assert flat.inputs["input_ids"].shape[1] == (60 - 2 * 8 - 6 if share else 60)
         trainer.model.zero_grad()
         outputs = trainer.model(**flat.inputs, fused_lm_head=True)
