@@ -1,9 +1,10 @@
 """The longest batch first: a pass over one as long as a run's longest is expected to be, before the first step.
 
-Rows and their order stay TRL's, so the longest batch comes when it comes. Where memory does not suffice for it, this
-pass says so at once, and under gradient_checkpointing="auto" it is what the plan measures. It leaves nothing behind:
-no gradient, no metric, no drawn number. The longest of as many batches drawn at random is taken, as the sampler's own
-order is its own affair.
+Rows and their order stay TRL's, so the longest batch comes when it comes. Where memory does not suffice for its forward
+and backward, this pass says so at once, and under gradient_checkpointing="auto" it is what the plan measures. What the
+optimizer's first step makes is not there yet, unless the run resumes. The pass leaves nothing behind: no gradient, no
+metric, no drawn number. The longest of as many batches drawn at random is taken, as the sampler's own order is its own
+affair.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 
 from aligntune.backends.fast.graphs import tokens_of
@@ -44,18 +46,22 @@ def lengths_of(rows: Any) -> Indices | None:
 
 
 def longest_batch(lengths: Indices, *, size: int, batches: int) -> Indices:
-    """Indices of the rows of the longest of so many batches of `size` rows, drawn without touching torch's state."""
-    draw = np.random.default_rng(0)
+    """Indices of the rows of the longest of so many random batches of `size` rows; torch's state is not touched.
+
+    No row comes twice in an epoch, as in training; a batch has no more rows than there are.
+    """
+    draw, size, batches = np.random.default_rng(0), min(size, len(lengths)), min(batches, DRAWS)
+    epoch = len(lengths) // size
     found, most = np.empty(0, dtype=np.int64), -1
-    for _ in range(min(batches, DRAWS)):
-        rows = draw.integers(0, len(lengths), size)
-        tokens = int(lengths[rows].sum())
-        if tokens > most:
-            found, most = rows, tokens
+    for begun in range(0, batches, epoch):
+        drawn = draw.permutation(len(lengths))[: epoch * size].reshape(epoch, size)[: batches - begun]
+        tokens = lengths[drawn].sum(1)
+        if tokens.max() > most:
+            found, most = drawn[tokens.argmax()], int(tokens.max())
     return found
 
 
-def rehearse(trainer: Any, model: Any, rows: Any, collate: Any, *, first: int) -> int | None:
+def rehearse(trainer: Any, rows: Any, collate: Any, *, first: int) -> int | None:
     """Forward and backward of the longest batch; returns its flat length, None where it is no longer than the first's.
 
     Args:
@@ -63,23 +69,26 @@ def rehearse(trainer: Any, model: Any, rows: Any, collate: Any, *, first: int) -
         collate: makes a flat batch of some.
         first: tokens of the first batch.
     """
-    lengths, size = lengths_of(rows), trainer.args.per_device_train_batch_size
+    lengths = lengths_of(rows)
     if lengths is None or not len(lengths):
         return None
-    steps = trainer.state.max_steps - trainer.state.global_step
-    indices = longest_batch(lengths, size=size, batches=max(1, steps * trainer.args.gradient_accumulation_steps))
+    batches = (trainer.state.max_steps - trainer.state.global_step) * trainer.args.gradient_accumulation_steps
+    # transformers' own batch size: under auto_find_batch_size not the one that was asked for.
+    indices = longest_batch(lengths, size=trainer._train_batch_size, batches=max(1, batches))
     if lengths[indices].sum() <= LONGER * first:
         return None
     batch = collate([rows[int(index)] for index in indices])
-    tokens = tokens_of(batch)
-    logger.info("the longest batch first: %d rows, %d tokens", size, int(lengths[indices].sum()))
-    # The classes' own: what watches a run is put around the instances' methods, and this is no step of it.
+    tokens, model = tokens_of(batch), trainer.model_wrapped
+    logger.info("the longest batch first: %d rows, %d tokens", len(indices), int(lengths[indices].sum()))
+    # The classes' own: what watches steps is put around the instances' methods, and this is no step.
     ours, accelerator = type(trainer), trainer.accelerator
     with _leaving_nothing(trainer, model):
+        model.train()
         inputs = ours._prepare_inputs(trainer, batch)
         planned = trainer.memory.step(tokens, number=trainer.state.global_step) if trainer.memory else None
-        with planned or contextlib.nullcontext(), trainer.compute_loss_context_manager():
-            loss = ours.compute_loss(trainer, model, inputs)
+        with planned or contextlib.nullcontext(), trainer.maybe_activation_offload_context:
+            with trainer.compute_loss_context_manager():
+                loss = ours.compute_loss(trainer, model, inputs)
             type(accelerator).backward(accelerator, loss)
     return tokens
 
@@ -103,5 +112,16 @@ def _leaving_nothing(trainer: Any, model: Any) -> Iterator[None]:
 
 
 def wanted(trainer: Any) -> bool:
-    """Whether memory can run out: on a GPU, in one process, where nothing else exchanges gradients meanwhile."""
-    return trainer.args.device.type == "cuda" and trainer.accelerator.num_processes == 1
+    """Whether there is memory that can run out, a GPU's, and a pass leaves nothing behind."""
+    return trainer.args.device.type == "cuda" and traceless(trainer)
+
+
+def traceless(trainer: Any) -> bool:
+    """Whether a backward does no more than fill gradients, of which there are none: these can be let go of again."""
+    accelerator = trainer.accelerator
+    # DeepSpeed's engine makes a step of it; sharded models and several processes exchange gradients meanwhile.
+    if accelerator.distributed_type != DistributedType.NO or accelerator.has_lomo_optimizer:
+        return False
+    # Hooks of parameters are where an optimizer works that works in the backward (layer-wise GaLore and APOLLO, LOMO).
+    return not any(p.grad is not None or p._backward_hooks or p._post_accumulate_grad_hooks
+                   for p in trainer.model.parameters())

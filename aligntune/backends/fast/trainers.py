@@ -64,6 +64,7 @@ class FastSFT(EmbeddingRate, ReplayedSteps, SFT):
     padded_collator = DataCollatorForLanguageModeling  # this class and no other: what overrides it lays rows otherwise
     memory: MemoryPlan | None = None
     _to_rehearse: tuple[Any, RowsEndToEnd] | None = None
+    _rehearsed: Any = None
 
     def get_train_dataloader(self) -> Any:
         if not self.rows_end_to_end:
@@ -71,20 +72,24 @@ class FastSFT(EmbeddingRate, ReplayedSteps, SFT):
         padded, rows = self.data_collator, self.train_dataset  # type: ignore[has-type]
         self.data_collator = RowsEndToEnd(self._tokenizer.pad_token_id, packed=padded.padding_free)
         self.train_dataset = _as_arrays(rows)
-        if rehearsal.wanted(self):
-            self._to_rehearse = self.train_dataset, self.data_collator
+        self._to_rehearse = self.train_dataset, self.data_collator
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator = padded  # evaluation pads, as TRL does: it has no step to keep short
             self.train_dataset = rows
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers'; when a training's first are there and no step has begun, a pass over the longest batch."""
+        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        if batches and self._rehearsed is not self.state:
+            self._rehearsed = self.state  # every training makes its own, and so does each try of auto_find_batch_size
+            if self._to_rehearse is not None and rehearsal.wanted(self):
+                rehearsal.rehearse(self, *self._to_rehearse, first=batches[0]["input_ids"].numel())
+        return batches, num_items_in_batch
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """TRL's, within the memory that is planned with; before the first, a pass over the longest batch."""
-        if self._to_rehearse is not None:
-            (rows, collate), self._to_rehearse = self._to_rehearse, None
-            model.train()
-            rehearsal.rehearse(self, model, rows, collate, first=inputs["input_ids"].numel())
+        """TRL's, within the memory that is planned with."""
         if self.memory is None:
             return super().training_step(model, inputs, num_items_in_batch)
         with self.memory.step(planned_tokens(inputs, capture=self.capture), number=self.state.global_step):

@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from aligntune.backends.fast import rehearsal
-from aligntune.backends.fast.rehearsal import lengths_of, longest_batch
+from aligntune.backends.fast.rehearsal import lengths_of, longest_batch, traceless, wanted
 from aligntune.backends.fast.trainers import FastSFT
 from tests.backends.fast.test_rows_end_to_end import rows, run, trainer_of
 
@@ -30,7 +33,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return tokens
 
     monkeypatch.setattr(rehearsal, "rehearse", rehearse)
-    monkeypatch.setattr(rehearsal, "wanted", lambda trainer: True)
+    monkeypatch.setattr(rehearsal, "wanted", traceless)
     return found
 
 
@@ -48,10 +51,52 @@ def test_lengths_are_the_table_s() -> None:
 def test_the_longest_of_the_drawn() -> None:
     lengths = np.array([1, 2, 3, 1000])
     state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    found = longest_batch(lengths, size=2, batches=1000)
-    assert lengths[found].sum() == 2000
-    assert lengths[longest_batch(lengths, size=3, batches=1)].sum() <= 3000
+    assert sorted(longest_batch(lengths, size=2, batches=1000)) == [2, 3]
     assert torch.equal(torch.get_rng_state(), state[0]) and (np.random.get_state()[1] == state[1]).all()
+    assert sorted(longest_batch(lengths, size=9, batches=5)) == [0, 1, 2, 3]
+    assert longest_batch(lengths, size=3, batches=1).shape == (3,)
+
+
+def test_an_epoch_has_each_row_once() -> None:
+    lengths = np.array([60 if i == 17 else 3 + i % 4 for i in range(24)])
+    for seed in range(20):
+        shuffled = np.random.default_rng(seed).permutation(lengths)
+        assert 60 + 3 * 3 <= shuffled[longest_batch(shuffled, size=4, batches=6)].sum() <= 60 + 3 * 6
+    assert lengths[longest_batch(lengths, size=4, batches=200)].sum() == 78  # further epochs, further neighbours
+
+
+def test_no_more_batches_are_drawn_than_a_run_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = np.arange(1000)
+    few, all_of_it = (int(longest_batch(lengths, size=1, batches=batches)[0]) for batches in (3, 1000))
+    assert few < all_of_it == 999
+    monkeypatch.setattr(rehearsal, "DRAWS", 3)
+    assert int(longest_batch(lengths, size=1, batches=1000)[0]) == few
+
+
+def test_a_backward_that_does_more_than_fill_gradients_is_not_rehearsed(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer = trainer_of("fast", "llama", tmp_path).trainer
+    weight = next(trainer.model.parameters())
+    assert traceless(trainer) and not wanted(trainer)
+    monkeypatch.setattr(type(trainer.args), "device", torch.device("cuda"))
+    assert wanted(trainer)
+    for register in (weight.register_post_accumulate_grad_hook, weight.register_hook):
+        handle = register(lambda *_: None)
+        assert not traceless(trainer) and not wanted(trainer)
+        handle.remove()
+        assert traceless(trainer)
+    weight.grad = torch.zeros_like(weight)
+    assert not traceless(trainer)
+    weight.grad = None
+    for kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "MULTI_GPU"):
+        with monkeypatch.context() as patched:
+            patched.setattr(trainer.accelerator.state, "distributed_type", DistributedType[kind])
+            assert not traceless(trainer), kind
+    assert traceless(trainer)
+    assert Accelerator().has_lomo_optimizer is False
+    monkeypatch.setattr(trainer.accelerator, "has_lomo_optimizer", True)
+    assert not traceless(trainer)
 
 
 @pytest.mark.parametrize("options", [
@@ -75,7 +120,7 @@ def test_a_run_is_the_same_with_the_pass_and_without(
 
 
 def test_rows_of_about_one_length_need_no_pass(passes: list[int], tmp_path: Any) -> None:
-    run(trainer_of("fast", "llama", tmp_path, rows((20,) * 12)))
+    run(trainer_of("fast", "llama", tmp_path, rows((20,) * 12), max_steps=1))
     assert passes == [-1]
 
 
@@ -98,16 +143,144 @@ def test_memory_that_does_not_suffice_shows_before_the_first_step(
 
 
 def test_what_watches_a_run_does_not_see_the_pass(passes: list[int], tmp_path: Any) -> None:
-    built = trainer_of("fast", "llama", tmp_path, rows(UNEVEN))
+    built = trainer_of("fast", "llama", tmp_path, rows(UNEVEN), max_steps=1)
     seen = []
     compute_loss = built.trainer.compute_loss
     built.trainer.compute_loss = lambda *args, **kwargs: (seen.append(1), compute_loss(*args, **kwargs))[1]
     built.trainer.train()
-    assert passes[0] >= 100 and len(seen) == 2
+    assert passes[0] >= 100 and len(seen) == 1
 
 
 def test_a_subset_of_columns_is_enough(passes: list[int], tmp_path: Any) -> None:
     data = rows(UNEVEN)
     without = Dataset.from_list([{"input_ids": ids} for ids in data["input_ids"]])
-    run(trainer_of("fast", "llama", tmp_path, without))
+    run(trainer_of("fast", "llama", tmp_path, without, max_steps=1))
     assert passes[0] >= 100
+
+
+class _Each(TrainerCallback):
+    """Calls `at(name)` at the end of steps and of what is accumulated."""
+
+    def __init__(self, at: Any) -> None:
+        self.at = at
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.at("substep")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.at("step")
+
+
+def test_an_optimizer_that_works_in_the_backward_makes_no_step_more(passes: list[int], tmp_path: Any) -> None:
+    """It is there only when the training has begun: transformers makes it after the rows."""
+    trainer = trainer_of("fast", "llama", tmp_path, rows(UNEVEN), max_steps=1).trainer
+    updates: list[torch.Tensor] = []
+    create_optimizer = trainer.create_optimizer
+
+    def create(*args: Any, **kwargs: Any) -> Any:
+        for parameter in trainer.model.parameters():
+            parameter.register_post_accumulate_grad_hook(updates.append)
+        return create_optimizer(*args, **kwargs)
+
+    trainer.create_optimizer = create
+    trainer.train()
+    assert len(updates) == len(list(trainer.model.parameters())) > 10 and passes == []
+
+
+def test_a_training_rehearses_once(passes: list[int], tmp_path: Any) -> None:
+    """Also where its rows are looked at in its midst, between passes whose gradients are still to be added to."""
+    data = rows((4,) * 20 + (60,) * 4)
+    trainer = trainer_of("fast", "llama", tmp_path, data, batch_size=2, gradient_accumulation_steps=2).trainer
+    looked = []
+    trainer.add_callback(_Each(lambda name: looked.append((name, next(iter(trainer.get_train_dataloader()))))))
+    trainer.train()
+    assert [name for name, _ in looked] == ["substep", "step"] * 2 and len(passes) == 1 and passes[0] >= 60
+    trainer.train()
+    assert len(looked) == 8 and len(passes) == 2
+
+
+def test_the_batch_size_that_is_found_is_rehearsed(
+    passes: list[int], tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:
+    compute_loss = FastSFT.compute_loss
+
+    def scarce(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if inputs["num_tokens"] > 110:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(FastSFT, "compute_loss", scarce)
+    data = rows(tuple(60 if i == 17 else 20 for i in range(24)))  # 120 tokens of 4 rows, 100 of 3
+    trainer = trainer_of("fast", "llama", tmp_path, data, max_steps=30).trainer
+    trainer.args.auto_find_batch_size = True
+    trainer.add_callback(_Each(lambda _: setattr(trainer.control, "should_training_stop", True)))
+    with caplog.at_level("INFO"):
+        trainer.train()
+    assert [line.split("first: ")[1] for line in caplog.messages if "the longest batch first" in line] \
+        == ["4 rows, 120 tokens", "3 rows, 100 tokens"]
+    assert trainer._train_batch_size == 3 and trainer.state.global_step == 1 and len(passes) == 1
+
+
+class _Wrapped(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+def test_the_pass_is_within_what_a_step_is_within(
+    passes: list[int], tmp_path: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer = trainer_of("fast", "llama", tmp_path, rows(UNEVEN), max_steps=1).trainer
+    seen: list[Any] = []
+
+    class Offload:
+        def __enter__(self) -> None:
+            seen.append("in")
+
+        def __exit__(self, *raised: Any) -> None:
+            seen.append("out")
+
+    compute_loss, backward = FastSFT.compute_loss, Accelerator.backward
+
+    def forward_of(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(type(model))
+        assert model.training
+        return compute_loss(self, model, *args, **kwargs)
+
+    def backward_of(*args: Any, **kwargs: Any) -> None:
+        seen.append("backward")
+        backward(*args, **kwargs)
+
+    trainer.maybe_activation_offload_context = Offload()
+    monkeypatch.setattr(FastSFT, "compute_loss", forward_of)
+    monkeypatch.setattr(Accelerator, "backward", backward_of)
+    monkeypatch.setattr(trainer, "_wrap_model", lambda model, *args, **kwargs: _Wrapped(model))
+    trainer.train()
+    assert len(passes) == 1 and passes[0] >= 100
+    assert seen == ["in", _Wrapped, "backward", "out"] * 2
+
+
+@pytest.mark.parametrize("resumed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_no_kernel_of_the_pass_is_attested(
+    resumed: bool, passes: list[int], tmp_path: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The step that is traced is the first, where it is the last or the run goes on from a checkpoint."""
+    options = {"max_steps": 40, "save_steps": 3} if resumed else {"max_steps": 1}
+
+    def kernels() -> Any:
+        built = trainer_of("fast", "llama", tmp_path, rows(UNEVEN), **options)
+        built.trainer.add_callback(_Each(lambda _: setattr(built.trainer.control, "should_training_stop", True)))
+        built.trainer.train(resume_from_checkpoint=str(tmp_path / "fast" / "checkpoint-3") if resumed else None)
+        assert built.trainer.state.global_step == (4 if resumed else 1)
+        return built.attestation()["step"]["kernels"]
+
+    if resumed:
+        trainer_of("fast", "llama", tmp_path, rows(UNEVEN), **options | {"max_steps": 3}).trainer.train()
+        passes.clear()
+    found = kernels()
+    assert len(passes) == 1 and passes[0] >= 100
+    monkeypatch.setattr(rehearsal, "wanted", lambda trainer: False)
+    assert found == kernels() and found["rms_norm_forward"] == 5 and len(passes) == 1
