@@ -92,7 +92,8 @@ class FastSFT(EmbeddingRate, ReplayedSteps, SFT):
         """TRL's, within the memory that is planned with."""
         if self.memory is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        with self.memory.step(planned_tokens(inputs, capture=self.capture), number=self.state.global_step):
+        most = planned_tokens(inputs, capture=self.capture)
+        with self.memory.step(inputs["input_ids"].numel(), number=self.state.global_step, most=most):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
