@@ -244,7 +244,11 @@ def parity(report: Report) -> str:
     ]  # fmt: skip
     first, last = report["fell"]
     head = ["run", "what", "steps", "seeds", "fast", "held against", "bound", "holds"]
-    return markdown(head, rows) + f"\nThe learning run's loss fell from {first:.2f} to {last:.2f}. " + source(report)
+    apart = "; ".join(f"{name} {', '.join(f'{1e3 * one:.1f}' for one in found)}"
+                      for name, found in report.get("apart", {}).items())
+    by_seed = f" Its rms distances from fp32 in thousandths, seed by seed: {apart}." if apart else ""
+    return markdown(head, rows) + (
+        f"\nThe learning run's loss fell from {first:.2f} to {last:.2f}.{by_seed} {source(report)}")
 
 
 def _interval(found: dict[str, Any]) -> str:

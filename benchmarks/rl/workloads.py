@@ -62,7 +62,7 @@ class Workload:
 # The fourth step of fast is traced, unsloth compiles in its first two; a step of trl is about 10 s, one of unsloth 8 s,
 # one with continuous batching 20 s.
 ROLLOUTS = {"fast": (8, 4), "trl-cb": (2, 1), "trl": (3, 2), "unsloth": (4, 2)}
-LONG_ROLLOUTS = {"fast": (4, 2), "": (1, 1)}
+LONG_ROLLOUTS = {"fast": (6, 2), "": (2, 1)}
 
 WORKLOADS = {
     "dpo-1b": Workload("llama-1b", "dpo", {"": (40, 20)}, batch_size=8, prompt=(30, 70),

@@ -35,7 +35,8 @@ def moved(model: Any, size: float = 0.05) -> Any:
     with torch.no_grad():
         for index, (name, value) in enumerate(model.named_parameters()):
             if value.requires_grad and "lora_A" not in name:
-                value.add_(size * torch.randn(value.shape, generator=torch.Generator().manual_seed(index)))
+                drawn = torch.randn(value.shape, generator=torch.Generator().manual_seed(index))
+                value.add_(size * drawn.to(value.device, value.dtype))
     return model
 
 
