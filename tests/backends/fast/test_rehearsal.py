@@ -151,6 +151,7 @@ def test_what_watches_a_run_does_not_see_the_pass(passes: list[int], tmp_path: A
     assert passes[0] >= 100 and len(seen) == 1
 
 
+@pytest.mark.slow
 def test_a_subset_of_columns_is_enough(passes: list[int], tmp_path: Any) -> None:
     data = rows(UNEVEN)
     without = Dataset.from_list([{"input_ids": ids} for ids in data["input_ids"]])
@@ -187,6 +188,7 @@ def test_an_optimizer_that_works_in_the_backward_makes_no_step_more(passes: list
     assert len(updates) == len(list(trainer.model.parameters())) > 10 and passes == []
 
 
+@pytest.mark.slow
 def test_a_training_rehearses_once(passes: list[int], tmp_path: Any) -> None:
     """Also where its rows are looked at in its midst, between passes whose gradients are still to be added to."""
     data = rows((4,) * 20 + (60,) * 4)
@@ -199,6 +201,7 @@ def test_a_training_rehearses_once(passes: list[int], tmp_path: Any) -> None:
     assert len(looked) == 8 and len(passes) == 2
 
 
+@pytest.mark.slow
 def test_the_batch_size_that_is_found_is_rehearsed(
     passes: list[int], tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -230,6 +233,7 @@ class _Wrapped(torch.nn.Module):
         return self.inner(*args, **kwargs)
 
 
+@pytest.mark.slow
 def test_the_pass_is_within_what_a_step_is_within(
     passes: list[int], tmp_path: Any, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
