@@ -74,6 +74,8 @@ def explained(trainer: Any) -> Iterator[None]:
     Raises:
         StepMemoryError: the GPU's memory ran out.
     """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # what the process took before is no part of a step
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -83,6 +83,15 @@ def changes(text: str) -> dict[str, str]:
     return dict(line.removesuffix(" less").split(": about ") for line in lines if line.endswith(" less"))
 
 
+def test_a_script_s_peak_is_its_training_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = [20 * GIB]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: peaks.append(0))
+    with out_of_memory.explained(None):
+        assert peaks[-1] == 0
+    assert len(peaks) == 2
+
+
 def test_the_settings_and_where_memory_went(monkeypatch: pytest.MonkeyPatch) -> None:
     text = message(monkeypatch, batch_size=4, gradient_accumulation_steps=2, max_seq_length=2048)
     assert text.startswith("the GPU ran out of memory in step 7: CUDA out of memory.\n")

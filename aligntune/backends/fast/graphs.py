@@ -376,6 +376,9 @@ class ReplayedSteps(QuickSteps):
         """What replays passes of `model`, or None where they are launched."""
         if not (self.capture and self.model.training):
             return None
+        plan = getattr(self, "memory", None)
+        if plan is not None and not plan.planning:
+            return None  # a graph recomputes what its capture did: later micro-batches of the window would capture all
         if self.graphed is None or self.graphed.model is not model:
             self.graphed = GraphedModel(model, [p for p in self.model.parameters() if p.requires_grad])
         return self.graphed

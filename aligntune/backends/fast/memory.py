@@ -117,6 +117,8 @@ class MemoryPlan:
         self.recompute.measure = measuring
         if measuring:
             gc.collect()  # an earlier trainer's tensors, let go of halfway through, would be missing from the peak
+            # The peak so far is that of another thing: an evaluation, a rollout, whatever a script did before.
+            torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         yield
         if measuring and self.recompute.measured is not None:
@@ -129,6 +131,11 @@ class MemoryPlan:
         base = torch.cuda.memory_allocated()
         self.costs = Costs(base, self.gradients, step / tokens, layer / tokens, tokens, shape)
         torch.cuda.empty_cache()  # blocks cut for the first step would lie idle beside larger ones
+
+    @property
+    def planning(self) -> bool:
+        """Whether steps are planned already: until then every layer is recomputed, which later steps are not to be."""
+        return self.costs is not None
 
     def _budget(self) -> float:
         if self.budget is not None:

@@ -106,12 +106,6 @@ class LossPassPlan(MemoryPlan):
     cache: int = 0
     _idle: int = 0
 
-    def begin(self) -> None:
-        """Before a pass, whose peak may be measured: the one so far is that of generating and scoring."""
-        if self.costs is None and self._first is None:
-            # The run's own record of its peak loses the first rollout here, and not those after it.
-            torch.cuda.reset_peak_memory_stats()
-
     def _settle(self) -> None:
         super()._settle()
         self._idle = idle_in_pools()
@@ -200,5 +194,4 @@ class FlatLogProbs(QuickSteps):
         self._unplanned = None  # a step has one such pass; one that is run again takes the same plan
         engine = getattr(self, "rollout_engine", None)
         self.memory.cache = 0 if engine is None else engine.cache_bytes
-        self.memory.begin()
         plans.enter_context(self.memory.step(tokens, number=self.state.global_step, most=most))

@@ -10,7 +10,12 @@ import torch
 
 from aligntune.backends.fast import graphs
 from aligntune.backends.fast.graphs import GraphedModel, _Pair, planned_tokens, room_for, tokens_of, with_room
+from aligntune.backends.fast.memory import GIB, MemoryPlan
 from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd, bucket
+from aligntune.backends.fast.recompute import recompute_of
+from tests.backends.fast.test_preference_graphs import Pool, capture, stand_in
+from tests.backends.fast.test_rows_end_to_end import rows as rows_of
+from tests.backends.fast.test_rows_end_to_end import trainer_of
 
 
 def rows(*lengths: int, learnt: int = 1) -> list[dict[str, list[int]]]:
@@ -193,3 +198,28 @@ def test_short_runs_replay_most_steps(graphed: Any) -> None:
         lengths = [min(1023, max(8, int(draw.lognormvariate(5.3, 0.9)))) for _ in range(8)]
         launched += graphed._pair("trained", batch(flat, *lengths)) is None
     assert launched <= 4 and graphed.captures <= 12, (launched, graphed.captures, graphed.log)
+
+
+def test_nothing_is_captured_before_layers_are_planned(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window's micro-batches come again within the first optimizer step, when every layer is recomputed."""
+    for name, value in {"memory_allocated": GIB, "max_memory_allocated": 2 * GIB, "memory_reserved": 2 * GIB}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (70 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: None)
+    stand_in(monkeypatch)
+    monkeypatch.setattr(GraphedModel, "_make_room", lambda self, tokens: None)
+    trainer = trainer_of("fast", "llama", tmp_path, rows_of((12,) * 64), gradient_checkpointing=True, batch_size=2,
+                         gradient_accumulation_steps=3, max_steps=2).trainer
+    recompute = recompute_of(trainer.model)
+    assert recompute is not None
+    trainer.memory, trainer.capture, captured = MemoryPlan(recompute, None, gradients=0), True, []
+    monkeypatch.setattr(GraphedModel, "_forget_moved", lambda self: None)
+
+    def noted(self: GraphedModel, batch: Any, *, loaded: bool) -> Any:
+        captured.append((trainer.state.global_step, [layer.gradient_checkpointing for layer in recompute.layers]))
+        return capture(self, batch, loaded=loaded)
+
+    monkeypatch.setattr(GraphedModel, "_capture", noted)
+    trainer.train()
+    assert captured == [(1, [False, False])], "of the second step's three micro-batches, the second"
+    assert Pool.replays.count("trained") == 2

@@ -154,6 +154,19 @@ def test_layers_are_recomputed_as_a_budget_asks(tmp_path):
         assert tight.losses == pytest.approx(free.losses, rel=1e-2)
 
 
+def test_under_auto_no_graph_recomputes_what_fits(tmp_path):
+    """In the first optimizer step, of several micro-batches of one shape, every layer is recomputed."""
+    recomputed = {}
+    for how in ("auto", True):
+        run = train(tmp_path / str(how), rows((60,)), steps=4, gradient_checkpointing=how, gradient_accumulation_steps=3)
+        pairs = run.trainer.graphed.pairs.values()
+        entries = [entry for pair in pairs for entry in pair.promises.entries.values()]
+        assert pairs and sum(entry.with_grad for entry in entries)
+        recomputed[how] = sum(entry.recomputed_with_grad for entry in entries)
+        assert how is True or run.trainer.memory.most == 0
+    assert recomputed["auto"] == 0 < recomputed[True]
+
+
 def test_fp32_is_launched_and_says_why(tmp_path):
     trainer = train(tmp_path, rows((3, 5, 40, 60)), steps=4, precision="fp32")
     assert trainer.trainer.graphed is None and "in fp32 attention over ragged rows" in trainer.attestation()["layout"]

@@ -77,6 +77,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     now = {"allocated": 1000 * MIB, "peak": 1000 * MIB, "reserved": 2000 * MIB, "free": 3000 * MIB, "emptied": 0}
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: now["allocated"])
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: now["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: now.update(peak=now["allocated"]))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: now["reserved"])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (now["free"], 80 * GIB))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: now.__setitem__("emptied", now["emptied"] + 1))
@@ -96,7 +97,7 @@ def measure(planned: MemoryPlan, gpu: dict[str, int], *, layer: int = 50 * MIB, 
     with planned.step(1000, number=0, most=most):
         assert flags(planned) == [True] * 10 and planned.recompute.measure
         planned.recompute.measure, planned.recompute.measured = False, layer
-        gpu["peak"] = gpu["allocated"] + 320 * MIB
+        gpu["peak"] = max(gpu["peak"], gpu["allocated"] + 320 * MIB)
     gpu["allocated"] += 200 * MIB
 
 
@@ -117,6 +118,15 @@ def test_the_first_step_recomputes_all_and_the_next_what_it_must(gpu: dict[str, 
     with planned.step(100, number=3):
         assert flags(planned) == [False] * 10
     assert "up to 10 of 10 layers recomputed" in str(planned) and "1.17 GiB between steps" in str(planned)
+
+
+def test_what_ran_before_is_not_the_steps(gpu: dict[str, int]) -> None:
+    """An evaluation in a script, say, before its training."""
+    gpu["peak"] = 20 * GIB
+    planned = plan(None)
+    measure(planned, gpu)
+    with planned.step(1000, number=1):
+        assert planned.costs is not None and planned.costs.step == pytest.approx(0.3 * MIB)
 
 
 def test_a_step_is_measured_by_its_tokens_and_planned_by_the_most_it_may_take(gpu: dict[str, int]) -> None:
