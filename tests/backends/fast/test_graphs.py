@@ -158,7 +158,8 @@ def test_under_auto_no_graph_recomputes_what_fits(tmp_path):
     """In the first optimizer step, of several micro-batches of one shape, every layer is recomputed."""
     recomputed = {}
     for how in ("auto", True):
-        run = train(tmp_path / str(how), rows((60,)), steps=4, gradient_checkpointing=how, gradient_accumulation_steps=3)
+        run = train(tmp_path / str(how), rows((60,)), steps=4, gradient_checkpointing=how,
+                    gradient_accumulation_steps=3)
         pairs = run.trainer.graphed.pairs.values()
         entries = [entry for pair in pairs for entry in pair.promises.entries.values()]
         assert pairs and sum(entry.with_grad for entry in entries)
