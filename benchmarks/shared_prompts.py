@@ -120,7 +120,8 @@ def main(argv: list[str] | None = None) -> int:
         report["rows"].append(entry)
         print(f"  {group} rows of {length}, prompt {prompt:4}: saved {entry['saved']:.0%}  "
               f"whole {entry['whole_ms']:8.2f} ms  shared {entry['shared_ms']:8.2f} ms  "
-              f"{entry['whole_ms'] / entry['shared_ms']:.3f}x  gradients {entry['gradients_apart']:.1e} apart", flush=True)
+              f"{entry['whole_ms'] / entry['shared_ms']:.3f}x  "
+              f"gradients {entry['gradients_apart']:.1e} apart", flush=True)
         if args.json:
             args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0

@@ -33,6 +33,9 @@ class Gate:
         values = value if isinstance(value, list) else [value]
         return any(item in self.values for item in values)
 
+    def __str__(self) -> str:
+        return self.option if self.values is None else f"{self.option}={' or '.join(map(repr, self.values))}"
+
 
 @dataclass
 class Prepared:
@@ -47,8 +50,8 @@ class Prepared:
 class Generator(Protocol):
     """What generates for `AlignTrainer.generate` in the place of transformers."""
 
-    def declines(self, options: Mapping[str, Any]) -> str | None:
-        """Why it does not take these options of transformers, or None where it does."""
+    def declines(self, options: Mapping[str, Any], longest: int) -> str | None:
+        """Why it does not take these options of transformers, for prompts of up to `longest` tokens, or None."""
         ...
 
     def __call__(
@@ -89,6 +92,18 @@ def gate_of(backend: Backend, options: Mapping[str, Any]) -> tuple[Gate, Any] | 
     return next(((gate, given[gate.option]) for gate in backend.gates if gate.meets(given)), None)
 
 
+def refuse_gated(backend: Backend, options: Mapping[str, Any]) -> None:
+    """Raise where these options, `trainer_options` among them, meet a gate.
+
+    Raises:
+        UnsupportedAlgorithmError: names the option, its value and the gate's reason.
+    """
+    gated = gate_of(backend, options)
+    if gated is not None:
+        gate, value = gated
+        raise UnsupportedAlgorithmError(f"backend={backend.name!r}, {gate.option}={value!r}: {gate.reason}")
+
+
 def require(backend: Backend, algorithm: str, options: Mapping[str, Any]) -> None:
     """Raise unless `backend` runs this algorithm with these options here; what is decided comes before what is absent.
 
@@ -99,10 +114,7 @@ def require(backend: Backend, algorithm: str, options: Mapping[str, Any]) -> Non
     verdict = supports(backend, algorithm)
     if verdict.status == "unsupported":
         raise UnsupportedAlgorithmError(f"backend={backend.name!r}, algorithm={algorithm!r}: {verdict.reason}")
-    gated = gate_of(backend, options)
-    if gated is not None:
-        gate, value = gated
-        raise UnsupportedAlgorithmError(f"backend={backend.name!r}, {gate.option}={value!r}: {gate.reason}")
+    refuse_gated(backend, options)
     for state in (verdict, backend.available()):
         if not state:
             raise BackendUnavailableError(f"backend={backend.name!r} {state}")

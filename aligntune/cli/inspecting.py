@@ -52,6 +52,10 @@ def backends() -> None:
     table(("algorithm", "", *(engine.name for engine in engines)), rows)
     for number, reason in enumerate(reasons, 1):
         typer.echo(f"[{number}] {reason}")
+    typer.echo("Not with these options (`aligntune explain BACKEND ALGORITHM` says why):")
+    for engine in engines:
+        if engine.gates:
+            typer.echo(f"  {engine.name}: {', '.join(map(str, engine.gates))}")
     typer.echo("On this machine:")
     for engine in engines:
         typer.echo(f"  {engine.name}: {engine.available()}")

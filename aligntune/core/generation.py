@@ -80,7 +80,7 @@ def generate(
     longest = max(len(row) for row in ids)
     options["max_new_tokens"] = _new_tokens(model, longest, options.get("max_new_tokens"))
     if generator is not None:
-        why = generator.declines(options)
+        why = generator.declines(options, longest)
         if why is None:
             options.setdefault("eos_token_id", _ends(model, tokenizer))
             completions = generator(ids, options, batch_size=batch_size, seed=seed)

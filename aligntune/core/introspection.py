@@ -84,10 +84,7 @@ def explain(backend: str, algorithm: str) -> Explanation:
     spec = ALGORITHMS.load(algorithm)
     verdict = supports(engine, spec.name)
     own = tuple(infos(spec.options, "loss"))
-    gates = tuple(
-        (f"{gate.option} in {', '.join(map(repr, gate.values))}" if gate.values else gate.option) + f": {gate.reason}"
-        for gate in engine.gates if gate.option in option_table(spec.name)
-    )
+    gates = tuple(f"{gate}: {gate.reason}" for gate in engine.gates if gate.option in option_table(spec.name))
     return Explanation(
         engine.name, spec.name, spec.title, spec.paper, verdict, engine.available() if verdict else verdict,
         TAKES[spec.takes], gates, own, dict(spec.defaults), spec.differences,

@@ -12,6 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import aligntune
 from aligntune import errors
 from aligntune.algorithms import ALGORITHMS
 from aligntune.cli import doctor as doctor_module
@@ -200,10 +201,16 @@ def test_the_support_matrix_has_every_algorithm_with_reasons() -> None:
     assert rows["gspo"].split()[-3:-1] == ["yes", "no"] and rows["sft"].split()[-2:] == ["yes", "yes"]
     assert f"{rows['gspo'].split()[-1]} fast: the fast online trainer covers token-level ratios" in result.stdout
     assert "On this machine:" in result.stdout and "  trl: supported" in result.stdout
+    assert "\n  fast: importance_sampling_level='sequence', loss_type='luspo' or 'vespo'\n" in result.stdout
+    assert "\n  trl: rollout_engine='fast', rollout_memory_gib, " in result.stdout
 
 
 def test_explain() -> None:
     assert run("explain", "fast", "gspo").stdout.startswith("gspo on fast: unsupported")
+    told, printed = run("explain", "fast", "grpo").stdout, str(aligntune.explain("fast", "grpo"))
+    for gate in ("importance_sampling_level='sequence'", "loss_type='luspo' or 'vespo'"):
+        line = f"\n  not with {gate}: the fast online trainer covers token-level ratios"
+        assert line in told and line in printed
     result = run("explain", "fsat", "gropo")
     assert result.exit_code == 2
     assert "did you mean 'fast'" in result.stderr and "did you mean 'grpo'" in result.stderr

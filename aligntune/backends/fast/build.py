@@ -18,6 +18,7 @@ from aligntune.backends.fast.online import FlatLogProbs, LossPassPlan
 from aligntune.backends.fast.ppo import FastPPO, attach_critic
 from aligntune.backends.fast.preference import FlatPreference
 from aligntune.backends.fast.recompute import install, recompute_asked, recompute_of, recomputes, remove
+from aligntune.backends.fast.rollout.engine import described
 from aligntune.backends.fast.rollout.serve import of_trainer
 from aligntune.backends.fast.rollout.trl import FastRollouts, cache_cannot_because, engine_cannot_because
 from aligntune.backends.fast.scripts import attach_trainer, detach_trainer
@@ -203,12 +204,14 @@ def _rollouts(job: Job, trainer: Any) -> str:
     wanted = job.options.rollout_engine
     if wanted in ("hf", "vllm"):
         return f"{wanted}, as was asked for"
+    if wanted == "auto" and trainer.use_vllm:
+        return "vllm, as was asked for"
     cache = {"max_len": job.options.max_seq_length, "memory_gib": job.options.rollout_memory_gib}
-    why = engine_cannot_because(trainer) or cache_cannot_because(trainer, **cache)
+    why = engine_cannot_because(trainer, max_len=cache["max_len"]) or cache_cannot_because(trainer, **cache)
     if wanted == "auto" and why is not None:
         return f"hf, {why}"
     trainer.rollouts_on(**cache)
-    return "our engine, in the model's own memory"
+    return f"{described(trainer.model)}, in the model's own memory"
 
 
 class Witness:

@@ -63,7 +63,7 @@ class FlatValues:
 class PPOTokenGradients(TokenGradients):
     """For our PPOTrainer: the policy's loss and the entropy bonus; the critic's has a graph of its own."""
 
-    def _token_rule(self: Any, inputs: dict[str, Any]) -> TokenRule | None:
+    def _token_rule(self: Any, inputs: dict[str, Any]) -> TokenRule:
         mask = inputs["loss_mask"]
         given = {"advantages": inputs["advantages"], "old": inputs["old_log_probs"],
                  "weight": mask.float() / self._items * self.accelerator.num_processes}
@@ -79,7 +79,7 @@ class PPOTokenGradients(TokenGradients):
             loss = loss if sampled is None else loss * sampled
             return (loss if entropy is None else loss - bonus * entropy) * weight
 
-        return None if self.aux_loss_enabled else TokenRule(loss_of, given, entropy=bool(bonus))
+        return TokenRule(loss_of, given, entropy=bool(bonus))
 
 
 class FastPPO(EmbeddingRate, ScoredRollouts, PPOTokenGradients, FlatValues, PPOTrainer, FlatLogProbs, GRPOTrainer):

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from aligntune.backends.base import refuse_gated
 from aligntune.backends.fast.attachment import Attachment, attach, detach
 from aligntune.backends.fast.recompute import recompute_asked
+from aligntune.backends.fast.support import BACKEND
 from aligntune.core.out_of_memory import explained
 from aligntune.errors import AlignTuneError, ConfigError
 
@@ -27,9 +29,11 @@ def attach_trainer(trainer: Trainer, *, strict: bool = False) -> Attachment:
     """Attach the model of a trainer, and its reference model where it holds one; returns the model's attachment.
 
     Raises what `attach` raises, with nothing attached, and:
+        UnsupportedAlgorithmError: its arguments hold what backend "fast" does not run, as sequence-level ratios.
         ConfigError: its arguments hold an `embedding_learning_rate`, which its class does not know; or it would train
             on several GPUs from one process; or they ask for a recompute of layers that cannot be had.
     """
+    refuse_gated(BACKEND, vars(trainer.args))
     quantised = any(getattr(trainer.model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
     if getattr(trainer.args, "n_gpu", 1) > 1 and not quantised:
         # A replica's bound forwards are those of the original: its weights, on another GPU.

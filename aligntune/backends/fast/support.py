@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from aligntune.backends.base import Built, Gate, Prepared
@@ -22,7 +23,7 @@ class FastBackend:
     """TRL's trainers over our kernels."""
 
     name = "fast"
-    support = {
+    support: Mapping[str, Support] = {
         "sft": Support("supported"),
         **dict.fromkeys(("reward", "dpo", "ipo", "kto", "orpo", "simpo", "cpo"), Support("supported")),
         "grpo": Support("supported"),
@@ -32,7 +33,7 @@ class FastBackend:
         "ppo": Support("supported"),
         "gspo": Support("unsupported", SEQUENCE_RATIOS),
     }
-    gates = (
+    gates: tuple[Gate, ...] = (
         Gate("importance_sampling_level", ("sequence",), SEQUENCE_RATIOS),
         Gate("loss_type", ("luspo", "vespo"), SEQUENCE_RATIOS),
     )

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from aligntune.algorithms.policy_gradient import clipped_surrogate, kl_k3
+from aligntune.algorithms.policy_gradient import kl_k3, token_losses
 from aligntune.backends.fast.online import Flat
 
 logger = logging.getLogger("aligntune")
@@ -48,24 +48,25 @@ class TokenRule:
 
 
 class TokenGradients:
-    """Mixin before `FlatLogProbs` and a trainer whose loss is a sum over tokens; a subclass says which: `_token_rule`.
+    """Mixin before `FlatLogProbs` and a trainer whose loss may be a sum over tokens.
 
-    `in_forward`: passes whose gradient was made in the forward.
+    A subclass says which sum, in `_token_rule(inputs)`, and under which settings, in `_covers_loss`. `in_forward`:
+    passes whose gradient was made in the forward.
     """
 
     in_forward = 0
     _token_rule_holds: bool | None = None  # None: not compared yet
 
-    def _token_rule(self, inputs: dict[str, Any]) -> TokenRule | None:
-        """The loss of these inputs in training, or None where it is not known token by token."""
-        return None
+    def _covers_loss(self: Any) -> bool:
+        """Whether the loss of these settings is the one that `_token_rule` tells: no router's, in any case."""
+        return not self.aux_loss_enabled
 
     def makes_token_gradients(self: Any) -> bool:
-        """Whether passes can have their gradients made in the forward, where their logits do not fit."""
+        """Whether passes have their gradients made in the forward, where their logits do not fit."""
         weight = self.model.get_output_embeddings().weight
         # The loss scale of fp16 comes with the backward: without it small gradients would be 0.
-        return self._token_rule_holds is not False and self.rows_end_to_end and weight.requires_grad and (
-            not self.args.fp16)
+        return self._covers_loss() and self._token_rule_holds is not False and self.rows_end_to_end and (
+            weight.requires_grad and not self.args.fp16)
 
     def _compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         wanted = self.model.training and torch.is_grad_enabled() and self.makes_token_gradients()
@@ -106,49 +107,59 @@ def _equal(loss: torch.Tensor, leaves: list[torch.Tensor], rule: TokenRule) -> b
     return True if told else None
 
 
-class GRPOTokenGradients(TokenGradients):
-    """For TRL's GRPOTrainer: the loss types grpo, bnpo, dr_grpo and dapo at token-level ratios."""
+def _completions(trainer: Any, inputs: dict[str, Any], mask: torch.Tensor) -> Any:
+    return mask.sum(-1, keepdim=True).clamp(min=1) * len(mask)
 
-    def _token_rule(self: Any, inputs: dict[str, Any]) -> TokenRule | None:
-        args = self.args
-        others = (
-            self.importance_sampling_level != "token", self.top_entropy_quantile < 1, self.use_vllm,
-            getattr(self, "off_policy_mask_threshold", None) is not None, "tool_mask" in inputs,
-            getattr(self, "_entropy_bonus_enabled", False), self.aux_loss_enabled,
-        )
-        weight = self._token_weights(inputs)
-        if any(others) or weight is None:
-            return None
-        advantages = inputs["advantages"]
+
+def _window(trainer: Any, inputs: dict[str, Any], mask: torch.Tensor) -> Any:
+    items = inputs["num_items_in_batch"].clamp(min=1)  # of the whole rollout
+    return items / trainer.accelerator.num_processes / trainer.args.steps_per_generation
+
+
+_DIVISORS: dict[str, Callable[[Any, dict[str, Any], torch.Tensor], Any]] = {
+    "grpo": _completions, "sapo": _completions, "dapo": _window, "cispo": _window,
+    "bnpo": lambda trainer, inputs, mask: mask.sum().clamp(min=1),
+    "dr_grpo": lambda trainer, inputs, mask: len(mask) * trainer.max_completion_length,
+}
+"""Loss types that are sums over tokens, and what they divide a token's loss by in a step of one micro-batch."""
+
+
+class GRPOTokenGradients(TokenGradients):
+    """For TRL's GRPOTrainer: the loss types of `_DIVISORS` at token-level ratios."""
+
+    def _covers_loss(self: Any) -> bool:
+        # The first three read a whole completion or micro-batch before a token's derivative is known.
+        others = (self.importance_sampling_level != "token", self.top_entropy_quantile < 1,
+                  getattr(self, "off_policy_mask_threshold", None) is not None,
+                  getattr(self, "_entropy_bonus_enabled", False))
+        return super()._covers_loss() and self.loss_type in _DIVISORS and not any(others)
+
+    def _token_rule(self: Any, inputs: dict[str, Any]) -> TokenRule:
+        args, advantages, weight = self.args, inputs["advantages"], self._token_weights(inputs)
         given = {"old": inputs.get("old_per_token_logps"), "reference": inputs.get("ref_per_token_logps"),
-                 "advantages": (advantages if advantages.dim() == 2 else advantages[:, None]).expand_as(weight),
-                 "weight": weight}
-        low, high, delta, beta = self.epsilon_low, self.epsilon_high, args.delta, self.beta
-        unbiased = args.use_bias_correction_kl
+                 "sampled": inputs.get("importance_sampling_ratio"),  # of an engine whose log-probs are corrected
+                 "advantages": advantages if advantages.dim() == 2 else advantages[:, None], "weight": weight}
+        options = {"loss_type": self.loss_type, "epsilon": self.epsilon_low, "epsilon_high": self.epsilon_high,
+                   "delta": args.delta, "sapo_temperatures": (args.sapo_temperature_pos, args.sapo_temperature_neg)}
+        beta, unbiased = self.beta, args.use_bias_correction_kl
 
         def loss_of(
             log_probs: torch.Tensor, entropy: None, *, advantages: torch.Tensor, weight: torch.Tensor,
             old: torch.Tensor | None = None, reference: torch.Tensor | None = None,
+            sampled: torch.Tensor | None = None,
         ) -> torch.Tensor:
-            ratio = (log_probs - (log_probs.detach() if old is None else old)).exp()
-            loss = clipped_surrogate(ratio, advantages, epsilon=low, epsilon_high=high, delta=delta)
+            old = log_probs.detach() if old is None else old
+            # The head hands over (T,), which would be advantages of completions.
+            loss = token_losses(log_probs[None], old[None], advantages[None], weight[None], **options)[0]
+            loss = loss if sampled is None else loss * sampled
             if beta and reference is not None:
                 kl = kl_k3(log_probs, reference)
-                loss = loss + beta * (kl * ratio if unbiased else kl)
+                loss = loss + beta * (kl * (log_probs - old).exp() if unbiased else kl)
             return loss * weight
 
-        return TokenRule(loss_of, {name: value for name, value in given.items() if value is not None})
+        return TokenRule(loss_of, {name: value.expand_as(weight) for name, value in given.items() if value is not None})
 
-    def _token_weights(self: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
+    def _token_weights(self: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """What the loss type multiplies each token's loss by: (rows, columns)."""
-        mask, parts = inputs["completion_mask"].float(), self.current_gradient_accumulation_steps
-        if self.loss_type == "grpo":
-            return mask / mask.sum(-1, keepdim=True).clamp(min=1) / (len(mask) * parts)
-        if self.loss_type == "bnpo":
-            return mask / (mask.sum().clamp(min=1) * parts)
-        if self.loss_type == "dr_grpo":
-            return mask / (len(mask) * self.max_completion_length * parts)
-        if self.loss_type == "dapo":
-            items = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
-            return mask / (items * parts / self.args.steps_per_generation)
-        return None
+        mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).float()
+        return mask / (_DIVISORS[self.loss_type](self, inputs, mask) * self.current_gradient_accumulation_steps)

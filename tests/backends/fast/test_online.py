@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from aligntune.backends.fast import head
 from aligntune.backends.fast.online import Flat
 from tests.backends.fast.rollout.test_trl import built_of
 from tests.core import tiny
@@ -114,3 +115,44 @@ def test_without_the_prompts_the_head_gives_the_same(tmp_path: Any) -> None:
     assert (found[1][0][mask[:, -4:].bool()] < 0).all()
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, atol=3e-5, rtol=1e-4)
+
+
+_SLOW = pytest.mark.slow
+LORA: dict[str, Any] = {"use_peft": True, "lora_r": 4}
+HALVES: dict[str, Any] = {"batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 4}
+
+
+@pytest.mark.parametrize(("algorithm", "options"), [
+    ("grpo", LORA),
+    *(pytest.param(algorithm, options, marks=_SLOW) for algorithm, options in (
+        ("grpo", LORA | HALVES), ("grpo", {}), ("dapo", LORA), ("dr_grpo", LORA), ("rloo", LORA))),
+], ids=str)
+def test_the_first_pass_over_a_rollout_has_ratio_one(
+    algorithm: str, options: dict[str, Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pass that scored the rollout and the loss pass, whose rows may lie otherwise, are of one policy; the second
+    loss pass is of another."""
+    monkeypatch.setattr(head, "_budget", lambda model: 1)  # a head that trains makes its gradients in the forward
+    trainer = built_of("fast", algorithm, tmp_path, num_iterations=2, beta=0.0,
+                       model_name=tiny.llama(num_hidden_layers=1), **options).trainer
+    loss_of, score, apart = trainer._compute_loss, trainer._get_per_token_logps_and_entropies, []
+
+    def watched(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        def scored(*args: Any, **kwargs: Any) -> Any:
+            found = score(*args, **kwargs)
+            now = found[0].detach() * inputs["completion_mask"]
+            old = inputs["old_logps"] - now.sum(1) if algorithm == "rloo" else (
+                inputs["old_per_token_logps"] - now) * inputs["completion_mask"]
+            apart.append(float(old.abs().max()))
+            return found
+
+        with monkeypatch.context() as patched:
+            patched.setattr(trainer, "_get_per_token_logps_and_entropies", scored)
+            return loss_of(model, inputs)
+
+    trainer._compute_loss = watched
+    trainer.train()
+    first, second = apart[: len(apart) // 2], apart[len(apart) // 2 :]
+    assert len(first) == len(second) == options.get("gradient_accumulation_steps", 1)
+    assert max(first) < 1e-5 < 1e-3 < min(second), apart
+    assert getattr(trainer, "in_forward", 0) == (0 if "use_peft" in options else 2)

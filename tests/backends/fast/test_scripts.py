@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,14 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig
-from trl import DPOConfig, DPOTrainer, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTTrainer
 
+from aligntune.backends.base import require
 from aligntune.backends.fast import FastLanguageModel, accelerate_trl, attach, attachment_of, detach, fast_train
 from aligntune.backends.fast.recompute import recompute_of
 from aligntune.backends.fast.scripts import attach_trainer
-from aligntune.errors import ConfigError
+from aligntune.backends.fast.support import BACKEND
+from aligntune.errors import ConfigError, UnsupportedAlgorithmError
 from tests.core import tiny
 
 FUSED = "head: linear + log-probs, behind TRL's fused-head call and plain labels (x1)"
@@ -144,6 +147,36 @@ def test_a_reference_that_strict_refuses_leaves_the_policy_as_it_was():
         attach_trainer(trainer, strict=True)
     for model in (trainer.model, trainer.ref_model):
         assert attachment_of(model) is None and not any("forward" in vars(module) for module in model.modules())
+
+
+def grpo(path: Path, model: Any = None, **options: Any) -> GRPOTrainer:
+    args = GRPOConfig(
+        output_dir=str(path), per_device_train_batch_size=4, num_generations=4, bf16=False, use_cpu=True,
+        gradient_checkpointing=False, report_to="none", **options,
+    )  # fmt: skip
+    return GRPOTrainer(model=tiny.llama() if model is None else model, args=args, train_dataset=tiny.prompts(),
+                       reward_funcs=[lambda completions, **columns: [0.0] * len(completions)],
+                       processing_class=tiny.tokenizer())
+
+
+@pytest.mark.parametrize("options", [
+    {"importance_sampling_level": "sequence", "loss_type": "grpo"}, {"loss_type": "luspo"}, {"loss_type": "vespo"}],
+    ids=str)
+def test_what_the_factories_refuse_a_script_is_refused_in_their_words(options, tmp_path):
+    with pytest.raises(UnsupportedAlgorithmError, match="token-level ratios.*backend='trl'") as told:
+        require(BACKEND, "grpo", options)
+    words = f"^{re.escape(str(told.value))}$"
+    model = tiny.llama()
+    with accelerate_trl() as attachments:
+        with pytest.raises(UnsupportedAlgorithmError, match=words):
+            grpo(tmp_path, model, **options)
+        assert attachments == [] and attachment_of(model) is None
+        assert attachment_of(grpo(tmp_path, loss_type="dapo").model) is attachments[0]
+    attach(model)  # as `FastLanguageModel` does; a trainer of TRL's own around it is not ours to refuse
+    trainer = grpo(tmp_path, model, **options)
+    with pytest.raises(UnsupportedAlgorithmError, match=words):
+        fast_train(trainer)
+    assert trainer.state.global_step == 0
 
 
 def test_replicas_of_one_process_are_refused():

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from trl import GRPOTrainer
 
 from aligntune.backends.fast import head
 from aligntune.backends.fast.online import Flat
@@ -32,6 +33,8 @@ def slow(*values: Any) -> Any:
     ("grpo", {"max_steps": 1}),
     slow("grpo", {"num_iterations": 2, "max_steps": 2}),
     slow("grpo", {"num_iterations": 2, "max_steps": 2, "beta": 0.0, "delta": 1.01, "loss_type": "bnpo"}),
+    slow("grpo", {"num_iterations": 2, "max_steps": 2, "loss_type": "cispo", "epsilon_high": 2.0}),
+    slow("grpo", {"num_iterations": 2, "max_steps": 2, "loss_type": "sapo"}),
     slow("dr_grpo", {"num_iterations": 2, "max_steps": 2, "beta": 0.1}),
     slow("dapo", {"gradient_accumulation_steps": 2, "batch_size": 2, "max_steps": 2, "num_generations": 2}),
     slow("ppo", {"num_generations": 1, "max_steps": 2, "num_ppo_epochs": 2, "entropy_coef": 0.05}),
@@ -71,6 +74,41 @@ def gradient_of(trainer: Any, inputs: dict[str, Any]) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
 
 
+SAPO = {"trainer_options": {"sapo_temperature_pos": 0.7, "sapo_temperature_neg": 1.6}}
+
+
+@pytest.mark.parametrize("given", ["old", "none", "sampled", "tools"])
+@pytest.mark.parametrize(("algorithm", "options"), [
+    ("grpo", {}), ("grpo", {"delta": 1.3, "epsilon_high": 0.25, "beta": 0.0}), ("grpo", {"loss_type": "bnpo"}),
+    ("dr_grpo", {"beta": 0.1}), ("dapo", {}), ("grpo", {"loss_type": "cispo", "epsilon_high": 1.1}),
+    ("grpo", {"loss_type": "sapo", **SAPO}),
+], ids=str)
+def test_rules_are_autograds_of_trls_losses(
+    algorithm: str, options: dict[str, Any], given: str, tmp_path: Any
+) -> None:
+    """The gradient of TRL's own loss to log-probs that nothing computed: fp32, ratios on both sides of the clips."""
+    trainer = built_of("fast", algorithm, tmp_path, **options).trainer
+    trainer.model.train()
+    trainer.args.use_bias_correction_kl = algorithm == "dr_grpo"  # no algorithm of ours sets it
+    noise = torch.Generator().manual_seed(1)
+    log_probs = (-5 + 0.5 * torch.randn(2, 4, generator=noise)).to(trainer.accelerator.device).requires_grad_()
+    apart = torch.tensor([[0.4, -0.4, 0.1, 0.0], [0.5, -0.5, 0.0, 0.0]], device=log_probs.device)
+    more = {"old_per_token_logps": log_probs.detach() - apart} if given != "none" else {}
+    if given == "sampled":  # what an engine's log-probs are corrected by, of a token or of a completion
+        trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+        more["importance_sampling_ratio"] = torch.tensor([[0.4], [1.7]], device=log_probs.device)
+    elif given == "tools":
+        more["tool_mask"] = torch.tensor([[1, 0, 0, 1], [1, 1, 1, 1]], device=log_probs.device)
+    inputs = loss_pass(trainer, **more)
+    trainer.current_gradient_accumulation_steps = 2
+    trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (log_probs, torch.ones_like(log_probs), None)
+    (expected,) = torch.autograd.grad(GRPOTrainer._compute_loss(trainer, trainer.model, inputs), log_probs)
+    assert trainer.makes_token_gradients() and expected.any()
+    found, nothing = trainer._token_rule(inputs).gradients(log_probs, torch.ones_like(log_probs))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    assert nothing is None
+
+
 def test_a_rule_that_is_not_the_loss_is_caught(no_room: None, tmp_path: Any, caplog: Any) -> None:
     trainer = built_of("fast", "grpo", tmp_path).trainer
     inputs = loss_pass(trainer)
@@ -102,23 +140,34 @@ def test_gradients_that_tell_nothing_are_no_comparison(no_room: None, tmp_path: 
     assert trainer._token_rule_holds is False
 
 
+NOT_BY_TOKEN: dict[str, dict[str, Any]] = {
+    "entropy": {"trainer_options": {"entropy_coef": 0.1}}, "quantile": {"top_entropy_quantile": 0.5},
+    "off-policy": {"trainer_options": {"off_policy_mask_threshold": 0.05}}, "frozen": {"use_peft": True},
+}
+
+
 @pytest.mark.parametrize("what", [
-    "fits", "frozen", *(slow(what) for what in ("eval", "tools", "entropy", "quantile", "padded"))])
+    "fits", "frozen", *(slow(what) for what in ("eval", "entropy", "quantile", "off-policy", "padded"))])
 def test_what_is_not_covered_takes_log_probs_first(
     what: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if what != "fits":
         monkeypatch.setattr(head, "_budget", lambda model: 1)
-    options = {"entropy": {"trainer_options": {"entropy_coef": 0.1}}, "quantile": {"top_entropy_quantile": 0.5},
-               "frozen": {"use_peft": True}}.get(what, {})
-    built = built_of("fast", "grpo", tmp_path, **options)
-    trainer = built.trainer
-    assert (_WHERE in built.attestation()["layout"]) == (what != "frozen")
-    inputs = loss_pass(trainer, **({"tool_mask": torch.ones(2, 4, dtype=torch.long)} if what == "tools" else {}))
+    trainer = built_of("fast", "grpo", tmp_path, **NOT_BY_TOKEN.get(what, {})).trainer
+    inputs = loss_pass(trainer)
     trainer.rows_end_to_end = what != "padded"
     trainer.model.train(what != "eval")
     loss = trainer._compute_loss(trainer.model, inputs)
     assert trainer.in_forward == 0 and loss.requires_grad and trainer._made is None
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    *((options, False) for options in NOT_BY_TOKEN.values()),
+    ({}, True), ({"loss_type": "cispo"}, True), ({"loss_type": "sapo"}, True),
+], ids=str)
+def test_the_layout_says_it_where_it_is_done(options: dict[str, Any], said: bool, tmp_path: Any) -> None:
+    built = built_of("fast", "grpo", tmp_path, **options)
+    assert (_WHERE in built.attestation()["layout"]) is said is built.trainer.makes_token_gradients()
 
 
 def test_constants_lie_where_their_tokens_are() -> None:

@@ -30,10 +30,14 @@ from aligntune.backends.fast.ops.attention import attention, attention_reference
 from aligntune.backends.fast.ops.fp8 import Fp8Weight
 from aligntune.backends.fast.rollout.cache import PAGE, PagePool, pages_for
 from aligntune.backends.fast.rollout.projections import Projections
+from aligntune.backends.fast.rollout.rope import frequencies_of_short_rows
 from aligntune.backends.fast.rollout.sampling import Form, Numbers, Sampling, choices
+from aligntune.errors import ConfigError
 
 BUCKETS = (1, 4, 16, 32, 64, 128, 256)
 """Batch sizes that are captured; a smaller batch is filled up with rows that are done."""
+CAPPED = "attention of a prefill, a row at a time: no launch over ragged rows caps scores"
+"""What runs eager in a model with capped scores (Gemma 2)."""
 
 _numbers = itertools.count()
 
@@ -102,6 +106,7 @@ class Decoder:
         # A mask of 4 dimensions: transformers hands it on as it is, and ours does not read it.
         self._mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
         self._now: Prefill | Step | None = None
+        self._attended: list[int] = []  # layers whose attention was ours in this forward
         self._pool_of_graphs: Any = None
 
     # -------------------------------------------------------------------------------------------- around a rollout
@@ -114,7 +119,8 @@ class Decoder:
         training = [module for module in self.model.modules() if module.training]
         autocast = contextlib.nullcontext() if self.autocast is None else torch.autocast(
             self.state.device.type, dtype=self.autocast, cache_enabled=False)
-        with _registered(self._attend) as name, torch.no_grad(), autocast:
+        with (_registered(self._attend) as name, frequencies_of_short_rows(self.model), torch.no_grad(),
+              autocast):  # fmt: skip
             before = config._attn_implementation
             try:
                 for module in training:
@@ -169,6 +175,7 @@ class Decoder:
     ) -> tuple[torch.Tensor, None]:
         """What transformers calls: query (1, heads, T, D), key and value (1, key heads, T, D) -> (1, T, heads, D)."""
         k_pages, v_pages = self.pool.layers[module.layer_idx]  # type: ignore[index]
+        self._attended.append(module.layer_idx)  # type: ignore[arg-type]
         # Under autocast a rotated query may come in fp32 (cos and sin are); attention runs in the cache's type.
         query, key, value = (x.to(k_pages.dtype) for x in (query, key, value))
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -183,10 +190,28 @@ class Decoder:
                          softcap=softcap)
             return out.unsqueeze(0), None
         if softcap:
+            spec = module.__dict__.get(lora.KEY)
+            if spec is not None:
+                spec.fall_out(CAPPED)
             return _capped_rows(query, key, value, now.cu_seqlens, scaling, sliding_window, softcap), None
         run = attention if query.is_cuda else attention_reference
         return run(query, key, value, now.cu_seqlens, max_seqlen=now.longest, scale=scaling,
                    window=sliding_window), None
+
+    def _forward(self, model: nn.Module, now: Prefill | Step, **inputs: Any) -> Any:
+        """One call of `model` over the tokens of `now`.
+
+        Raises:
+            ConfigError: attention of a layer was another than ours: its rows saw each other, and no cache.
+        """
+        self._now, self._attended = now, []
+        out = type(model).forward(model, attention_mask=self._mask, use_cache=False, **inputs)
+        layers = len(self.pool.layers)
+        if self._attended != list(range(layers)):
+            raise ConfigError(
+                f"rollout_engine='fast': layers {self._attended} of {layers} called its attention, not each once: "
+                "something has replaced the family's; rollout_engine='hf' generates with transformers")
+        return out
 
     # ------------------------------------------------------------------------------------------------------ prefill
 
@@ -198,14 +223,11 @@ class Decoder:
         slots = [pages[at // PAGE] * PAGE + at % PAGE for tokens, pages in prefixes for at in range(len(tokens))]
         lengths = [len(tokens) for tokens, _ in prefixes]
         ends = [0, *itertools.accumulate(lengths)]
-        self._now = Prefill(torch.tensor(slots, device=device), torch.tensor(ends, dtype=torch.int32, device=device),
-                            max(lengths))
-        backbone = self.model.base_model
+        now = Prefill(torch.tensor(slots, device=device), torch.tensor(ends, dtype=torch.int32, device=device),
+                      max(lengths))
         with self._projections():  # short prompts are bound by launching, and it launches less
-            type(backbone).forward(
-                backbone, input_ids=torch.tensor([ids], device=device), attention_mask=self._mask,
-                position_ids=torch.tensor([positions], device=device), use_cache=False,
-            )
+            self._forward(self.model.base_model, now, input_ids=torch.tensor([ids], device=device),
+                          position_ids=torch.tensor([positions], device=device))
 
     def mark_seen(self, slot: int, tokens: list[int]) -> None:
         """The tokens that a row's repetition penalty falls on, at its start."""
@@ -248,10 +270,8 @@ class Decoder:
         at = (length // PAGE).clamp(max=self.table.shape[1] - 1)
         page = self.table[:rows].gather(1, at[:, None])[:, 0].long()
         slots = torch.where(active, page * PAGE + length % PAGE, 0)
-        self._now = Step(slots, torch.where(active, state[:, 1] + 1, 1))
-        logits = type(self.model).forward(
-            self.model, input_ids=token[None], attention_mask=self._mask, position_ids=length[None], use_cache=False,
-        ).logits[0]
+        now = Step(slots, torch.where(active, state[:, 1] + 1, 1))
+        logits = self._forward(self.model, now, input_ids=token[None], position_ids=length[None]).logits[0]
         seen = self.seen[:rows] if form.penalty and self.seen is not None else None
         scores = choices(logits, form, self.numbers, seen, kernels=self.kernels) if form.filters else None
         if self.kernels:
@@ -309,7 +329,7 @@ def _capped_rows(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float,
     window: int | None, softcap: float,
 ) -> torch.Tensor:
-    """Causal attention with capped scores, a row at a time: no launch over ragged rows caps scores (Gemma 2)."""
+    """Causal attention with capped scores."""
     group = query.shape[1] // key.shape[1]
     outs = []
     for start, stop in itertools.pairwise(cu_seqlens.tolist()):

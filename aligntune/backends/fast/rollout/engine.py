@@ -21,11 +21,14 @@ import torch
 from torch import nn
 
 from aligntune.backends.fast import families
-from aligntune.backends.fast.attachment import base_model
+from aligntune.backends.fast.attachment import attachment_of, base_model
+from aligntune.backends.fast.forwards import attention_forward
+from aligntune.backends.fast.lora import instance_forward
 from aligntune.backends.fast.ops import sample as sampler
 from aligntune.backends.fast.ops._runtime import interpreting
 from aligntune.backends.fast.rollout.cache import PagePool, pages_for
-from aligntune.backends.fast.rollout.decoder import Decoder
+from aligntune.backends.fast.rollout.decoder import CAPPED, Decoder
+from aligntune.backends.fast.rollout.rope import length_limit
 from aligntune.backends.fast.rollout.sampling import Sampling
 from aligntune.backends.fast.rollout.schedule import Row, Schedule
 from aligntune.errors import ConfigError
@@ -76,8 +79,11 @@ class Rollout:
     stats: RolloutStats = field(default_factory=RolloutStats)
 
 
-def cannot_run_because(model: nn.Module) -> str | None:
-    """Why the engine cannot generate with this model, or None where it can."""
+def cannot_run_because(model: nn.Module, *, max_len: int | None = None) -> str | None:
+    """Why the engine cannot generate with this model, or None where it can.
+
+    `max_len`: the longest prompt + completion in tokens; None leaves what depends on it out.
+    """
     base: Any = base_model(model)
     config = getattr(base, "config", None)
     if config is None or getattr(base, "get_output_embeddings", lambda: None)() is None:
@@ -88,6 +94,12 @@ def cannot_run_because(model: nn.Module) -> str | None:
     found = families.identify(base)
     if found is None or found[1] != "head":
         return f"the forward of {type(base).__name__} is not the family's own"
+    foreign = _foreign_attention(base)
+    if foreign is not None:
+        return foreign
+    attachment = attachment_of(base)
+    if attachment is not None and attachment.strict and _caps_scores(base):
+        return f"strict=True, and eager would run {CAPPED}"
     if getattr(model, "peft_config", None) and any(c.is_prompt_learning for c in model.peft_config.values()):
         return "adapters that prepend virtual tokens have no place in its cache"
     devices = {parameter.device for parameter in base.parameters()}
@@ -95,7 +107,31 @@ def cannot_run_because(model: nn.Module) -> str | None:
         return f"the model is spread over {sorted(map(str, devices))}: sharded and offloaded weights are not read"
     if any(type(parameter).__name__ == "DTensor" for parameter in base.parameters()):
         return "the model's weights are sharded (FSDP2)"
+    return None if max_len is None else too_long_because(model, max_len)
+
+
+def _foreign_attention(base: nn.Module) -> str | None:
+    """Which attention of a model is not its family's, and so would not call the engine's; None where there is none."""
+    for path, module in base.named_modules():
+        if path.rpartition(".")[2] != "self_attn":
+            continue
+        own, found = instance_forward(module), families.identify(module)
+        if own is not None and getattr(own, "__func__", None) is not attention_forward:
+            return f"a forward of its own was set on {path}, in the place of the family's attention"
+        if found is None or found[1] != "attention":
+            forward = type(module).forward
+            name = getattr(forward, "__qualname__", type(forward).__name__)
+            return f"{path} runs {getattr(forward, '__module__', '?')}.{name}, not the family's attention"
     return None
+
+
+def too_long_because(model: nn.Module, max_len: int) -> str | None:
+    """Why the engine cannot run rows of `max_len` tokens, or None where it can."""
+    limit = length_limit(base_model(model).config)
+    if limit is None or max_len <= limit[1]:
+        return None
+    return (f"rows of {max_len} tokens: beyond {limit[1]} its rotary embedding of type {limit[0]!r} takes other "
+            "frequencies, for all rows of a batch")
 
 
 def eager_because(model: nn.Module) -> str | None:
@@ -103,10 +139,6 @@ def eager_because(model: nn.Module) -> str | None:
     base: Any = base_model(model)
     if not next(base.parameters()).is_cuda:
         return "the model is not on a GPU"
-    rope = getattr(base.config, "rope_parameters", None) or {}
-    kinds = {str(one.get("rope_type")) for one in (rope, *rope.values()) if isinstance(one, dict)}
-    for kind in sorted(kinds & {"dynamic", "longrope"}):
-        return f"rotary embedding of type {kind!r} looks at the lengths"
     family = families.family_of(base.config.model_type)
     experts = getattr(base.config, "_experts_implementation", "eager")
     if family is not None and family.mlp == "experts":
@@ -116,6 +148,15 @@ def eager_because(model: nn.Module) -> str | None:
         if experts == "grouped_mm" and dtype != torch.bfloat16:  # torch then loops over the groups, on the CPU
             return f"torch's grouped product waits for the router in {str(dtype).removeprefix('torch.')}"
     return None
+
+
+def described(model: nn.Module) -> str:
+    """The engine in words, with what of `model` it runs eager."""
+    return "our engine" + (f" (eager: {CAPPED})" if _caps_scores(base_model(model)) else "")
+
+
+def _caps_scores(base: Any) -> bool:
+    return bool(getattr(base.config, "attn_logit_softcapping", None))
 
 
 def too_small_because(
@@ -180,7 +221,7 @@ class RolloutEngine:
         memory_gib: float | None = None, kernels: bool | None = None, graphs: bool | None = None,
         autocast: torch.dtype | None = None, stride: int = STRIDE,
     ) -> None:
-        why = cannot_run_because(model)
+        why = cannot_run_because(model, max_len=max_len)
         if why is not None:
             raise ConfigError(f"rollout_engine='fast': {why}; rollout_engine='hf' generates with transformers")
         if max_batch < 1 or max_len < 2 or stride < 1:

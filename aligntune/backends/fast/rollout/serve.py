@@ -12,8 +12,15 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from aligntune.backends.fast.attachment import attach
-from aligntune.backends.fast.rollout.engine import RolloutEngine, cannot_run_because, too_small_because
+from aligntune.backends.fast.attachment import attach, base_model
+from aligntune.backends.fast.rollout.engine import (
+    RolloutEngine,
+    cannot_run_because,
+    described,
+    too_long_because,
+    too_small_because,
+)
+from aligntune.backends.fast.rollout.rope import length_limit
 from aligntune.backends.fast.rollout.sampling import Sampling
 from aligntune.backends.fast.rollout.trl import autocast_of, sharded_because
 
@@ -48,15 +55,18 @@ class EngineGenerator:
     ) -> None:
         self.model, self.tokenizer, self.trainer, self.memory_gib = model, tokenizer, trainer, memory_gib
         self._engine: RolloutEngine | None = None
-        RolloutEngine(model, tokenizer)  # allocates nothing yet; refuses what it cannot run
+        # Allocates nothing yet; refuses what it cannot run.
+        RolloutEngine(model, tokenizer, max_len=self._up_to(_LEAST_LEN))
         if trainer is not None:
             trainer.add_callback(_GivesBack(self))
 
-    def declines(self, options: Mapping[str, Any]) -> str | None:
-        """Which of these options are transformers' alone, in words; None where the engine has them all."""
+    def declines(self, options: Mapping[str, Any], longest: int) -> str | None:
+        """Which of these options are transformers' alone, in words, or why it cannot go on from `longest` tokens."""
         others = [name for name, value in options.items()
                   if name not in SERVED and value is not None and NEUTRAL.get(name, ...) != value]
-        return f"{', '.join(sorted(others))}: the engine has no such option" if others else None
+        if others:
+            return f"{', '.join(sorted(others))}: the engine has no such option"
+        return too_long_because(self.model, longest + options["max_new_tokens"])
 
     def __call__(
         self, prompt_ids: Sequence[Sequence[int]], options: Mapping[str, Any], *, batch_size: int, seed: int | None
@@ -81,6 +91,11 @@ class EngineGenerator:
         """Give the memory of our own engine back."""
         self._engine = None
 
+    def _up_to(self, length: int) -> int:
+        """`length`, or the longest row that the model's rotary embedding lets the engine run."""
+        limit = length_limit(base_model(self.model).config)
+        return length if limit is None else min(length, limit[1])
+
     def _at(self, needed: int, rows: int) -> RolloutEngine:
         own = getattr(self.trainer, "rollout_engine", None)
         for engine in (own, self._engine):
@@ -89,7 +104,7 @@ class EngineGenerator:
         self._engine = None  # before the next takes its memory
         autocast = None if self.trainer is None else autocast_of(self.trainer)
         # The next call, a little longer, finds its graphs captured.
-        length = max(_LEAST_LEN, 1 << (needed - 1).bit_length())
+        length = max(needed, self._up_to(max(_LEAST_LEN, 1 << (needed - 1).bit_length())))
         self._engine = RolloutEngine(self.model, self.tokenizer, max_batch=rows, max_len=length,
                                      memory_gib=self.memory_gib, autocast=autocast)
         return self._engine
@@ -134,7 +149,7 @@ def of_trainer(
             trainer.model, max_len=_LEAST_LEN, memory_gib=memory_gib, autocast=autocast_of(trainer))
     if why is not None:
         return None, f"transformers, for {why}"
-    return EngineGenerator(trainer.model, tokenizer, trainer=trainer, memory_gib=memory_gib), "our engine"
+    return EngineGenerator(trainer.model, tokenizer, trainer=trainer, memory_gib=memory_gib), described(trainer.model)
 
 
 def of_model(model: Any, tokenizer: Any) -> EngineGenerator:

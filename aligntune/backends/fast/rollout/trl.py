@@ -1,8 +1,8 @@
 """TRL's online trainers with our engine behind the one method that generates.
 
-Everything after it is TRL's: rewards, advantages, the loss. The log-probabilities that the engine returns are handed on
-as TRL hands on vLLM's; the loss takes its old ones from its own forward, so they decide nothing. They are held against
-the trainer's instead, for as long as the policy is the one that drew them.
+Everything after it is TRL's: rewards, advantages, the loss. The loss takes its old log-probabilities from the trainer's
+own forward: those of the engine, which come the way that vLLM's come, are kept from it and decide nothing. They are
+held against the trainer's instead, for as long as the policy is the one that drew them.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ MOST_ROWS = 256
 _DIFFERENCE = "sampling/sampling_logp_difference"
 
 
-def engine_cannot_because(trainer: Trainer) -> str | None:
-    """Why this trainer's completions cannot come from our engine, or None where they can."""
-    why = cannot_run_because(trainer.model) or sharded_because(trainer)
+def engine_cannot_because(trainer: Trainer, *, max_len: int) -> str | None:
+    """Why this trainer's completions, of rows up to `max_len`, cannot come from our engine, or None where they can."""
+    why = cannot_run_because(trainer.model, max_len=max_len) or sharded_because(trainer)
     if why is not None:
         return why
     if trainer.use_vllm or trainer.use_transformers_continuous_batching:
@@ -82,7 +82,8 @@ class FastRollouts:
         Raises:
             ConfigError: it cannot run here; says why.
         """
-        why = engine_cannot_because(self) or cache_cannot_because(self, max_len=max_len, memory_gib=memory_gib)
+        why = engine_cannot_because(self, max_len=max_len) or cache_cannot_because(
+            self, max_len=max_len, memory_gib=memory_gib)
         if why is not None:
             raise ConfigError(f"rollout.rollout_engine = 'fast': {why}; 'hf' generates with transformers")
         self._engine_options = {"max_len": max_len, "memory_gib": memory_gib} | options
@@ -155,6 +156,9 @@ class FastRollouts:
         compared = "old_per_token_logps" in inputs
         if drawn is not None and not compared and self.state.global_step == self._last_drawn()[0]:
             self._sampled = (drawn, _mask_of(inputs))
+        if self._engine_options is not None:
+            # `off_policy_mask_threshold` would mask by them; with transformers' generation TRL masks by its own.
+            inputs = {name: value for name, value in inputs.items() if name != "sampling_per_token_logps"}
         try:
             return super()._compute_loss(model, inputs)  # type: ignore[misc]
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import types
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ import torch
 from aligntune.backends.fast import attach
 from aligntune.backends.fast.rollout import RolloutEngine, Sampling
 from aligntune.backends.fast.rollout.engine import eager_because
+from aligntune.errors import ConfigError
 from tests.backends.fast.minis import MINIS
+from tests.backends.fast.rollout import test_rope
+from tests.backends.fast.rollout.test_attention import of_their_own
 from tests.backends.fast.rollout.test_engine import GREEDY, lora, mini, prompts_of, theirs
 
 pytestmark = pytest.mark.gpu
@@ -43,6 +47,35 @@ def test_greedy_is_transformers_greedy(family):
     replayed = eager_because(model) is None
     assert replayed == (engine.eager is None) == bool(engine._decoder.capture.graphs)
     assert replayed or family in ("qwen3_moe", "mixtral")
+
+
+@pytest.mark.parametrize("kind", test_rope.KINDS)
+def test_rotary_embeddings_that_look_at_lengths_are_replayed(kind):
+    """Rows that end where they would choose anew; longer ones, which training may have, come in between."""
+    model, prompts = test_rope.made(kind), prompts_of((3, 5, test_rope.LIMIT - test_rope.NEW))
+    expected = theirs(model, prompts, max_new_tokens=test_rope.NEW)
+    attach(model.cuda())
+    engine = RolloutEngine(model, max_batch=4, max_len=test_rope.LIMIT)
+    for first in (True, False):
+        test_rope.seen_long(model)
+        rollout = engine.generate(prompts, sampling=test_rope.SAMPLING)
+        assert rollout.completion_ids == expected and rollout.stats.graphs == "replayed"
+        assert (rollout.stats.captures > 0) is first
+
+
+def test_an_attention_that_is_replaced_after_the_capture_is_told():
+    """A prompt of one token: no prefill tells it first."""
+    model, prompts = mini().cuda(), prompts_of((1,))
+    attach(model)
+    engine = RolloutEngine(model, max_batch=4, max_len=64)
+    expected = engine.generate(prompts, sampling=GREEDY).completion_ids
+    attention = model.model.layers[1].self_attn
+    ours = attention.forward
+    attention.forward = types.MethodType(of_their_own, attention)
+    with pytest.raises(ConfigError, match=r"layers \[0\] of 2 called its attention"):
+        engine.generate(prompts, sampling=GREEDY)
+    attention.forward = ours
+    assert engine.generate(prompts, sampling=GREEDY).completion_ids == expected
 
 
 def test_replayed_steps_are_the_launched_ones():

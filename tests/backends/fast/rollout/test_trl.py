@@ -137,6 +137,35 @@ def test_a_rollout_of_several_steps_is_compared_once_and_whole(tmp_path: Any) ->
         "sampling/sampling_logp_difference/max"]
 
 
+def test_log_probs_of_the_engine_decide_nothing(tmp_path: Any) -> None:
+    """TRL masks rows of `off_policy_mask_threshold` by a sampler's log-probs, where it finds such: ours are logged."""
+    options: dict[str, Any] = {"beta": 0.0, "trainer_options": {"off_policy_mask_threshold": 0.05}}
+    ours = built_of("fast", "grpo", tmp_path / "ours", rollout_engine="fast", **options).trainer
+    handed: list[Any] = []
+
+    def apart(rollout: Any) -> Any:
+        handed.append(rollout.completion_ids)
+        return rollout.completion_ids, [[score + 0.1 for score in row] for row in rollout.log_probs]
+
+    ours._handed = apart
+    theirs = built_of("fast", "grpo", tmp_path / "theirs", rollout_engine="hf", **options).trainer
+    theirs._generate_single_turn = lambda *args: (handed[0], None)
+    found = []
+    for trainer in (ours, theirs):
+        rollout = rollout_of(trainer)
+        trainer.current_gradient_accumulation_steps = 1
+        advantages = torch.tensor([1.0, -1.0, 0.5, -1.5] * 2, device=rollout["completion_ids"].device)
+        found.append(rollout | {"advantages": advantages})
+    losses = [float(trainer._compute_loss(trainer.model, rollout).detach())
+              for trainer, rollout in zip((ours, theirs), found, strict=True)]
+    assert losses[0] == losses[1]
+    name = "sampling/sampling_logp_difference/mean"
+    assert ours._metrics["train"][name] == pytest.approx([0.1], abs=1e-4)
+    # Another sampler's, vLLM's say, are TRL's to read: its own code masks by them.
+    assert abs(float(theirs._compute_loss(theirs.model, found[0]).detach()) - losses[1]) > 0.1
+    assert "sampling_per_token_logps" in found[0] and "sampling_per_token_logps" not in found[1]
+
+
 def test_seeds(tmp_path: Any) -> None:
     """A step draws the same in a fresh run; another step, another round and another seed draw other tokens."""
     def draws(**options: Any) -> list[Any]:
