@@ -121,14 +121,16 @@ def load_model(job: Job, precision: Precision, *, scores: bool = False) -> Any:
 
     Raises:
         AlignTuneError: it cannot be loaded; the message keeps the loader's reason.
-        ConfigError: quantization contradicts the checkpoint, or a 4-bit base would train whole; or the name is of
-            adapters alone, or of a reward model that lacks weights, its score head among them: names them.
+        ConfigError: quantization contradicts the checkpoint, or attn_implementation the object; or a 4-bit base would
+            train whole; or the name is of adapters alone, or of a reward model that lacks weights, its score head among
+            them: names them.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 
     options = job.options
     if not isinstance(options.model_name, str):
         model = options.model_name
+        _must_attend(model, options.attn_implementation)
         if scores:
             _must_score(model)
         _settle_quantization(job, getattr(model.config, "quantization_config", None))
@@ -203,6 +205,15 @@ def _has_head(folder: Path, files: str) -> bool:
 
     names = [name for file in folder.glob(f"{files}*.safetensors") for name in safetensors_header(file) or {}]
     return any({"score", "classifier"} & set(name.split(".")) for name in names)
+
+
+def _must_attend(model: Any, wanted: str | None) -> None:
+    if wanted is None:
+        return
+    held = getattr(model.config.get_text_config(), "_attn_implementation", None)
+    if wanted != held:
+        raise ConfigError(f"attn_implementation = {wanted!r}, but the model object has {held!r}: call its "
+                          f"set_attn_implementation({wanted!r}), or leave the option out")
 
 
 def _must_score(model: Any) -> None:

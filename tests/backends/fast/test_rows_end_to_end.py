@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from aligntune.backends.fast.recompute import recompute_of
 from aligntune.backends.trl.build import build as build_trl
 from aligntune.core.resolve import resolve
 from aligntune.errors import ConfigError
+from tests.backends.fast.minis import build as build_mini
 from tests.core import tiny
 
 SHAPE = {
@@ -145,18 +147,43 @@ def test_rows_of_one_length_and_packed_rows(tmp_path: Any) -> None:
     assert run(packed)[0] == pytest.approx(run(theirs_packed)[0], rel=2e-6)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"padding_free": False}, "rows: padded, padding_free is false"),
-        ({"attn_implementation": "eager"}, None),
-    ],
-)
-def test_what_stays_padded_says_so(options: dict, message: str | None, tmp_path: Any) -> None:
-    built = trainer_of("fast", "llama", tmp_path, **options)
-    if message:
-        assert built.attestation()["layout"].startswith(message)
-        assert "attention_mask" in next(iter(built.trainer.get_train_dataloader()))
+@pytest.mark.parametrize(("said", "why"), [
+    ({"padding_free": False}, "padding_free is false"),
+    ({"attn_implementation": "eager"}, "attn_implementation 'eager' was asked for"),
+])
+def test_what_stays_padded_says_so(said: dict, why: str, tmp_path: Path) -> None:
+    """Of a model that is loaded; the same one without the option lies end to end."""
+    model_of("llama").save_pretrained(tmp_path / "model")
+    built = trainer_of("fast", "llama", tmp_path, model_name=str(tmp_path / "model"), **said)
+    assert_padded(built, why)
+    plain = trainer_of("fast", "llama", tmp_path / "plain", model_name=str(tmp_path / "model"))
+    assert plain.attestation()["layout"].startswith("rows: end to end, ")
+
+
+def assert_padded(built: Any, why: str) -> None:
+    assert built.attestation()["layout"].startswith(f"rows: padded, {why}; ")
+    batch = next(iter(built.trainer.get_train_dataloader()))
+    assert "attention_mask" in batch and "cu_seq_lens_q" not in batch
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_scores_that_are_capped_keep_rows_padded(implementation: str, tmp_path: Path) -> None:
+    model = build_mini("gemma2", vocab_size=259, max_position_embeddings=256)
+    model.config._attn_implementation = implementation  # transformers has none of sdpa that caps: ours must not either
+    built = trainer_of("fast", "llama", tmp_path, model_name=model)
+    assert_padded(built, "its attention caps scores, which no launch over ragged rows does")
+
+
+def test_an_attention_asked_for_beside_a_model_object(tmp_path: Path) -> None:
+    """The object is taken as it is: another attention than its own is an error, on both backends."""
+    model = model_of("llama")
+    for backend in ("fast", "trl"):
+        with pytest.raises(ConfigError, match="attn_implementation = 'eager', but the model object has 'sdpa'"):
+            trainer_of(backend, "llama", tmp_path, model_name=model, attn_implementation="eager")
+        trainer_of(backend, "llama", tmp_path, model_name=model, attn_implementation="sdpa")
+    model.set_attn_implementation("eager")
+    built = trainer_of("fast", "llama", tmp_path, model_name=model, attn_implementation="eager")
+    assert_padded(built, "attn_implementation 'eager' was asked for")
 
 
 def test_noise_on_embeddings_is_trls(tmp_path: Any) -> None:

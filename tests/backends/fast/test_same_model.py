@@ -13,9 +13,12 @@ import pytest
 import torch
 
 from aligntune import create_rl_trainer
+from aligntune.backends.fast import packing
+from aligntune.backends.fast.ops import _runtime
 from benchmarks import parity
 from benchmarks.parity import ARMS, Arm
 from tests.backends.fast.minis import MINIS, build
+from tests.backends.fast.test_parity import IN_CI
 from tests.core import tiny
 
 CARD = pytest.mark.gpu
@@ -24,6 +27,13 @@ VOCABULARY = 259
 ROWS = [{"text": f"{i * i}:" + "ab" * (i % 4) + "c" * (i % 2)} for i in range(11)]
 """Of 3 to 12 tokens."""
 ONE_LAYER = {"num_hidden_layers": 1}
+
+
+@pytest.fixture(autouse=True)
+def short_fillings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes milliseconds a token and kernel: filled up to 64, two rows would cost three times more."""
+    if _runtime.interpreting():
+        monkeypatch.setattr(packing, "_SMALLEST", 8)
 
 
 def mini(family: str = "llama", **settings: Any) -> Any:
@@ -56,10 +66,7 @@ def here_and_on_a_card(names: Any, here: tuple[str, ...]) -> list[Any]:
     return [*here, *(pytest.param(name, marks=CARD, id=f"{name}-card") for name in names)]
 
 
-# `test_parity` has three families in CI, attached by hand.
-@pytest.mark.parametrize("family", [
-    *here_and_on_a_card(MINIS, ("llama",)),
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "gemma2"))])
+@pytest.mark.parametrize("family", here_and_on_a_card(MINIS, IN_CI))
 def test_three_steps_of_a_family(family: str) -> None:
     """LoRA on every linear, whole for a family whose trunk has routed experts (their weights are no linears)."""
     adapters = family not in ("qwen3_moe", "mixtral")

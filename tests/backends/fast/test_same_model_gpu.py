@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import parity
-from benchmarks.parity import ARMS, Check
+from benchmarks.parity import ARMS, BF16, Arm, Check
 
 pytestmark = pytest.mark.gpu
 
@@ -42,6 +46,70 @@ def test_every_gradient_in_bf16(options: dict, source: str, tmp_path: Path) -> N
     assert_hold(parity.gradients_apart("bf16", found["trl"], found["trl-bf16"], found["fast-bf16"]))
 
 
-@pytest.mark.parametrize("algorithm", parity.ONLINE)
-def test_fifty_steps_on_the_same_rollouts(algorithm: str, source: str) -> None:
-    assert_hold(parity.rl_checks(source, steps=50, algorithms=[algorithm]))
+BATCHES = 16
+"""The rows of one epoch."""
+DEVICE = "cuda"
+
+
+def dequantized(source: str, folder: Path) -> str:
+    """`source` with what NF4 with double quantisation holds of each linear, in fp32."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        for module in model.model.modules():  # not of the head: transformers leaves it as it is
+            if isinstance(module, torch.nn.Linear):
+                packed, state = quantize_4bit(module.weight.detach().to(DEVICE), quant_type="nf4",
+                                              compress_statistics=True)
+                module.weight.copy_(dequantize_4bit(packed, state))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return str(folder)
+
+
+def assert_is_nf4_of(model: Any, truth: Any) -> None:
+    """That the 4-bit weights of a run are the truth's, up to the rounding to bf16."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    weights, compared = dict(truth.named_parameters()), 0
+    for name, parameter in model.named_parameters():
+        if getattr(parameter, "quant_state", None) is not None:
+            held = dequantize_4bit(parameter.data, parameter.quant_state).float()
+            torch.testing.assert_close(held, weights[name].detach(), rtol=2**-8, atol=0)
+            compared += 1
+    assert compared == 7 * model.config.num_hidden_layers
+
+
+def test_every_gradient_on_a_base_in_nf4(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradients over an epoch that moves no weight, against fp32 on the base as it is dequantised."""
+    drawn = parity.draw_adapters
+
+    def draw_numbers_of_bf16(model: Any) -> int:
+        # TRL stores the adapters of a quantised base in bf16: fp32 is to start from the same numbers.
+        with torch.no_grad():
+            count = drawn(model)
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.copy_(parameter.bfloat16())
+        return count
+
+    monkeypatch.setattr(parity, "draw_adapters", draw_numbers_of_bf16)
+
+    def run(arm: Arm, folder: str, **options: Any) -> Any:
+        return parity.sft(arm, folder, "builtin:pydoc", steps=BATCHES, kept=BATCHES, learning_rate=1e-12, **options)
+
+    true, truth, oracle = run(ARMS["trl"], dequantized(source, tmp_path / "dequantized"))
+    theirs, own, trl = run(ARMS["trl-bf16"], source, quantization="nf4")
+    ours, found, fast = run(ARMS["fast-bf16"], source, quantization="nf4")
+    for other in (trl, fast):
+        assert_is_nf4_of(other.model, oracle.model)
+    assert "nf4_dequant_kernel" in fast.attestation()["step"]["kernels"] and not fast.attestation()["eager"]
+    assert len(true) == len(truth) == BATCHES and len(truth[0]) == 2 * 7 * oracle.model.config.num_hidden_layers
+    # As for gradients, three standard deviations of a ratio over so many numbers.
+    chance = 1 + 3 / math.sqrt(BATCHES)
+    assert_hold([parity.distance("bf16, nf4", [true], [theirs], [ours], BF16 * chance),
+                 *parity.gradients_apart("bf16, nf4", truth, own, found)])
+
+
+@pytest.mark.parametrize("algorithm", (*parity.ONLINE, *parity.PREFERENCE))
+def test_thirty_steps_on_the_same_rollouts_or_pairs(algorithm: str, source: str) -> None:
+    assert_hold(parity.rl_checks(source, steps=30, algorithms=[algorithm]))
