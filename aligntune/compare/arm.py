@@ -6,7 +6,6 @@ The spec says what to train and what to write down; `arm.json` beside it is the 
 from __future__ import annotations
 
 import atexit
-import gc
 import hashlib
 import importlib
 import json
@@ -15,12 +14,12 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aligntune.core.garbage import uncollected
 from aligntune.errors import AlignTuneError, ConfigError, GpuMemoryError
 
 _TRACED = 4  # within the warm-up, after compilation; fast attests this one, and the next is traced
@@ -76,7 +75,7 @@ def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
         AlignTuneError: whatever building or training raises on purpose.
     """
     laps = Laps(spec.started)
-    with uncollected():
+    with uncollected():  # the collector walks all of what imports make, again and again, for a third of their time
         from transformers import set_seed
 
         from aligntune.backends.trl import build as _  # noqa: F401  every arm's, and half a second
@@ -158,18 +157,6 @@ class Laps:
         """Note that `part` is over."""
         now = time.time()
         self.seconds[part], self._last = now - self._last, now
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """No garbage collection: it walks all of what imports make, again and again, for a third of their time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _trace_step(spec: ArmSpec, trainer: Any) -> int | None:

@@ -27,6 +27,7 @@ import torch
 
 from aligntune.backends.fast import ledger
 from aligntune.backends.fast.attachment import base_model
+from aligntune.backends.fast.capture import capturing
 from aligntune.backends.fast.ledger import writing_to
 from aligntune.backends.fast.lora import kind_of, read
 from aligntune.backends.fast.packing import IGNORED, quarter_of
@@ -323,13 +324,13 @@ class GraphedModel:
         if not loaded or torch.is_grad_enabled() not in self._warmed:
             self._warm(inputs)
         forward = torch.cuda.CUDAGraph()
-        with ledger.writing() as promises, torch.cuda.graph(forward, pool=self._pool, stream=side):
+        with ledger.writing() as promises, capturing(forward, pool=self._pool, stream=side):
             outputs = named_outputs(self.model(**inputs, fused_lm_head=True))
         pair = _Pair(inputs, {name: value.detach() for name, value in outputs.items()}, forward, promises,
                      recompute=recompute_of(base_model(self.model)))
         if torch.is_grad_enabled():
             pair.upstream, pair.backward = torch.zeros_like(outputs["log_probs"]), torch.cuda.CUDAGraph()
-            with writing_to(promises), torch.cuda.graph(pair.backward, pool=self._pool, stream=side):
+            with writing_to(promises), capturing(pair.backward, pool=self._pool, stream=side):
                 gradients = torch.autograd.grad(outputs["log_probs"], self.parameters, pair.upstream, allow_unused=True)
                 reached = [(buffer, g) for buffer, g in zip(self.buffers, gradients, strict=True) if g is not None]
                 torch._foreach_add_([buffer for buffer, _ in reached], [g for _, g in reached])

@@ -24,6 +24,7 @@ from torch import nn
 
 from aligntune.backends.fast import ledger, lora
 from aligntune.backends.fast.attachment import base_model
+from aligntune.backends.fast.capture import capturing
 from aligntune.backends.fast.ops import decode_attention as paged
 from aligntune.backends.fast.ops import sample as sampler
 from aligntune.backends.fast.ops.attention import attention, attention_reference
@@ -305,7 +306,7 @@ class Decoder:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with (self._projections(), ledger.writing() as promises,
-              torch.cuda.graph(graph, pool=self._pool_of_graphs, stream=self._side)):  # fmt: skip
+              capturing(graph, pool=self._pool_of_graphs, stream=self._side)):  # fmt: skip
             self._step(rows, form)
         self.capture.count += 1
         self.capture.seconds += time.perf_counter() - started
