@@ -16,6 +16,7 @@ from typing import Any
 from aligntune.compare.html import html
 from aligntune.compare.tables import tables as compared
 from benchmarks import plot
+from benchmarks.agreement import MOST, verdict
 from benchmarks.sft import roofline
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,16 +158,34 @@ def sft(report: Report) -> str:
 
 
 def roofline_table(*reports: Report) -> str:
-    """Where a step of fast goes: milliseconds of each part of a traced step, the least it can take; a row a column."""
-    found = {report["rows"][0]["row"]: roofline.parts(report) for report in reports}
-    names = list(dict.fromkeys(name for parts in found.values() for name, _, _ in parts[:-1]))
-    cells = {row: {name: f"{ms:.1f}" if bound is None else f"{ms:.1f} / {bound:.1f}" for name, ms, bound in parts}
-             for row, parts in found.items()}  # fmt: skip
-    whole = [parts[-1][0] for parts in found.values()][:1]
-    rows = [[name, *(cells[row].get(name, "-") for row in found)] for name in [*names, *whole]]
-    step = (f"{one['step_ms']:.1f}" for report in reports for one in report["rows"] if one["arm"] == "fast")
-    return markdown(["ms / least ms", *(SFT_ROWS[row] for row in found)],
-                    [*rows, ["a step, mean of those measured", *step]])
+    """Where a step of fast goes: milliseconds of each part of a traced step, and how many are above the least it takes.
+
+    An arm of a results file is a column.
+    """
+    columns = dict(zip(roofline.ROWS, reports, strict=True))
+    found = {column: roofline.parts(column[1], report) for column, report in columns.items()}
+    parts = list(dict.fromkeys(part for rows in found.values() for part, _, _ in rows[:-1]))
+    cells = {name: {part: f"{ms:.1f}" if bound is None else f"{ms:.1f} / {bound:.1f} ({ms - bound:+.1f})"
+                    for part, ms, bound in rows} for name, rows in found.items()}  # fmt: skip
+    whole = [rows[-1][0] for rows in found.values()][:1]
+    rows = [[part, *(cells[name].get(part, "-") for name in found)] for part in [*parts, *whole]]
+    entries = [roofline.shown(arm, report) for (_, arm), report in columns.items()]
+    sizes = [(entry.get("traced") or {}).get("tokens") for entry in entries]
+    tokens = [f"{mean:,.0f}" if traced is None else f"{traced:,} ({mean:,.0f})"
+              for traced, mean in zip(sizes, (entry["tokens_per_step"] for entry in entries), strict=True)]
+    head = (SFT_ROWS[row] if arm == "fast" else f"the same, {arm}" for row, arm in found)
+    return markdown(["ms / least ms (above it)", *head],
+                    [*rows, ["a step, mean of those measured", *(f"{entry['step_ms']:.1f}" for entry in entries)],
+                     ["tokens of the traced step (mean)", *tokens]])
+
+
+def shared_prompts(report: Report) -> str:
+    """Rows whole and with the prompts that they share computed once, by the share of tokens that it spares."""
+    rows = [[f"{one['group']} rows a prompt, {one['prompt']} of {one['length']} tokens", f"{one['saved']:.1%}",
+             f"{one['whole_ms']:.1f}", f"{one['shared_ms']:.1f}", f"{one['whole_ms'] / one['shared_ms']:.2f}x"]
+            for one in report["rows"]]
+    head = ["forward and backward of 8,192 tokens", "tokens spared", "whole rows, ms", "once, ms", "quicker"]
+    return markdown(head, rows) + "\n" + source(report)
 
 
 def longest(report: Report) -> str:
@@ -235,20 +254,32 @@ def rollout(report: Report) -> str:
 
 
 def parity(report: Report) -> str:
-    """Every difference between the backends beside what it is held against and its bound."""
+    """Every difference between the backends beside what it is held against and its bound; what was not measured yet."""
     rows = [
         [entry["part"], entry["what"], str(entry["steps"]), str(entry["seeds"]), f"{entry['value']:.1e}",
-         "-" if entry["own"] is None else f"{entry['own']:.1e}", f"{entry['bound']:.1e}",
+         "-" if entry["own"] is None else f"{entry['own']:.1e}", _times(entry), f"{entry['bound']:.1e}",
          "yes" if entry["holds"] else "**no**"]
         for entry in report["rows"]
     ]  # fmt: skip
+    there = [entry["part"] for entry in report["rows"]]
+    for what in ("fp32", "two trl runs in fp32"):
+        if missing := [name for name in PARITY if not any(part.startswith(f"{name}, {what}") for part in there)]:
+            rows.append([f"{', '.join(missing)}: {what}", "not measured yet", *["-"] * 7])
     first, last = report["fell"]
-    head = ["run", "what", "steps", "seeds", "fast", "held against", "bound", "holds"]
+    head = ["run", "what", "steps", "seeds", "fast", "held against", "times it", "bound", "holds"]
     apart = "; ".join(f"{name} {', '.join(f'{1e3 * one:.1f}' for one in found)}"
                       for name, found in report.get("apart", {}).items())
     by_seed = f" Its rms distances from fp32 in thousandths, seed by seed: {apart}." if apart else ""
     return markdown(head, rows) + (
         f"\nThe learning run's loss fell from {first:.2f} to {last:.2f}.{by_seed} {source(report)}")
+
+
+def _times(entry: dict[str, Any]) -> str:
+    """How many times its yardstick a distance is; of distances that are pooled over seeds, with the interval."""
+    if not entry["own"]:
+        return "-"
+    low, high = entry.get("interval") or (None, None)
+    return f"{entry['value'] / entry['own']:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
 
 
 def _interval(found: dict[str, Any]) -> str:
@@ -259,7 +290,7 @@ def _interval(found: dict[str, Any]) -> str:
 
 
 def learning(report: Report) -> str:
-    """Backends beside each other on the builtin recipes: rewards at the end, whether curves agree, seconds."""
+    """Backends beside each other on the builtin task: rewards at the end, what the curves show, seconds."""
     rows = []
     for row in report["rows"]:
         found, by_backend = row["judgement"], {}
@@ -267,22 +298,34 @@ def learning(report: Report) -> str:
             by_backend.setdefault(run["backend"], []).append(run)
         seconds = ["{:.0f}".format(sum(run["points"][-1][1] for run in runs) / len(runs))
                    for runs in by_backend.values()]
+        asked = [", ".join(seconds), str(min(map(len, by_backend.values()))), str(row["at_once"])]
         if "why" in found:
-            rows.append([row["algorithm"], *["-"] * 3, found["why"], "-", ", ".join(seconds), str(row["at_once"])])
+            rows.append([row["algorithm"], *["-"] * 4, found["why"], "-", *asked])
             continue
-        last, windows = found["last_third"], found["windows"]
-        beyond = sum(one["apart"] > one["allowed"] for one in windows)
+        whole, time = found["whole"], found["by_time"]
+        windows = [*found["windows"], found["last_third"]]
+        held = sum(one["apart"] <= min(MOST, one["chance"]) for one in windows)
         rows.append([
-            row["algorithm"], *("{:.3f} ± {:.3f}".format(*last[name]) for name in by_backend),
-            f"{last['apart']:.3f} ({last['allowed']:.3f})",
-            (f"all {len(windows)}" if not beyond else f"{len(windows) - beyond} of {len(windows)}")
-            + ("" if found["learnt"] else ", nothing learnt"),
-            "no" if found["by_time"]["not_behind"] else "yes", ", ".join(seconds), str(row["at_once"]),
+            row["algorithm"], *(f"{windows[0][name][0]:.3f} to {windows[-1][name][0]:.3f}" for name in by_backend),
+            "{:+.3f} [{:+.3f}, {:+.3f}] (±{:.3f})".format(whole["difference"], *whole["interval"], whole["half_pace"]),
+            f"{held} of {len(windows)}", verdict(found) + ("" if found["learnt"] else "; nothing learnt"),
+            "no" if time["not_behind"] else "yes" if time["behind"] else "not shown", *asked,
         ])  # fmt: skip
-    head = ["last third of the steps", "trl, reward", "fast, reward", "apart (allowed)", "windows within",
-            "fast behind at equal seconds", "seconds of trl, fast", "runs at once"]  # fmt: skip
-    sources = dict.fromkeys(source(row) for row in report["rows"])
+    head = ["reward, first window to last third", "trl", "fast", "fast less trl, all steps (half as fast)",
+            "windows within", "one learner?", "fast behind at equal seconds", "seconds of trl, fast", "seeds",
+            "runs at once"]  # fmt: skip
+    sources = [*dict.fromkeys(source(row) for row in report["rows"])]
+    if short := [row["algorithm"] for row in report["rows"] if "changed" not in row]:
+        sources.insert(0, f"Runs of {', '.join(short)}: the recipes' own steps, whose rewards rise little. With the "
+                       "longer stages that `benchmarks.learning` has since, not measured yet.\n")
     return markdown(head, rows) + "\n" + "\n".join(sources)
+
+
+def learning_commands(report: Report) -> str:
+    """What was run, without the commit that names a tree which is no checkout."""
+    commands = dict.fromkeys(re.sub(r" --commit \S+", "", row["command"]) for row in report["rows"])
+    then = "python -m benchmarks.tables && python -m benchmarks.curves    # the tables, the pages, their images"
+    return "```sh\n" + "\n".join([*commands, then]) + "\n```\n"
 
 
 def learning_of(algorithm: str) -> Callable[[Report], str]:
@@ -294,7 +337,7 @@ def learning_of(algorithm: str) -> Callable[[Report], str]:
             return ""
         image = f"![{algorithm}-builtin on backends trl and fast](../assets/curves/learning-{algorithm}.svg)"
         told = ("Both backends from one SFT model a seed, on the same prompts; lines are means over seeds, bands twice "
-                "their deviation. What is allowed: [Benchmarks](../benchmarks.md#learning).")
+                "their deviation. What is asked of them: [Benchmarks](../benchmarks.md#learning).")
         return f"{image}\n\n{told}\n\n" + learning({"rows": rows})
 
     return made
@@ -374,9 +417,12 @@ SFT_ROWS = {"lora-1b": "LoRA, 4 x 2048", "lora-1b-ragged": "LoRA, 16 ragged rows
             "lora-1b-packed": "LoRA, ragged rows packed", "full-1b": "all weights, 4 x 2048",
             "qlora-8b": "QLoRA 8B, 2 x 2048", "lora-4b": "LoRA 4B, 4 x 2048", "lora-1b-16k": "LoRA, 1 x 16,384"}
 
+PARITY = ("sft", "grpo", "dapo", "rloo", "dr_grpo", "ppo", "dpo", "kto", "orpo")
+"""What `benchmarks.parity` runs."""
 LEARNT = ("grpo", "ppo", "dapo", "rloo", "dr_grpo")
-RL_ROWS = {"dpo-1b": "DPO, 8 pairs", "grpo-1b": "GRPO, 64 completions of 256 tokens", "ppo-1b": "PPO, the same",
-           "dapo-1b": "DAPO, the same", "grpo-4b": "GRPO 4B, 64 of up to 1,024"}
+RL_ROWS = {"dpo-1b": "DPO, 8 pairs", "grpo-1b": "GRPO, 64 completions of 256 tokens",
+           "ppo-1b": "PPO, 64 completions of 256 tokens", "dapo-1b": "DAPO, 64 completions of 256 tokens",
+           "grpo-4b": "GRPO 4B, 64 of up to 1,024"}
 
 # name -> (files, separated by spaces, what makes the table of their reports)
 TABLES: dict[str, tuple[str, Callable[..., str]]] = {
@@ -389,24 +435,33 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "ops-decode": ("ops/decode.json", bounded(lambda entry: f"{entry['op']}: {entry['shape']}")),
     "ops-adamw": ("ops/adamw.json", bounded(lambda entry: f"{entry['numel']:,} parameters")),
     **{f"sft-{name}": (f"sft/{name}.json", sft) for name in SFT_ROWS},
-    "sft-roofline": (" ".join(f"sft/{name}.json" for name in roofline.ROWS), roofline_table),
-    "sft-lora-1b-fp8": ("sft/lora-1b-fp8.json", sft),
+    "sft-roofline": (" ".join(f"sft/{name}.json" for name, _ in roofline.ROWS), roofline_table),
     "sft-longest": ("sft/longest.json", longest),
     "sft-start": ("sft/start.json", sft),
     "compare-unsloth": ("compare/unsloth.json", comparison),
     "sft-summary": (" ".join(f"sft/{name}.json" for name in SFT_ROWS), sft_summary),
     "rollout": ("rollout.json", rollout),
+    "shared-prompts": ("shared_prompts.json", shared_prompts),
     "parity": ("parity.json", parity),
     **{f"rl-{name}": (f"rl/{name}.json", rl) for name in RL_ROWS},
+    "rl-grpo-1b-trl": ("rl/grpo-1b-trl.json", rl),
     "rl-summary": (" ".join(f"rl/{name}.json" for name in RL_ROWS), rl_summary),
     "learning": ("learning.json", learning),
+    "learning-commands": ("learning.json", learning_commands),
     **{f"learning-{name}": ("learning.json", learning_of(name)) for name in LEARNT},
+    "speed-sft": (" ".join(f"sft/{name}.json" for name in SFT_ROWS), sft_summary),
+    **{f"speed-{name}": (" ".join(f"rl/{row}.json" for row in RL_ROWS if row.startswith(f"{name}-")), rl_summary)
+       for name in RECIPES if name not in ("sft", "gspo")},
     **{f"recipe-{name}": (f"recipes/{name}-builtin.json", recipe) for name in RECIPES},
     "recipe-quickstart": ("recipes/quickstart.json", recipe),
 }
 
-QUIET = {f"learning-{name}" for name in LEARNT}
-"""Of these nothing is said before they are measured: the algorithm's page stands without them."""
+UNMEASURED = {
+    **dict.fromkeys((f"learning-{name}" for name in LEARNT), ""),
+    **{name: f"How fast `{name.removeprefix('speed-')}` is was not measured; what was is in "
+             "[Benchmarks](../benchmarks.md).\n" for name in TABLES if name.startswith("speed-")},
+}  # fmt: skip
+"""What is said in place of a table whose results are not there yet, where it is not "Not measured yet."."""
 
 
 def table(name: str) -> str:
@@ -417,9 +472,7 @@ def table(name: str) -> str:
     """
     files, make = TABLES[name]
     found = [json.loads(path.read_text()) for file in files.split() if (path := RESULTS / file).exists()]
-    if not found and name in QUIET:
-        return ""
-    return make(*found) if found else "Not measured yet.\n"
+    return make(*found) if found else UNMEASURED.get(name, "Not measured yet.\n")
 
 
 def rendered(page: str) -> str:

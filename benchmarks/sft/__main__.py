@@ -125,7 +125,7 @@ def entry(
         "peak_gib": memory["peak"] / 2**30, "reserved_gib": (memory["peak_reserved"] or 0) / 2**30,
         "first_step_s": min(speed["cold_start"]), "loss_first": first["steps"][0]["loss"],
         "loss_last": first["steps"][-1]["loss"], "losses": [step["loss"] for step in first["steps"]],
-        "mfu": speed["mfu"], "phases_s": speed["phases"], "trace": first["trace"],
+        "mfu": speed["mfu"], "phases_s": speed["phases"], "trace": first["trace"], "traced": traced(first),
         "capture_s": speed["capture_seconds"], "laps_s": [one.get("laps") for one in runs],
         "attestation": first["attestation"], "machine": [one["machine"] for one in runs],
         "versions": versions_of(first["environment"]),
@@ -141,6 +141,12 @@ def entry(
         ratio = throughput_ratio(*logs)
         found["over_this"] = {"ratio": ratio.ratio.as_list(), "noise": ratio.noise, "significant": ratio.significant}
     return found
+
+
+def traced(run: dict[str, Any]) -> dict[str, Any] | None:
+    """What the traced step's rows hold: tokens, and the sum of the squares of their documents' lengths."""
+    steps = [step for step in run["steps"] if run["trace"] and step["step"] == run["trace"]["step"]]
+    return {name: steps[0][name] for name in ("tokens", "squared")} if steps else None
 
 
 def line(found: dict[str, Any]) -> str:

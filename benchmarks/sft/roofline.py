@@ -7,7 +7,10 @@ bytes where the kernel before left its inputs in the L2 cache.
     products    2 T P flops forward and as many for the gradient of the inputs, over all linears of the layers and the
                 head; again as many for the gradient of weights that are trained. Adapters add bytes: a group's inputs
                 once in the forward, inputs and output gradients once in the backward.
-    attention   2 S^2 heads head_dim flops a row forward (causal: half of the square), 2.5 times that backward
+    attention   2 S^2 heads head_dim flops a row forward (causal: half of the square), 2.5 times that backward; of rows
+                end to end S^2 is the sum over the documents that the step had
+    fp8         products with the linears' frozen weights at twice the rate; what they take is read in bf16 and written
+                in e4m3 ("quantising"): a group's inputs forward, output gradients backward
     GLU         gate, up read and the product written; then three read and two written
     norms       two tensors read and two written, forward and backward, at each of the 2 L + 1 places
     rotation    q and k read and written, forward and backward; where they are normalised too, read once more
@@ -19,6 +22,7 @@ bytes where the kernel before left its inputs in the L2 cache.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,14 +35,19 @@ PARTS: dict[str, str] = {
     "rotation": r"rope",
     "loss": r"logits_loss|scale_in_place",
     "NF4": r"nf4_dequant",
+    "quantising": r"quantize_rows",
     "optimizer": r"kOptimizer|FusedOptimizer|multi_tensor_apply|lpnorm",
     "products": r"nvjet|gemm|cublas|cutlass|splitK",
 }
 """The part of a step that a kernel's name says it is; the first that matches."""
 REST = "copies and the rest"
 IDLE = "no kernel runs"
-ROWS = ("lora-1b", "full-1b", "qlora-8b", "lora-4b", "lora-1b-16k")
-"""Rows whose sequences are all of one length: what attention has to do follows from the row's name."""
+ROWS = (("lora-1b", "fast"), ("lora-1b", "fast-fp8"),
+        *((name, "fast") for name in ("lora-1b-ragged", "lora-1b-packed", "full-1b", "qlora-8b", "lora-4b",
+                                      "lora-1b-16k")))  # fmt: skip
+"""Results files, and the arm whose traced step is shown."""
+FP8_RATE = 2.0
+"""e4m3 products to bf16's, of one tensor core."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +82,23 @@ class Shape:
         return self.layers * sum(width * sum(outs) for width, outs in self.groups)
 
 
-def bounds_ms(row: str, ceilings: dict[str, float]) -> dict[str, float]:
-    """The least milliseconds of each part of a step of `fast` that keeps its activations."""
+def bounds_ms(row: str, ceilings: Mapping[str, float], *, sizes: Mapping[str, float] | None = None, fp8: bool = False
+              ) -> dict[str, float]:
+    """The least milliseconds of each part of a step of `fast` that keeps its activations.
+
+    Args:
+        sizes: "tokens" of the step, and "squared", the sum of the squares of its documents' lengths; None is full rows.
+        fp8: the linears' frozen weights are e4m3.
+    """
     workload = WORKLOADS[row]
     shape, mode = Shape.of(workload.model), workload.mode
-    length, tokens = workload.max_seq_length, workload.batch_size * workload.max_seq_length
+    length, rows = workload.max_seq_length, workload.batch_size
+    full = {"tokens": rows * length, "squared": rows * length**2}
+    tokens, squared = ((sizes or full)[name] for name in ("tokens", "squared"))
     passes, head = (3 if mode == "full" else 2), shape.hidden * shape.vocab
     flops = {
-        "products": 2.0 * tokens * (shape.linear + head) * passes,
-        "attention": 3.5 * 2.0 * workload.batch_size * length**2 * shape.heads * shape.head_dim * shape.layers,
+        "products": 2.0 * tokens * (shape.linear / (FP8_RATE if fp8 else 1) + head) * passes,
+        "attention": 3.5 * 2.0 * squared * shape.heads * shape.head_dim * shape.layers,
     }
     per_token = shape.heads * shape.head_dim + shape.kv_heads * shape.head_dim
     moved = {
@@ -94,6 +111,8 @@ def bounds_ms(row: str, ceilings: dict[str, float]) -> dict[str, float]:
         moved["products"] = 2.0 * tokens * shape.layers * sum(2 * width + sum(outs) for width, outs in shape.groups)
     if mode == "qlora":
         moved["NF4"] = (0.5625 + 2) * shape.linear * 2
+    if fp8:
+        moved["quantising"] = (2.0 + 1) * tokens * shape.layers * sum(width + sum(outs) for width, outs in shape.groups)
     moved["optimizer"] = _trained(shape, row) * {"full": 14 + 2, "lora": 28 + 4, "qlora": 10 + 2}[mode]
     found = {part: 1e3 * work / ceilings["flops_per_s"] for part, work in flops.items()}
     for part, size in moved.items():
@@ -121,9 +140,20 @@ def measured_ms(trace: dict[str, Any]) -> dict[str, float]:
     return {part: ms for part, ms in found.items() if ms} | {IDLE: 1e3 * trace["idle"]}
 
 
-def parts(report: dict[str, Any]) -> list[tuple[str, float, float | None]]:
-    """Of a row's arm `fast`: part, milliseconds, bound; the longest first, the whole traced step last."""
-    entry = next(one for one in report["rows"] if one["arm"] == "fast")
-    found, bounds = measured_ms(entry["trace"]), bounds_ms(entry["row"], report["ceilings"])
+def shown(arm: str, report: dict[str, Any]) -> dict[str, Any]:
+    """An arm's entry of a report."""
+    return next(one for one in report["rows"] if one["arm"] == arm)
+
+
+def parts(arm: str, report: dict[str, Any]) -> list[tuple[str, float, float | None]]:
+    """Of an arm's traced step: part, milliseconds, bound; the longest first, the whole traced step last.
+
+    Of uneven rows there is no bound where the report does not say how long those of the traced step were.
+    """
+    entry = shown(arm, report)
+    found, sizes = measured_ms(entry["trace"]), entry.get("traced")
+    known = WORKLOADS[entry["row"]].lengths == "full" or sizes is not None
+    bounds = bounds_ms(entry["row"], report["ceilings"], sizes=sizes, fp8="fp8" in entry["arm"]) if known else {}
     rows = [(part, ms, bounds.get(part)) for part, ms in sorted(found.items(), key=lambda one: -one[1])]
-    return [*rows, ("the traced step", sum(found.values()), sum(bounds[part] for part in found if part in bounds))]
+    least = sum(bounds[part] for part in found if part in bounds) if known else None
+    return [*rows, ("the traced step", sum(found.values()), least)]

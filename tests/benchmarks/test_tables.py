@@ -27,6 +27,28 @@ def test_every_table_stands_in_a_page():
     assert found == set(tables.TABLES)
 
 
+@pytest.mark.parametrize("name", [name for name in tables.RECIPES if name != "gspo"])
+def test_an_algorithm_s_page_has_its_speed_or_that_it_has_none(name):
+    page = (tables.ROOT / "docs" / "algorithms" / f"{name}.md").read_text()
+    section = page[page.index("## On backend fast"):].split("\n## ")[0]
+    (shown,) = [match[0] for match in tables.MARKED.finditer(section) if match[2] == f"speed-{name}"]
+    measured = name in ("sft", "dpo", "grpo", "ppo", "dapo")
+    assert ("was not measured" in shown) is not measured and ("| fast is |" in shown) is measured
+    # Of its own steps alone: a row a workload, each named by itself.
+    if measured and name != "sft":
+        rows = [line for line in shown.splitlines() if line.startswith(f"| {name.upper()}")]
+        assert len(rows) == shown.count("\n| ") - 2 >= 1 and "the same" not in shown
+
+
+def test_the_roofline_s_columns_are_the_rows_of_its_files():
+    head, _, *rows = tables.table("sft-roofline").splitlines()
+    assert head.count("|") == len(tables.roofline.ROWS) + 2 and "fast-fp8" in head and "ragged" in head
+    cells = {row.split(" | ")[0].removeprefix("| "): row.split(" | ")[1:] for row in rows}
+    fp8 = tables.roofline.ROWS.index(("lora-1b", "fast-fp8"))
+    assert [i for i, cell in enumerate(cells["quantising"]) if not cell.startswith("-")] == [fp8]
+    assert all("/" in cell and "(+" in cell for cell in cells["products"])
+
+
 def test_a_changed_figure_is_found():
     report = {
         "device": "card", "versions": {"torch": "1"}, "commit": "c" * 40, "command": "x", "copy_bytes_per_s": 3e12,
@@ -54,7 +76,7 @@ def test_a_recipes_table_has_a_row_a_seed():
 def test_results_name_card_commit_command_and_versions(name):
     paths = [tables.RESULTS / file for file in tables.TABLES[name][0].split()]
     if not any(path.exists() for path in paths):
-        assert tables.table(name) == ("" if name in tables.QUIET else "Not measured yet.\n")
+        assert tables.table(name) == tables.UNMEASURED.get(name, "Not measured yet.\n")
     for path in paths:
         if path.exists():
             report = json.loads(path.read_text())
