@@ -381,8 +381,10 @@ def rl_summary(*reports: Report) -> str:
             f"{peer['arm']} {peer['versions'].get(label, '')}".strip(), f"{peer['step_ms']['p50']:,.0f}",
             f"{peer['peak_gib']:.1f}", _interval(peer["over_this"]),
         ])  # fmt: skip
-    head = ["whole step, LoRA 1B", "fast, ms", "peak GiB", "quickest peer measured", "ms", "peak GiB", "fast is"]
-    return markdown(head, rows) + f"\n{', '.join(sorted(cards))}; random weights.\n"
+    head = ["whole step, LoRA", "fast, ms", "peak GiB", "quickest peer measured", "ms", "peak GiB", "fast is"]
+    told = ("; random weights; the Llama 1B shape where no other is named. Milliseconds are the median of an arm's "
+            "steps; the last column is of tokens a second, over steps of both arms in pairs.\n")
+    return markdown(head, rows) + f"\n{', '.join(sorted(cards))}{told}"
 
 
 def _beside(name: str, fast: dict[str, Any], peer: dict[str, Any], ratio: str | None) -> list[str]:

@@ -45,3 +45,11 @@ def config_kwargs(config_class: type, kwargs: dict[str, Any]) -> dict[str, Any]:
             name = "activation_checkpointing"
         renamed[name] = value
     return renamed
+
+
+def flash_kernel(implementation: str) -> str | None:
+    """What a model stores in place of this attention where its package is not installed; None where there is none."""
+    from transformers import modeling_flash_attention_utils
+
+    # Not public: a later transformers may keep it elsewhere.
+    return getattr(modeling_flash_attention_utils, "FLASH_ATTN_KERNEL_FALLBACK", {}).get(implementation)

@@ -210,8 +210,10 @@ def _has_head(folder: Path, files: str) -> bool:
 def _must_attend(model: Any, wanted: str | None) -> None:
     if wanted is None:
         return
+    from aligntune.backends._compat import flash_kernel
+
     held = getattr(model.config.get_text_config(), "_attn_implementation", None)
-    if wanted != held:
+    if held not in (wanted, flash_kernel(wanted)):
         raise ConfigError(f"attn_implementation = {wanted!r}, but the model object has {held!r}: call its "
                           f"set_attn_implementation({wanted!r}), or leave the option out")
 

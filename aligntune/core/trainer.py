@@ -397,7 +397,10 @@ class _Outcome:
 
 
 def peak_memory() -> dict[str, int]:
-    """Peaks in bytes: this process's resident set since it started, and torch's GPU memory since training began."""
+    """Peaks in bytes: this process's resident set since it started, and torch's GPU memory since training began.
+
+    Where backend fast plans recompute by memory, since the first step began: that step is measured by itself.
+    """
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024

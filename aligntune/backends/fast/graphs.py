@@ -190,6 +190,9 @@ class GraphedModel:
     Args:
         model: the model as the trainer calls it.
         parameters: those that train, each on the GPU.
+
+    While it `waits` passes are launched: a graph recomputes what its capture did, and before layers are planned that is
+    every one of them.
     """
 
     model: Callable[..., Any]
@@ -198,6 +201,7 @@ class GraphedModel:
     seen: dict[tuple[Any, ...], int] = field(default_factory=dict)
     captures: int = 0
     capture_seconds: float = 0.0
+    waits: bool = False
     _largest: int = 0
     _most_tokens: int = 0
     _warmed: set[bool] = field(default_factory=set)
@@ -235,7 +239,7 @@ class GraphedModel:
     def _pair(self, kind: str, batch: Batch) -> _Pair | None:
         """What was captured of this kind that holds the batch, now or before; None where the step is to be launched."""
         self._forget_moved()
-        pair = self._found_or_captured(kind, batch)
+        pair = None if self.waits else self._found_or_captured(kind, batch)
         if torch.is_grad_enabled():
             self._most_tokens = max(self._most_tokens, tokens_of(batch) if pair is None else pair.tokens)
         return pair
@@ -377,11 +381,10 @@ class ReplayedSteps(QuickSteps):
         """What replays passes of `model`, or None where they are launched."""
         if not (self.capture and self.model.training):
             return None
-        plan = getattr(self, "memory", None)
-        if plan is not None and not plan.planning:
-            return None  # a graph recomputes what its capture did: later micro-batches of the window would capture all
         if self.graphed is None or self.graphed.model is not model:
             self.graphed = GraphedModel(model, [p for p in self.model.parameters() if p.requires_grad])
+        plan = getattr(self, "memory", None)
+        self.graphed.waits = plan is not None and not plan.planned
         return self.graphed
 
 

@@ -102,7 +102,7 @@ class MemoryPlan:
         """
         if self._began is None:
             self._began = number
-        if self.costs is None and self._first is not None and number > self._began:
+        if self.costs is None and self._first is not None and number != self._began:
             self._settle()
         if self.costs is not None:
             tokens = max(tokens, most or 0)
@@ -133,9 +133,13 @@ class MemoryPlan:
         torch.cuda.empty_cache()  # blocks cut for the first step would lie idle beside larger ones
 
     @property
-    def planning(self) -> bool:
-        """Whether steps are planned already: until then every layer is recomputed, which later steps are not to be."""
+    def planned(self) -> bool:
+        """Whether steps are planned yet: before, every layer is recomputed, which later steps are not to be."""
         return self.costs is not None
+
+    def training_begins(self) -> None:
+        """Steps are numbered anew; one that an earlier training measured was its first, and its only one."""
+        self._began = None if self._first is None else -1
 
     def _budget(self) -> float:
         if self.budget is not None:

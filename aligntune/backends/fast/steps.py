@@ -23,6 +23,9 @@ class QuickSteps:
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers'."""
         self._walked = self._flops_a_token = None
+        plan = getattr(self, "memory", None)
+        if plan is not None:
+            plan.training_begins()
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:

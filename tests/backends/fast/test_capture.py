@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from aligntune.backends.fast.capture import capturing
+from aligntune.core.garbage import uncollected
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -37,6 +38,17 @@ def test_no_garbage_is_collected_meanwhile(enabled: bool, fails: bool, monkeypat
     finally:
         (gc.enable if before else gc.disable)()
     assert asked == [(("graph",), {"pool": (1, 2), "stream": "side", "capture_error_mode": "thread_local"}, False)]
+
+
+def test_captures_that_overlap_end_with_the_last() -> None:
+    first, second = uncollected(), uncollected()
+    assert gc.isenabled()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not gc.isenabled()
+    second.__exit__(None, None, None)
+    assert gc.isenabled()
 
 
 @pytest.mark.gpu

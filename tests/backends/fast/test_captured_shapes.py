@@ -35,7 +35,7 @@ def graphed(monkeypatch: pytest.MonkeyPatch) -> Any:
     """One without a GPU: a capture is a pair that holds clones of its inputs."""
     found: Any = GraphedModel.__new__(GraphedModel)
     found.pairs, found.seen, found.captures, found.capture_seconds = {}, {}, 0, 0.0
-    found._largest, found._most_tokens, found._warmed, found.scarce = 0, 0, set(), False
+    found._largest, found._most_tokens, found._warmed, found.scarce, found.waits = 0, 0, set(), False, False
     found.log = []
 
     def capture(inputs: Any, *, loaded: bool) -> _Pair:
@@ -170,6 +170,19 @@ def test_room_is_judged_by_steps_that_ran(graphed: Any) -> None:
     for one in (small, small, large):
         graphed._pair("trained", one)
     assert judged == [(768, 640), (3072, 640)] and graphed._most_tokens == 2304
+
+
+def test_steps_before_the_plan_are_launched_and_judge_room_too(graphed: Any) -> None:
+    """Their peak is the process's: the longest batch is among them."""
+    flat, judged = RowsEndToEnd(pad_token_id=0), []
+    graphed._free_for = lambda tokens: judged.append((tokens, graphed._most_tokens))
+    graphed.waits = True
+    for lengths in ((900, 800, 600), (300, 200, 90), (300, 200, 90), (300, 200, 90)):
+        assert graphed._pair("trained", batch(flat, *lengths)) is None
+    graphed.waits = False
+    assert graphed._pair("trained", batch(flat, 300, 200, 90)) is None, "it is seen for the first time"
+    assert graphed._pair("trained", batch(flat, 300, 200, 90)) is not None
+    assert judged == [(768, 2304)]
 
 
 def test_passes_without_gradients_wait_for_their_own_second_shape(graphed: Any) -> None:

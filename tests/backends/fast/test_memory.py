@@ -120,6 +120,36 @@ def test_the_first_step_recomputes_all_and_the_next_what_it_must(gpu: dict[str, 
     assert "up to 10 of 10 layers recomputed" in str(planned) and "1.17 GiB between steps" in str(planned)
 
 
+@pytest.mark.parametrize("numbers", [(0,), (100, 0, 1)], ids=["one step each", "resumed, then anew"])
+def test_the_second_training_is_planned_by_what_the_first_measured(
+    numbers: tuple[int, ...], gpu: dict[str, int]
+) -> None:
+    planned = plan(None)
+    planned.training_begins()
+    with planned.step(1000, number=numbers[0]):
+        planned.recompute.measure, planned.recompute.measured = False, 50 * MIB
+        gpu["peak"] = gpu["allocated"] + 320 * MIB
+    assert not planned.planned
+    planned.training_begins()
+    for number in numbers[1:] or (0,):
+        with planned.step(1000, number=number):
+            assert planned.planned and flags(planned) == [False] * 10
+
+
+def test_a_training_that_measured_nothing_leaves_the_next_its_first_step(gpu: dict[str, int]) -> None:
+    planned = plan(None)
+    for _ in range(2):
+        planned.training_begins()
+        with pytest.raises(RuntimeError, match="out of"), planned.step(1000, number=3):
+            raise RuntimeError("out of memory")
+    planned.training_begins()
+    measure(planned, gpu)
+    with planned.step(1000, number=0):
+        assert not planned.planned
+    with planned.step(1000, number=1):
+        assert planned.planned
+
+
 def test_what_ran_before_is_not_the_steps(gpu: dict[str, int]) -> None:
     """An evaluation in a script, say, before its training."""
     gpu["peak"] = 20 * GIB

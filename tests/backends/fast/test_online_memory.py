@@ -106,6 +106,9 @@ class Watched:
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.passes = trainer, []
 
+    def training_begins(self) -> None:
+        pass
+
     @contextlib.contextmanager
     def step(self, tokens: int, *, number: int, most: int | None = None) -> Iterator[None]:
         assert torch.is_grad_enabled()

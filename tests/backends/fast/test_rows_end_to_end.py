@@ -11,12 +11,14 @@ import torch
 from datasets import Dataset
 from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from aligntune.backends._compat import flash_kernel
 from aligntune.backends.base import Prepared
 from aligntune.backends.fast.attachment import attachment_of
 from aligntune.backends.fast.build import build as build_fast
 from aligntune.backends.fast.ops.attention import attention, attention_reference
 from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd, bucket
 from aligntune.backends.fast.recompute import recompute_of
+from aligntune.backends.loading import _must_attend
 from aligntune.backends.trl.build import build as build_trl
 from aligntune.core.resolve import resolve
 from aligntune.errors import ConfigError
@@ -181,6 +183,12 @@ def test_an_attention_asked_for_beside_a_model_object(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="attn_implementation = 'eager', but the model object has 'sdpa'"):
             trainer_of(backend, "llama", tmp_path, model_name=model, attn_implementation="eager")
         trainer_of(backend, "llama", tmp_path, model_name=model, attn_implementation="sdpa")
+    kernel = flash_kernel("flash_attention_2")
+    if kernel is not None:  # what transformers stores where flash_attn is not installed
+        model.config._attn_implementation = kernel
+        _must_attend(model, "flash_attention_2")
+        with pytest.raises(ConfigError, match="the model object has 'kernels"):
+            _must_attend(model, "flash_attention_3")
     model.set_attn_implementation("eager")
     built = trainer_of("fast", "llama", tmp_path, model_name=model, attn_implementation="eager")
     assert_padded(built, "attn_implementation 'eager' was asked for")

@@ -176,6 +176,8 @@ class Projection:
 
     def buffer(self, rows: int) -> torch.Tensor:
         memory = torch.empty(rows, _pitch(self.vocab), dtype=self.logits_dtype, device=self.weight.device)
+        # oneDNN's products in bf16 (torch's on a CPU) read on between rows, and NaN times 0 is NaN.
+        memory[:, self.vocab :].zero_()
         return memory[:, : self.vocab]
 
     def logits(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

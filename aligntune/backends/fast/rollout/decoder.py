@@ -151,7 +151,7 @@ class Decoder:
         """Drop the graphs if the model is not, address for address, the one they were captured of; cast the factors."""
         state = [tensor.data_ptr() for tensor in itertools.chain(self.model.parameters(), self.model.buffers())]
         for module in self.model.modules():
-            state.append(id(module.__dict__.get("forward")))
+            state += [id(module.__dict__.get("forward")), id(type(module).forward)]
             if hasattr(module, "lora_A"):
                 state += [tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters),
                           tuple(module.scaling.items())]

@@ -110,11 +110,14 @@ def cannot_run_because(model: nn.Module, *, max_len: int | None = None) -> str |
     return None if max_len is None else too_long_because(model, max_len)
 
 
-def _foreign_attention(base: nn.Module) -> str | None:
-    """Which attention of a model is not its family's, and so would not call the engine's; None where there is none."""
-    for path, module in base.named_modules():
-        if path.rpartition(".")[2] != "self_attn":
-            continue
+def _attentions(base: nn.Module) -> list[tuple[str, Any]]:
+    """The attention of each layer, by its path."""
+    return [(path, module) for path, module in base.named_modules() if path.rpartition(".")[2] == "self_attn"]
+
+
+def _foreign_attention(base: Any) -> str | None:
+    """Which attention of a model would not call the engine's, once a layer in their order; None where all do."""
+    for index, (path, module) in enumerate(_attentions(base)):
         own, found = instance_forward(module), families.identify(module)
         if own is not None and getattr(own, "__func__", None) is not attention_forward:
             return f"a forward of its own was set on {path}, in the place of the family's attention"
@@ -122,6 +125,10 @@ def _foreign_attention(base: nn.Module) -> str | None:
             forward = type(module).forward
             name = getattr(forward, "__qualname__", type(forward).__name__)
             return f"{path} runs {getattr(forward, '__module__', '?')}.{name}, not the family's attention"
+        if module.config is not base.config:
+            return f"{path} reads a configuration of its own (PEFT's layer_replication copies it), which we do not set"
+        if module.layer_idx != index:
+            return f"{path} is number {module.layer_idx} of its cache, in place {index}"
     return None
 
 
@@ -179,7 +186,7 @@ def _cache_of(model: nn.Module, autocast: torch.dtype | None) -> dict[str, Any]:
     base: Any = base_model(model)
     config = base.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return {"layers": config.num_hidden_layers, "k_heads": config.num_key_value_heads, "head_dim": head_dim,
+    return {"layers": len(_attentions(base)), "k_heads": config.num_key_value_heads, "head_dim": head_dim,
             "dtype": autocast or base.get_input_embeddings().weight.dtype}
 
 
@@ -280,7 +287,8 @@ class RolloutEngine:
         """`num_generations` completions of each prompt, which has no padding; a list gives one number a prompt.
 
         Raises:
-            ConfigError: an empty prompt, one that leaves no room for its completion, a cache too small for one row.
+            ConfigError: an empty prompt, one that leaves no room for its completion, a cache too small for one row; an
+                attention that was replaced since.
         """
         sampling = sampling or Sampling()
         started = time.perf_counter()
@@ -303,7 +311,9 @@ class RolloutEngine:
                        [row.reason or "length" for row in rows], stats)
 
     def _check(self, prompt_ids: Sequence[Sequence[int]], counts: list[int], sampling: Sampling) -> None:
-        faults = []
+        faults, foreign = [], _foreign_attention(base_model(self.model))
+        if foreign is not None:
+            faults.append(f"{foreign}; rollout_engine='hf' generates with transformers")
         if len(counts) != len(prompt_ids) or any(count < 1 for count in counts):
             faults.append(f"num_generations: {len(counts)} numbers, at least 1 each, for {len(prompt_ids)} prompts")
         for i, ids in enumerate(prompt_ids):

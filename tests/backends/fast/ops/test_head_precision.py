@@ -227,3 +227,19 @@ def test_memory_of_the_weight_gradient():
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (total.result, total.lower, total.upper)
     }
     assert sum(parts.values()) == 4 * 1024 * 64
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_what_lies_between_rows_of_logits_is_in_no_gradient(trained, device, monkeypatch):
+    """Rows of an odd vocabulary are padded; torch's bf16 products on a CPU read on, and NaN times 0 is NaN."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(
+        float("nan") if options.get("dtype", torch.float32).is_floating_point else 0))
+    hidden = torch.randn(46, 32, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(259, 32, device=device, dtype=torch.bfloat16, requires_grad=trained)
+    targets = torch.randint(0, 259, (46,), device=device)
+    loss = linear_cross_entropy(hidden, weight, targets).loss
+    monkeypatch.undo()
+    loss.backward()
+    for gradient in [hidden.grad, *([weight.grad] if trained else [])]:
+        assert gradient.isfinite().all() and float(gradient.norm()) > 1e-2

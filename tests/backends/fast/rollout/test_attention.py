@@ -85,39 +85,52 @@ def test_the_familys_own_is_not(family: str) -> None:
     assert cannot_run_because(llama) is None
 
 
-@replaced
-@pytest.mark.parametrize("length", [1, 9], ids=["step", "prefill"])
-def test_an_attention_that_is_replaced_later_is_told(replace: Any, length: int, monkeypatch: Any) -> None:
-    """A prompt of one token has no prefill."""
-    model, prompts = mini(), prompts_of((length,))
+def wrapped(layer: Any, monkeypatch: Any) -> None:
+    """Calls the family's, and is not it for that."""
+    def scaled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output, weights = _FAMILYS(self, *args, **kwargs)
+        return output * 0.1, weights
+
+    layer.self_attn.forward = types.MethodType(scaled, layer.self_attn)
+
+
+@pytest.mark.parametrize("replace", [subclassed, patched_class, patched_instance, wrapped])
+def test_an_attention_that_is_replaced_later_is_told(replace: Any, monkeypatch: Any) -> None:
+    model, prompts = mini(), prompts_of((1, 9))
     engine = RolloutEngine(model, max_batch=2, max_len=64)
     expected = theirs(model, prompts)
     assert engine.generate(prompts, sampling=GREEDY).completion_ids == expected
     replace(model.model.layers[1], monkeypatch)
-    called = "[]" if replace is patched_class else "[0]"
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match="the family's attention; rollout_engine='hf'"):
         engine.generate(prompts, sampling=GREEDY)
-    assert f"layers {called} of 2 called its attention" in str(error.value)
-    pool = engine._decoder.pool
-    assert pool.free == pool.capacity and model.config._attn_implementation == "sdpa"
     monkeypatch.undo()
     model.model.layers[1].self_attn.__class__ = modeling_llama.LlamaAttention
     model.model.layers[1].self_attn.__dict__.pop("forward", None)
     assert engine.generate(prompts, sampling=GREEDY).completion_ids == expected
 
 
-def test_an_attention_that_runs_twice_is_told(monkeypatch: Any) -> None:
-    """The second write of a step would see the first's keys as its own."""
-    model = mini()
+@pytest.mark.parametrize("length", [1, 9], ids=["step", "prefill"])
+@pytest.mark.parametrize(("times", "called"), [(0, "[0]"), (2, "[0, 1, 1]")])
+def test_a_layer_that_calls_its_attention_otherwise_than_once_is_told(times: int, called: str, length: int) -> None:
+    """Not at all, nothing of its row is cached; twice, the second call would see the first's keys as its own."""
+    model, prompts = mini(), prompts_of((length,))
     engine = RolloutEngine(model, max_batch=2, max_len=64)
+    expected = engine.generate(prompts, sampling=GREEDY).completion_ids
+    layer = model.model.layers[1]
 
-    def twice(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _FAMILYS(self, *args, **kwargs)
-        return _FAMILYS(self, *args, **kwargs)
+    def forward(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        for _ in range(times):
+            type(self).forward(self, hidden_states, *args, **kwargs)
+        return hidden_states
 
-    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", twice)
-    with pytest.raises(ConfigError, match=r"layers \[0, 0, 1, 1\] of 2"):
-        engine.generate(prompts_of((4,)), sampling=GREEDY)
+    layer.forward = types.MethodType(forward, layer)
+    with pytest.raises(ConfigError) as error:
+        engine.generate(prompts, sampling=GREEDY)
+    assert f"layers {called} of 2 called its attention" in str(error.value)
+    pool = engine._decoder.pool  # type: ignore[union-attr]
+    assert pool.free == pool.capacity and model.config._attn_implementation == "sdpa"
+    del layer.forward
+    assert engine.generate(prompts, sampling=GREEDY).completion_ids == expected
 
 
 def test_a_trainer_is_told_when_it_is_built(tmp_path: Any) -> None:
@@ -155,3 +168,19 @@ def test_capped_scores_are_said_to_run_eager(tmp_path: Any, device: str) -> None
     llama = mini()
     attach(llama, strict=True)
     assert cannot_run_because(llama) is None
+
+
+def test_a_model_that_was_cut_runs_with_the_layers_that_it_has() -> None:
+    model = tiny.llama(num_hidden_layers=4).eval()
+    model.model.layers = model.model.layers[:2]
+    prompts = prompts_of((3, 9))
+    found = RolloutEngine(model, max_batch=2, max_len=64).generate(prompts, sampling=GREEDY)
+    assert found.completion_ids == theirs(model, prompts)
+    model.model.layers = model.model.layers[1:]
+    assert cannot_run_because(model) == "model.layers.0.self_attn is number 1 of its cache, in place 0"
+
+
+def test_layers_with_configurations_of_their_own_are_refused() -> None:
+    """PEFT's layer_replication: the second half is a copy, configuration and all."""
+    model = lora(tiny.llama(num_hidden_layers=2), layer_replication=[(0, 2), (0, 2)])
+    assert "reads a configuration of its own" in (cannot_run_because(model) or "")
