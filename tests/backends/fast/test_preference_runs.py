@@ -237,6 +237,9 @@ def test_steps_run_within_the_memory_that_is_planned_with(tmp_path: Path) -> Non
     steps = []
 
     class Plan:
+        def training_begins(self) -> None:
+            steps.clear()
+
         @contextlib.contextmanager
         def step(self, tokens: int, *, number: int, most: int) -> Any:
             assert most >= tokens
