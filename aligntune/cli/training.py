@@ -62,11 +62,12 @@ def _hush() -> None:
 
 
 def _leave_group() -> None:
+    """The processes leave together: one that goes while another still speaks to it may be aborted."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        import torch.distributed
+        from accelerate import PartialState
 
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        PartialState().wait_for_everyone()
+        PartialState().destroy_process_group()
 
 
 def _report(results: list[StageResult]) -> None:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 GRPO = """
-import json, os, pathlib, sys
+import gc, json, os, pathlib, sys
 import torch
 import torch.distributed as dist
 from aligntune import create_rl_trainer
@@ -44,12 +44,15 @@ dist.all_gather(everyone, flat)
 found = {"world": dist.get_world_size(), "apart": float((everyone[0] - everyone[1]).abs().max()),
          "moved": abs(float(flat.double().sum() - before)), "seen": seen}
 (shop / f"grpo-rank{rank}.json").write_text(json.dumps(found))
+del trainer
+gc.collect()  # the group's threads end with the last model that holds it
+dist.barrier()  # a process that leaves while the other still speaks to it is aborted by gloo
 dist.destroy_process_group()
 """
 
 
 def start(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
     return subprocess.run([sys.executable, *TORCHRUN, *arguments], cwd=cwd, env=environment, text=True,
                           capture_output=True, timeout=400)
 

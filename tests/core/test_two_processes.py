@@ -54,6 +54,7 @@ try:
 except AlignTuneError as error:
     found["refused"] = str(error)
 pathlib.Path(f"rank{rank}.json").write_text(json.dumps(found))
+dist.barrier()  # a process that leaves while the other still speaks to it is aborted by gloo
 dist.destroy_process_group()
 """
 

@@ -121,6 +121,7 @@ found = {"same": same, "sum": float(sum(v.double().sum() for v in ends[0].values
          "logged": [{key: value for key, value in entry.items() if "time" not in key and "second" not in key}
                     for entry in whole.trainer.state.log_history if "objective/kl" in entry]}
 (folder / f"rank{rank}.json").write_text(json.dumps(found))
+dist.barrier()  # a process that leaves while the other still speaks to it is aborted by gloo
 dist.destroy_process_group()
 """
 
