@@ -9,7 +9,8 @@ the rounding of weights), with LoRA whose B is drawn N(0, 0.02): at 0 no gradien
 Triton's interpreter cuts fp32 to bf16 where a GPU rounds: what a toy run says of bf16 is two to six times too far.
 
 * Yardstick: two trl runs in fp32 that differ in their attention alone (sdpa, eager): one function, rounded in two ways.
-  The mean of their differences may be near 0 by luck: it counts as no less than its standard error.
+  The mean of their differences may be near 0 by luck: it counts as no less than its standard error. Nor does either
+  count as less than the rounding of a loss: two runs that agree to its last bit leave a third no room for it.
 * Distance of a run in lower precision: root mean square, over all steps and seeds, of its loss less that of the fp32
   run on the same batches; of gradients, for each parameter, the norm of the difference over the norm, over the seeds.
   A ratio of two such norms over n numbers has a standard deviation of 1 / sqrt(n); three of them are allowed for.
@@ -27,6 +28,7 @@ import json
 import math
 import multiprocessing
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -54,6 +56,8 @@ Found = TypeVar("Found")
 YARD, BF16, FP8, FIRST, QUIET = 2.0, 1.25, 1.5, 1e-6, 0.1
 """Bounds: times the yardstick; times trl's own distance; times that in bf16; relative, of one step; the last is
 of the measurement itself: two fp32 runs may be this share of bf16's distance apart, or chaos was measured."""
+ROUNDING = 2.0**-23
+"""What the rounding of fp32 leaves of a loss, relative to its size, or to 1, the size of the terms of one near 0."""
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft")
 TWO_RUNS = "two trl runs in fp32"
 DRAWS = 10_000
@@ -253,14 +257,17 @@ def preference(algorithm: str, source: Any, rows: Any, arm: Arm, *, steps: int, 
 def within_yardstick(part: str, trl: Sequence[Losses], other: Sequence[Losses], fast: Sequence[Losses]) -> list[Check]:
     """Largest and mean signed difference of the losses over the seeds, each against twice that of two trl runs.
 
-    The mean of the two is no less than its standard error, rms / sqrt(steps).
+    The mean of the two is no less than its standard error, rms / sqrt(steps). Where the two are not one run, the rms
+    is no less than `ROUNDING`, and the largest than twice that.
     """
     yard = [y - x for x, y in zip(trl, other, strict=True)]
     ours = [y - x for x, y in zip(trl, fast, strict=True)]
     steps, seeds = len(trl[0]), len(trl)
     largest = [max(float(d.abs().max()) for d in apart) for apart in (yard, ours)]
     signed = [max(float(d.mean().abs()) for d in apart) for apart in (yard, ours)]
-    signed[0] = max(signed[0], rms(yard) / math.sqrt(steps))
+    rounding = ROUNDING * max(1.0, *(float(x.abs().max()) for x in trl)) if largest[0] else 0.0
+    largest[0] = max(largest[0], 2 * rounding)
+    signed[0] = max(signed[0], max(rms(yard), rounding) / math.sqrt(steps))
     return [Check(part, what, value, own, YARD * own, steps, seeds) for what, (own, value) in
             (("max |loss difference|", largest), ("|mean signed difference|", signed))]
 
@@ -427,6 +434,12 @@ def report(checks: Sequence[Check], more: Mapping[str, Any], command: str, at: s
     }  # fmt: skip
 
 
+def written(found: Mapping[str, Any]) -> str:
+    """As JSON, an array of numbers on one line."""
+    text = json.dumps(found, indent=1) + "\n"
+    return re.sub(r'\[\n[^][{}"]*\]', lambda array: "[" + " ".join(array[0][1:-1].split()) + "]", text)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write versions, card, commit, command, figures and bounds here")
@@ -466,7 +479,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         command = " ".join(["python -m benchmarks.parity", *(argv if argv is not None else sys.argv[1:])])
-        args.json.write_text(json.dumps(report(checks, more, command, args.commit), indent=1) + "\n")
+        args.json.write_text(written(report(checks, more, command, args.commit)))
     return 0 if all(check.holds for check in checks) else 1
 
 

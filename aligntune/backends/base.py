@@ -118,7 +118,21 @@ def require(backend: Backend, algorithm: str, options: Mapping[str, Any]) -> Non
     for state in (verdict, backend.available()):
         if not state:
             raise BackendUnavailableError(f"backend={backend.name!r} {state}")
+    _require_packages(options)
     _require_vllm(options)
+
+
+_PACKAGES = {"deepspeed": ("deepspeed", "deepspeed"), "use_liger_kernel": ("liger_kernel", "liger-kernel")}
+"""Field of transformers' arguments -> the module that it needs, and what installs it."""
+
+
+def _require_packages(options: Mapping[str, Any]) -> None:
+    """As `_require_vllm`."""
+    given = asked(options)
+    for name, (module, package) in _PACKAGES.items():
+        if given.get(name) and importlib.util.find_spec(module) is None:
+            raise BackendUnavailableError(f"trainer_options {name}={given[name]!r}: {module} is not installed here; "
+                                          f"pip install {package}")
 
 
 def _require_vllm(options: Mapping[str, Any]) -> None:

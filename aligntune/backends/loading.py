@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aligntune.builtin import is_builtin
-from aligntune.core.inference import locate
+from aligntune.core.inference import locate, looked_up
 from aligntune.errors import AlignTuneError, BackendUnavailableError, ConfigError, unknown
 
 if TYPE_CHECKING:
@@ -74,6 +74,9 @@ def load_tokenizer(job: Job) -> Any:
     options = job.options
     own = options.tokenizer_name is None
     source = options.model_name if own else options.tokenizer_name
+    # A tokenizer of another name than the model's has other branches and commits.
+    another = isinstance(options.model_name, str) and source != options.model_name
+    revision = None if another else options.model_revision
     if not isinstance(source, str):
         own = False
         if hasattr(source, "encode"):
@@ -89,10 +92,10 @@ def load_tokenizer(job: Job) -> Any:
         source = locate(source, option="model_name") if own or is_builtin(source) else source
         try:
             tokenizer = AutoTokenizer.from_pretrained(
-                source, revision=options.model_revision, trust_remote_code=options.trust_remote_code
+                source, revision=revision, trust_remote_code=options.trust_remote_code
             )
         except (OSError, ValueError, ImportError) as error:
-            raise AlignTuneError(f"no tokenizer can be loaded from {source!r}: {error}") from error
+            raise AlignTuneError(f"no tokenizer can be loaded from {source!r}{looked_up(source)}: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
         job.notices.append(f"the tokenizer has no pad token: {tokenizer.eos_token!r} pads (masks go by position, so "
@@ -121,16 +124,14 @@ def load_model(job: Job, precision: Precision, *, scores: bool = False) -> Any:
 
     Raises:
         AlignTuneError: it cannot be loaded; the message keeps the loader's reason.
-        ConfigError: quantization contradicts the checkpoint, or attn_implementation the object; or a 4-bit base would
-            train whole; or the name is of adapters alone, or of a reward model that lacks weights, its score head among
-            them: names them.
+        ConfigError: quantization contradicts the checkpoint, or a 4-bit base would train whole; or the name is of
+            adapters alone, or of a reward model that lacks weights, its score head among them: names them.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 
     options = job.options
     if not isinstance(options.model_name, str):
         model = options.model_name
-        _must_attend(model, options.attn_implementation)
         if scores:
             _must_score(model)
         _settle_quantization(job, getattr(model.config, "quantization_config", None))
@@ -141,7 +142,8 @@ def load_model(job: Job, precision: Precision, *, scores: bool = False) -> Any:
         config = AutoConfig.from_pretrained(
             source, revision=options.model_revision, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        raise AlignTuneError(f"no model can be loaded from {options.model_name!r}: {error}") from error
+        raise AlignTuneError(
+            f"no model can be loaded from {options.model_name!r}{looked_up(source)}: {error}") from error
     quantized = _settle_quantization(job, getattr(config, "quantization_config", None))
     kwargs: dict[str, Any] = {
         "dtype": _storage_dtype(job, precision, quantized),
@@ -207,15 +209,47 @@ def _has_head(folder: Path, files: str) -> bool:
     return any({"score", "classifier"} & set(name.split(".")) for name in names)
 
 
-def _must_attend(model: Any, wanted: str | None) -> None:
-    if wanted is None:
-        return
+def _dtype_of(model: Any, wanted: str) -> str | None:
+    stored = str(getattr(model, "dtype", None)).removeprefix("torch.")
+    return next((short for short, long in DTYPES.items() if long == stored), stored)
+
+
+def _attention_of(model: Any, wanted: str) -> str | None:
     from aligntune.backends._compat import flash_kernel
 
     held = getattr(model.config.get_text_config(), "_attn_implementation", None)
-    if held not in (wanted, flash_kernel(wanted)):
-        raise ConfigError(f"attn_implementation = {wanted!r}, but the model object has {held!r}: call its "
-                          f"set_attn_implementation({wanted!r}), or leave the option out")
+    return wanted if held is not None and held == flash_kernel(wanted) else held
+
+
+_LOADED_WITH: dict[str, tuple[Callable[[Any, str], str | None], Callable[[str], str]]] = {
+    "model_revision": (lambda model, wanted: getattr(model.config, "_commit_hash", None),
+                       lambda wanted: f"load it with revision={wanted!r}"),
+    "model_dtype": (_dtype_of, lambda wanted: f"load it with dtype=torch.{DTYPES[wanted]}"),
+    "quantization": (
+        lambda model, wanted: _field(getattr(model.config, "quantization_config", None) or {}, "bnb_4bit_quant_type"),
+        lambda wanted: f"load it with BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={wanted!r})"),
+    "attn_implementation": (_attention_of, lambda wanted: f"call its set_attn_implementation({wanted!r})"),
+}
+"""Options that only loading a model reads: what an object has of each, and how it would get what was asked for."""
+
+
+def check_model_object(job: Job) -> None:
+    """That a model object, which is taken as it is, already has what the options for loading one ask for.
+
+    Raises:
+        ConfigError: names every option that asks for something else.
+    """
+    model, faults = job.options.model_name, []
+    if isinstance(model, str):
+        return
+    for name, (held_by, instead) in _LOADED_WITH.items():
+        wanted = getattr(job.options, name)
+        if wanted in (None, "auto") or (held := held_by(model, wanted)) == wanted:
+            continue
+        faults.append(f"model.{name} = {wanted!r}, but the model object has {held!r}: {instead(wanted)}, or leave the "
+                      "option out")
+    if faults:
+        raise ConfigError.from_faults(faults, "the model object")
 
 
 def _must_score(model: Any) -> None:

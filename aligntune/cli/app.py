@@ -5,7 +5,6 @@ Each command imports what it needs when it runs: `--help` imports neither torch 
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import traceback
@@ -18,6 +17,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from aligntune.cli import comparing, doctor, inspecting, launching, modelling, recipe_files, training
+from aligntune.core import notices
 from aligntune.errors import AlignTuneError
 
 EPILOG = (
@@ -111,8 +111,7 @@ def run() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars in a file are thousands of lines
-    # It asks for an optional package of kernels for 4-bit inference on a CPU, which training does not use.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    notices.quiet_libraries()
     # typer would install a hook of its own; the command alone does not.
     sys.excepthook = _unforeseen
     get_command(app)(prog_name="aligntune")

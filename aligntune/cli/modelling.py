@@ -102,6 +102,8 @@ def _to_evaluate(recipe: str, options: dict[str, Any], scratch: str) -> tuple[Pl
     folder, checkpoint, source = Path(recipe).expanduser(), None, recipe
     if folder.is_dir() and (folder / "config.yaml").is_file():
         checkpoint, source = newest_complete(folder), str(folder / "config.yaml")
+    elif not folder.exists() and "/" in recipe and folder.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"evaluate: there is no run folder {recipe!r}")
     elif (folder / "recipe.json").is_file():
         stages = sorted(entry.name for entry in folder.iterdir() if (entry / "config.yaml").is_file())
         raise ConfigError(f"evaluate: {recipe!r} is the folder of several stages: {', '.join(stages)}; give one")
@@ -115,10 +117,17 @@ def _to_evaluate(recipe: str, options: dict[str, Any], scratch: str) -> tuple[Pl
 
 def _metrics(plan: Plan, checkpoint: Path | None) -> dict[str, float]:
     from aligntune.core.backend_factory import build_trainer
+    from aligntune.core.rules import NO_EVALUATION
+    from aligntune.errors import DataError
 
+    options = plan.stages[0].job.options
+    if not (options.eval_dataset_name or options.eval_split or options.val_split_ratio):
+        raise DataError(f"evaluate: no evaluation data. {NO_EVALUATION}")  # before anything is loaded
     trainer = build_trainer(plan.stages[0].job)
     if checkpoint is not None:
         # Into the trainer of the run's own configuration: reference models stay what they were in training.
         trainer.trainer._load_from_checkpoint(str(checkpoint))
+        trained = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        trainer.trainer.state.global_step, trainer.trainer.state.epoch = trained["global_step"], trained["epoch"]
     found = trainer.evaluate()
     return {name: value for name, value in sorted(found.items()) if isinstance(value, (int, float))}

@@ -138,6 +138,7 @@ def _told(spec: ArmSpec, trainer: Any, recorder: Any) -> dict[str, Any]:
         "norms": recorder.norms, "shifted": batches.shifted(recorder.first_documents),
         "precision": _precision(inner.args, trainer.model), "round": _round(inner.args),
         "weights": recorder.weights, "cold_start": recorder.cold_start,
+        "rehearsal_seconds": recorder.rehearsal_seconds,
         "capture_seconds": getattr(getattr(inner, "graphed", None), "capture_seconds", None),
         "attestation": trainer.attestation(), "trace": recorder.trace,
         "environment": snapshot(), "config": _plain(config),

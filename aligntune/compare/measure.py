@@ -58,6 +58,7 @@ def arm_speed(runs: Runs, steps: Sequence[int], target: float | None = None) -> 
         "seconds": [step["seconds"] for step in taken],
         "phases": _phases(taken), "cold_start": [one["cold_start"] for one in runs],
         "warmup_extra": _warmup_extra(runs, steps), "capture_seconds": [one.get("capture_seconds") for one in runs],
+        "rehearsal_seconds": [one.get("rehearsal_seconds") for one in runs],
         "time_to_target": [_time_to(one, target) for one in runs], "mfu": None, "tflops": None,
     }
     work, online = runs[0].get("work"), runs[0]["online"]
@@ -79,13 +80,21 @@ def _phases(taken: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _warmup_extra(runs: Runs, steps: Sequence[int]) -> list[float]:
-    """Seconds that the steps before the timed ones took beyond as many usual ones: compilation, capture, caches."""
+    """Seconds that the steps before the timed ones took beyond as many usual ones: compilation, capture, caches.
+
+    With those of a pass before the first step, which is where fast compiles.
+    """
     found = []
     for one in runs:
         usual = float(np.median([one["steps"][i]["seconds"] for i in steps]))
         early = [step["seconds"] for step in one["steps"][: steps[0]] if step["seconds"] and not step["traced"]]
-        found.append(max(0.0, sum(early) - usual * len(early)))
+        found.append(max(0.0, sum(early) - usual * len(early)) + _before(one))
     return found
+
+
+def _before(run: Mapping[str, Any]) -> float:
+    """Seconds of training before the first step."""
+    return run.get("rehearsal_seconds") or 0.0
 
 
 def _smoothed(run: Mapping[str, Any]) -> np.ndarray:
@@ -118,7 +127,7 @@ def _time_to(run: Mapping[str, Any], target: float | None) -> float | None:
     if not len(hits):
         return None
     last = int(hits[0]) + len(run["steps"]) - len(smooth)
-    return float(sum(step["seconds"] or 0.0 for step in run["steps"][: last + 1]))
+    return _before(run) + float(sum(step["seconds"] or 0.0 for step in run["steps"][: last + 1]))
 
 
 def memory(a: Runs, b: Runs) -> dict[str, Any]:

@@ -30,6 +30,9 @@ SAMPLE = 1 << 18
 READ_EVERY = 8
 """Steps on a card between two waits for it; on a CPU there is nothing to wait for, and each step is read as it ends."""
 
+REHEARSAL = "rehearsal"
+"""The pass over the longest batch that backend fast makes before the first step, while it gets that step's data."""
+
 METRICS = ("reward", "reward_std", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio",
            "rewards/accuracies", "rewards/margins", "mean_token_accuracy")
 
@@ -78,6 +81,7 @@ class Recorder(TrainerCallback):
         self.norms: dict[str, float] = {}
         self.memory: dict[str, int] = {}
         self.cold_start: float | None = None
+        self.rehearsal_seconds: float | None = None
         self.first_documents: list[batches.Document] = []
         self.trace: dict[str, Any] | None = None
         self._profiler: Any = None
@@ -108,7 +112,8 @@ class Recorder(TrainerCallback):
         """Wrap the trainer instance; `remove` takes it all off."""
         trainer = self.trainer
         for owner, name, phase in (
-            (trainer, "get_batch_samples", "data"), (trainer, "_prepare_inputs", "prepare"),
+            (trainer, "get_batch_samples", "data"), (trainer, "_rehearse", REHEARSAL),
+            (trainer, "_prepare_inputs", "prepare"),
             (trainer, "_generate", "rollout"), (trainer, "_calculate_rewards", "reward"),
             (trainer, "compute_loss", "forward"), (trainer.accelerator, "backward", "backward"),
         ):
@@ -313,12 +318,16 @@ class Recorder(TrainerCallback):
                 slots += _slots(batch)
             if not self.first_documents:
                 self.first_documents = found
+            phases = self._phases(one.spans)
+            rehearsed = phases.pop(REHEARSAL, None)
+            if rehearsed is not None:
+                self.rehearsal_seconds = (self.rehearsal_seconds or 0.0) + rehearsed
             self.steps.append({
                 "step": one.step, "loss": float(sum(float(loss) for loss in one.losses)),
                 "grad_norm": None if one.norm is None else float(one.norm),
-                "seconds": self._line.seconds(one.begin, one.end) if one.begin is not None else None,
+                "seconds": None if one.begin is None else self._line.seconds(one.begin, one.end) - (rehearsed or 0.0),
                 "traced": one.traced, "learning_rate": one.rate, "rows": rows, "slots": slots,
-                "phases": self._phases(one.spans), **batches.sizes(found), "data": batches.fingerprint(found),
+                "phases": phases, **batches.sizes(found), "data": batches.fingerprint(found),
                 "metrics": {name: sum(float(value) for value in new) / len(new)
                             for name, new in one.metrics.items()},
             })
@@ -332,6 +341,8 @@ class Recorder(TrainerCallback):
         inner = totals.get("rollout", 0.0) + totals.get("reward", 0.0)
         if "prepare" in totals:
             totals["prepare"] = max(0.0, totals["prepare"] - inner)
+        if "data" in totals:
+            totals["data"] = max(0.0, totals["data"] - totals.get(REHEARSAL, 0.0))
         return totals
 
     def _new_metrics(self) -> dict[str, list[Any]]:

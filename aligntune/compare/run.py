@@ -79,7 +79,8 @@ def one_stage(recipe: Recipe, stage: int | None, overrides: Mapping[str, Any]) -
     stages = recipe.config["stages"]
     if stage is None or not 1 <= stage <= len(stages):
         names = ", ".join(f"{number} ({name})" for number, name in enumerate(recipe.algorithms, 1))
-        raise ConfigError(f"this recipe has stages and one job is compared: stage=N takes one of {names}")
+        raise ConfigError(f"this recipe has stages and one job is compared: --stage N (from Python "
+                          f"stage=N) takes one of {names}")
     config = over(recipe.config.get("defaults") or {}, stages[stage - 1])
     named = {name.rpartition(".")[2] for name in overrides}
     continues = any(name == "model_name" and value == PREVIOUS for _, name, value in leaves(config))

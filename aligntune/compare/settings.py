@@ -117,8 +117,8 @@ def read_assertion(text: str) -> Assertion:
     if not found:
         if bare in NUMBERS:
             raise ConfigError(f"--assert {bare!r}: a bound is wanted, like {bare}>=1")
-        raise ConfigError(f"--assert {text!r}: " + unknown("assertion", bare, (*FLAGS, *NUMBERS))
-                          + " Numbers take >=, <=, > or <.")
+        raise ConfigError(f"--assert {text!r}: " + unknown("assertion", bare, (*FLAGS, *NUMBERS)).removesuffix(".")
+                          + ". Numbers take >=, <=, > or <")
     name, relation, bound = found.groups()
     if name not in NUMBERS:
         raise ConfigError(f"--assert {text!r}: " + (f"{name} takes no bound" if name in FLAGS else

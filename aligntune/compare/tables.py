@@ -55,7 +55,9 @@ def _speed(report: Report) -> Table | None:
     rows.append(_row("TFLOP/s of the model", a["tflops"], b["tflops"], "{:,.3g}"))
     rows.append(_row("cold start, s", _least(a["cold_start"]), _least(b["cold_start"]), "{:,.1f}"))
     rows.append(_row("compilation and warm-up, s", _least(a["warmup_extra"]), _least(b["warmup_extra"]), "{:,.2f}"))
-    rows.append(_row("graph capture, s", _least(a["capture_seconds"]), _least(b["capture_seconds"]), "{:,.2f}"))
+    for name, what in (("rehearsal_seconds", "the pass before the first step, s"),
+                       ("capture_seconds", "graph capture, s")):
+        rows.append(_row(what, _least(a.get(name, ())), _least(b.get(name, ())), "{:,.2f}"))
     if speed["target_loss"] is not None:
         row = _row(f"time to loss {speed['target_loss']:.4g}, s", _least(a["time_to_target"]),
                    _least(b["time_to_target"]), "{:,.2f}")

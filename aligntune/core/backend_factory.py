@@ -217,6 +217,23 @@ def choose_backend(job: Job) -> Backend:
     return trl
 
 
+def check_names(job: Job) -> None:
+    """Rewards and trainer options by name: what building the trainer would find out, without building it.
+
+    Raises:
+        ConfigError: there is no such reward or field, or TRL does not take its value.
+    """
+    if job.spec.online:
+        from aligntune.rewards import resolve_rewards
+
+        resolve_rewards(list(job.options.reward_functions or []), None)
+    if job.options.trainer_options:  # the one check that needs TRL imported
+        from aligntune.backends.loading import precision_of
+        from aligntune.backends.trl.options import trl_config
+
+        trl_config(job, precision_of(job), eval_rows=0)
+
+
 def data_request(job: Job) -> Any:
     """What the data layer is asked to prepare for this job."""
     from aligntune.data import DataRequest
@@ -236,23 +253,30 @@ def build_trainer(job: Job, callbacks: list[Any] | None = None, *, backend: Back
     """Data, backend and run folder of a resolved job, in that order: nothing is written before the data is sound.
 
     Args:
-        backend: builds the trainer; None is the one that the job names.
+        backend: builds the trainer, from a model that it has loaded as the options say; None is the one that the job
+            names.
 
     Raises:
-        ConfigError: `callbacks` is no list of transformers' callbacks.
+        ConfigError: `callbacks` is no list of transformers' callbacks; or what `check_names` and `check_model_object`
+            raise.
     """
     _check_callbacks(callbacks)
-    backend = backend if backend is not None else choose_backend(job)
+    chosen = choose_backend(job) if backend is None else backend
+    from aligntune.core import notices
+
+    notices.quiet_libraries()  # before they are imported
     from omegaconf import OmegaConf
 
-    from aligntune.backends.loading import load_tokenizer
-    from aligntune.core import notices
+    from aligntune.backends.loading import check_model_object, load_tokenizer
     from aligntune.core.early_stop import StopAt
     from aligntune.core.run_dir import RunDir
     from aligntune.core.trainer import AlignTrainer
     from aligntune.data import prepare
 
     notices.show()
+    if backend is None:
+        check_model_object(job)
+    check_names(job)
     tokenizer = load_tokenizer(job)
     data = prepare(data_request(job), tokenizer)
     run_dir = RunDir.create(
@@ -262,7 +286,7 @@ def build_trainer(job: Job, callbacks: list[Any] | None = None, *, backend: Back
     job.set("output_dir", str(run_dir.path))
     if job.options.on_bad_row == "quarantine" and data.report.bad and run_dir.is_main:
         data.report.write_bad_rows(run_dir.path / "bad_rows.jsonl")
-    built = backend.build(job, Prepared(data.tokenizer, data.train, data.eval, data.report))
+    built = chosen.build(job, Prepared(data.tokenizer, data.train, data.eval, data.report))
     if job.objects:
         job.notices.append(f"config.yaml cannot be run again: {', '.join(sorted(job.objects))} came as Python objects")
     logger.info("%s", data.report.text())
@@ -271,7 +295,7 @@ def build_trainer(job: Job, callbacks: list[Any] | None = None, *, backend: Back
     if job.options.stop_metric is not None:
         built.trainer.add_callback(StopAt(job.options.stop_metric, job.options.stop_value))
     return AlignTrainer(
-        built.trainer, config=job.config, run_dir=run_dir, tokenizer=data.tokenizer, backend=backend.name,
+        built.trainer, config=job.config, run_dir=run_dir, tokenizer=data.tokenizer, backend=chosen.name,
         algorithm=job.spec.name, attestation=built.attestation, data_report=data.report.markdown(),
         config_yaml=OmegaConf.to_yaml(job.config), notices=[*job.notices, *built.notices], resume=job.options.resume,
         progress=job.options.progress, system_prompt=job.options.system_prompt, generator=built.generator,

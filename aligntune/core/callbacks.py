@@ -94,6 +94,7 @@ class MetricsLog(TrainerCallback):
         self.clock = Clock()
         self.averages = Averages(trainer, per_token=algorithm == "sft")
         self.last: dict[str, float] = {}
+        self.last_step = 0
         self.tokens = self.generated = 0.0
         self.first_tokens = self.first_generated = 0.0
         self.first_step = 0
@@ -212,6 +213,7 @@ class MetricsLog(TrainerCallback):
         else:
             self._add_speed(logs)
             self.last = {**self.last, **{key: value for key, value in logs.items() if isinstance(value, (int, float))}}
+            self.last_step = state.global_step
         if state.is_world_process_zero:
             epoch = logs.get("epoch", state.epoch)
             numbers = {key: value for key, value in logs.items() if key not in ("epoch", "step", "kind", "time")}

@@ -37,6 +37,11 @@ def locate(name: str, *, option: str = "model") -> str:
     return name
 
 
+def looked_up(name: str) -> str:
+    """For an error of loading `name`: where it was looked for, if no folder has the name."""
+    return "" if Path(name).expanduser().exists() else " (no folder here has this name, so it was taken for a hub id)"
+
+
 def _within(folder: Path, option: str) -> Path:
     from aligntune.core.checkpoints import all_checkpoints, newest_complete
 
@@ -83,7 +88,7 @@ def load(name: str, *, device: str = "auto", trust_remote_code: bool = False) ->
             model = AutoModelForCausalLM.from_pretrained(source, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        raise AlignTuneError(f"{name!r} cannot be loaded: {error}") from error
+        raise AlignTuneError(f"{name!r} cannot be loaded{looked_up(source)}: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if on_gpu and not getattr(model, "is_quantized", False):

@@ -86,13 +86,13 @@ def check_backends(plan: Plan) -> None:
     Raises:
         AlignTuneError: of every stage at once; of the first one's class where they differ.
     """
-    from aligntune.core.backend_factory import choose_backend
+    from aligntune.core.backend_factory import check_names, choose_backend
 
     errors: list[tuple[StageConfig | None, AlignTuneError]] = []
     for stage in plan.stages:
         try:
             choose_backend(stage.job)
-            _check_names(stage.job)
+            check_names(stage.job)
         except AlignTuneError as error:
             errors.append((stage, error))
     _raise(errors)
@@ -144,19 +144,6 @@ def _quietly(load: Any, job: Any) -> Any:
         return load(job)
     finally:
         job.notices[:] = said
-
-
-def _check_names(job: Any) -> None:
-    """Rewards and trainer options by name: what building the trainer would find out, without building it."""
-    if job.spec.online:
-        from aligntune.rewards import resolve_rewards
-
-        resolve_rewards(list(job.options.reward_functions or []), None)
-    if job.options.trainer_options:  # the one check that needs TRL imported
-        from aligntune.backends.loading import precision_of
-        from aligntune.backends.trl.options import trl_config
-
-        trl_config(job, precision_of(job), eval_rows=0)
 
 
 def _raise(errors: list[tuple[StageConfig | None, AlignTuneError]]) -> None:

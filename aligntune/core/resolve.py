@@ -32,8 +32,40 @@ OLD_NAMES: Mapping[str, str] = {
     "use_lora": "use_peft", "reward_funcs": "reward_functions", "reward_weights": "reward_function_weights",
     "reward_model": "reward_model_name", "ref_model": "ref_model_name", "dataset_split": "split",
     "load_in_4bit": "quantization", "attn_impl": "attn_implementation",
+    "use_gradient_checkpointing": "gradient_checkpointing",
 }
 """Names of users' old scripts that have one clear meaning here."""
+
+OLD_VALUES: Mapping[str, Mapping[str, Any]] = {
+    "optimizer": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw_fused", "adamw_bnb_8bit": "adamw_8bit",
+                  "paged_adamw": "paged_adamw_32bit"},
+    "gradient_checkpointing": {"unsloth": "offload"},
+}
+"""Values of users' old scripts, under our names."""
+
+_FIELD = "trainer_options={{{0!r}: ...}}"
+INSTEAD: Mapping[str, str] = {
+    "bf16": "precision='bf16'", "fp16": "precision='fp16'", "use_cpu": "device='cpu'", "no_cuda": "device='cpu'",
+    "dtype": "precision, or model_dtype for how weights are stored",
+    "torch_dtype": "precision, or model_dtype for how weights are stored",
+    "load_in_8bit": "quantization='nf4', the one kind there is", "full_finetuning": "use_peft=False",
+    "peft_config": "use_peft=True with lora_r, lora_alpha, lora_dropout and lora_target_modules",
+    "lora_config": "use_peft=True with lora_r, lora_alpha, lora_dropout and lora_target_modules",
+    "random_state": "seed", "max_new_tokens": "max_completion_length", "use_vllm": "rollout_engine='vllm'",
+    "max_prompt_length": "max_seq_length, which counts prompt and completion",
+    "group_size": "num_generations", "save_strategy": "save_steps",
+    "eval_strategy": "eval_steps", "evaluation_strategy": "eval_steps",
+    "assistant_only_loss": "completion_only", "completion_only_loss": "completion_only",
+    "train_on_responses_only": "completion_only",
+    "args": "each field an option of its own, or a field of trainer_options",
+    "deepspeed": "`aligntune launch --accelerate-config`", "fsdp": "`aligntune launch --accelerate-config`",
+    **{name: _FIELD.format(name) for name in (
+        "data_seed", "neftune_noise_alpha", "load_best_model_at_end", "metric_for_best_model", "torch_compile",
+        "activation_offloading", "use_liger_kernel", "dataloader_pin_memory",
+    )},
+    "group_by_length": "trainer_options={'train_sampling_strategy': 'group_by_length'}",
+}
+"""Names of users' old scripts that are said in another way here, and how."""
 
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -246,21 +278,27 @@ def _leaves(layer: Mapping[str, Any], sections: set[str], faults: list[str]) -> 
 
 def _translate(key: str, value: Any, everything: dict[str, OptionInfo], notices: list[str]) -> tuple[str, Any]:
     """An old script's name becomes ours, and it is said."""
-    if key in everything or key not in OLD_NAMES:
-        return key, value
-    name = OLD_NAMES[key]
+    name = key if key in everything else OLD_NAMES.get(key, key)
     if key == "load_in_4bit" and isinstance(value, bool):
         value = "nf4" if value else None
-    notices.append(f"{key} is {name} here")
-    return name, value
+    if name != key:
+        notices.append(f"{key} is {name} here")
+    ours = OLD_VALUES.get(name, {}).get(value) if isinstance(value, str) else None
+    if ours is None:
+        return name, value
+    notices.append(f"{name} {value!r} is {ours!r} here")
+    return name, ours
 
 
 def _unknown(path: str, key: str, value: Any, section: str, table: dict[str, OptionInfo]) -> str:
     if isinstance(value, Mapping) and not section and (close := nearest(key, {*SECTIONS, "loss"})):
         return f"{path}: unknown section; did you mean {close!r}?"
+    if key in INSTEAD:
+        return f"{path}: unknown option; here it is {INSTEAD[key]}"
     inside = [row.name for row in table.values() if not section or row.section == section]
     close = nearest(key, inside) or nearest(key, table)
-    hint = f"; did you mean {table[close].path!r}?" if close else "; `aligntune explain` lists the options"
+    hint = f"; did you mean {table[close].path!r}?" if close else (
+        "; `aligntune options` lists them, and trainer_options takes fields of TRL's")
     return f"{path}: unknown option{hint}"
 
 

@@ -14,7 +14,16 @@ Origin = dict[str, str]
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 """TRL's values of `f_divergence_type`, which it looks at in the first step."""
+NO_EVALUATION = (
+    "Give eval_dataset_name (with eval_split, max_eval_samples), eval_split of the training dataset, or "
+    "val_split_ratio to hold out a part of it"
+)
 _SORTING = ("aot", "aot_unpaired")
+VLLM_CHOICES = {
+    "vllm_mode": ("colocate", "server"),
+    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+}
+"""TRL's values of fields that it looks at when the model is loaded, and when the first rollout is done."""
 
 
 def asked(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,6 +68,7 @@ def check(values: Values, origin: Origin, spec: AlgorithmSpec, faults: list[str]
         else:
             _rollout(values, faults, world_size())
         _rewards(values, faults)
+        _vllm(values, origin, faults, notices)
     # A ratio of 0 is no second wish: a run's own config.yaml has every option.
     given = origin["warmup_ratio"] in ("argument", "config") and values["warmup_ratio"] > 0
     if values["warmup_steps"] is not None and given:
@@ -139,10 +149,32 @@ def _loss(values: Values, faults: list[str]) -> None:
         faults.append(f"{path('use_weighting')} = True with loss_type {sorting[0]!r}: it sorts what is weighted by "
                       "pair; leave one out")
     kind = given.get("f_divergence_type")
-    if kind is not None and kind not in DIVERGENCES:
-        close = nearest(kind, DIVERGENCES) if isinstance(kind, str) else None
-        faults.append(f"{path('f_divergence_type')} = {kind!r}: must be one of {', '.join(map(repr, DIVERGENCES))}"
+    if kind is not None:
+        _one_of(path("f_divergence_type"), kind, DIVERGENCES, faults)
+
+
+def _one_of(path: str, value: Any, choices: tuple[str, ...], faults: list[str]) -> None:
+    if value not in choices:
+        close = nearest(value, choices) if isinstance(value, str) else None
+        faults.append(f"{path} = {value!r}: must be one of {', '.join(map(repr, choices))}"
                       + (f"; did you mean {close!r}?" if close else ""))
+
+
+def _vllm(values: Values, origin: Origin, faults: list[str], notices: list[str]) -> None:
+    """Fields of vLLM: nothing reads them where something else generates."""
+    fields = values["trainer_options"] if isinstance(values["trainer_options"], Mapping) else {}
+    for name, choices in VLLM_CHOICES.items():
+        if name in fields:
+            _one_of(f"train.trainer_options.{name}", fields[name], choices, faults)
+    idle = sorted(name for name in fields if str(name).startswith("vllm_"))
+    if not idle or values["rollout_engine"] == "vllm" or fields.get("use_vllm"):
+        return
+    if origin["rollout_engine"] in ("argument", "config"):
+        notices.append(f"rollout_engine is {values['rollout_engine']!r}: {', '.join(idle)} of trainer_options are not "
+                       "used")
+    else:
+        faults.append(f"train.trainer_options.{idle[0]} is given and rollout.rollout_engine is not: pass "
+                      "rollout_engine='vllm' to generate with it")
 
 
 def _evaluation(values: Values, faults: list[str]) -> None:

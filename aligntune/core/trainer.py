@@ -23,6 +23,7 @@ from aligntune.core.callbacks import AlignTuneState, Interrupt, MetricsLog, Noth
 from aligntune.core.model_hygiene import keep_4bit_layout, kept_mode
 from aligntune.core.out_of_memory import explain
 from aligntune.core.progress import Progress, describe, duration
+from aligntune.core.rules import NO_EVALUATION
 from aligntune.core.run_dir import RunDir, on_main_process
 from aligntune.errors import AlignTuneError, ConfigError, DataError, GpuMemoryError
 
@@ -212,7 +213,9 @@ class AlignTrainer:
         summary = self._summary(outcome)
         run.write_summary(summary)
         plotted = f"; {', '.join(path.name for path in drawn)}" if drawn else ""
-        last = describe(self._metrics.last)
+        last, logged = describe(self._metrics.last), self._metrics.last_step
+        if last and logged != summary["steps"]:
+            last += f" (logged at step {logged})"
         say(f"{outcome.status}: step {summary['steps']} of {summary['max_steps']} in "
             f"{duration(summary['wall_seconds'])}{last and ', '}{last}; run in {run.path}{plotted}")
 
@@ -259,9 +262,8 @@ class AlignTrainer:
         rows = self.trainer.eval_dataset
         if rows is None or (hasattr(rows, "__len__") and not len(rows)):
             raise DataError(
-                f"evaluate(): {'no evaluation data' if rows is None else 'the evaluation data has no rows'}. Give "
-                "eval_dataset_name (with eval_split, max_eval_samples), eval_split of the training dataset, or "
-                "val_split_ratio to hold out a part of it"
+                f"evaluate(): {'no evaluation data' if rows is None else 'the evaluation data has no rows'}. "
+                f"{NO_EVALUATION}"
             )
         with kept_mode(self.trainer.model):
             return dict(self.trainer.evaluate())

@@ -145,7 +145,7 @@ def _rename(rows: Rows, mapping: Mapping[str, str] | None) -> Rows:
     faults = [_unmapped(column, ours, rows) for column, ours in mapping.items() if column not in rows.columns]
     kept = [column for column in rows.columns if column not in mapping]
     for column, ours in mapping.items():
-        if ours in kept:
+        if ours in kept and column in rows.columns:
             faults.append(f"column_mapping sends {column!r} to {ours!r}, but there is a column {ours!r} already; "
                           f"map that one to another name as well")  # fmt: skip
     if len(set(mapping.values())) < len(mapping):
@@ -158,7 +158,8 @@ def _rename(rows: Rows, mapping: Mapping[str, str] | None) -> Rows:
 
 def _unmapped(column: str, ours: str, rows: Rows) -> str:
     if ours in rows.columns:
-        return f"column_mapping reads {{the dataset's column: the column meant}}; write {{{ours!r}: {column!r}}}"
+        return (f"column_mapping reads {{the dataset's column: the column meant}}, and there is no column {column!r}; "
+                f"is {{{ours!r}: {column!r}}} meant?")
     return f"column_mapping names a column that is not there: {unknown('column', column, rows.columns)}"
 
 
@@ -276,6 +277,7 @@ def _hub_message(name: str, request: DataRequest, error: Exception) -> str:
         hints.append("it needs a loading script, which the datasets library no longer runs; use a parquet copy of it")
     elif isinstance(error, FileNotFoundError):
         hints.append("check the spelling; a private or gated dataset needs `hf auth login`")
+    if isinstance(error, (ConnectionError, FileNotFoundError)):
         hints.append(f"a local file needs its path ({name} was not found under the current folder {Path.cwd()})")
     config = f" (configuration {request.dataset_config!r})" if request.dataset_config else ""
     return "\n  ".join([f"the dataset {name!r}{config} cannot be loaded from the hub: {text}", *hints])

@@ -102,7 +102,8 @@ def _check(report: DataReport, request: DataRequest, tally: Tally) -> None:
     shown = "\n".join(f"  {line}" for line in listed(report.bad))
     if report.bad and request.on_bad_row == "raise":
         raise DataError(f"{len(report.bad):,} of {report.rows_read:,} rows of {report.source} cannot be trained:\n"
-                        f"{shown}\nMend them, or leave them out with on_bad_row='skip': the report lists them")
+                        f"{shown}\nMend them, or leave them out: on_bad_row='skip', or 'quarantine', which writes "
+                        "all of them to bad_rows.jsonl")
     if not report.rows_trained:
         raise DataError(f"{report.source}: none of {report.rows_read:,} rows can be trained:\n{shown}")
     if report.supervised_tokens == 0:

@@ -160,23 +160,26 @@ def recognise(rows: Rows, request: DataRequest) -> Recognised:
     for kind in ORDER[request.takes]:
         roles = RULES[kind](rows.columns, sample)
         if roles is not None:
-            form = _form(roles, sample)
-            why = f"columns {', '.join(roles.values())}{FORMS[form]}"
+            form, mixed = _form(roles, sample)
+            why = f"columns {', '.join(roles.values())}{FORMS[form]}{mixed}"
             return Recognised(kind, why, roles, form, tuple(rows.columns))
     known = "\n".join(f"  {kind}: {columns}" for kind, columns in KINDS.items())
     raise DataError(f"{rows.name}: the columns {', '.join(rows.columns)} are of no known kind. Kinds and their "
                     f"columns:\n{known}\ncolumn_mapping={{'your column': 'a column above'}} renames them")  # fmt: skip
 
 
-def _form(roles: Mapping[str, str], rows: Sequence[Row]) -> str:
+def _form(roles: Mapping[str, str], rows: Sequence[Row]) -> tuple[str, str]:
+    """The form, and what is to be said where rows differ in it: one row with turns brings all under the template."""
     spoken = [roles[part] for part in ("messages", "chosen", "completion", "prompt") if part in roles]
     for column in spoken:
         values = [row.get(column) for row in rows if row.get(column) is not None]
         if any(is_turns(value) for value in values):
-            return "turns"
+            plain = sum(isinstance(value, str) for value in values) if column != roles.get("messages") else 0
+            mixed = f"; in {plain} of the first {len(values)} rows {column} is a plain string, which becomes a turn"
+            return "turns", mixed if plain else ""
         if column == "chosen" and any(is_transcript(value) for value in values):
-            return "transcripts"
-    return "strings"
+            return "transcripts", ""
+    return "strings", ""
 
 
 def as_label(value: Any) -> bool | None:

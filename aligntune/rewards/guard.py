@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-from aligntune.errors import AlignTuneError, DataError, NonFiniteError, RewardError
+from aligntune.errors import AlignTuneError, ConfigError, DataError, NonFiniteError, RewardError
 from aligntune.rewards.columns import completion_text, prompt_text, shown
 
 RewardFunction = Callable[..., Any]
@@ -108,6 +108,27 @@ def is_async(function: Any) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
+def _callable_as_reward(function: Any, label: str) -> None:
+    """That `function` takes what every reward is called with, all of it by keyword.
+
+    Raises:
+        ConfigError: it lacks one of them; says how it is called.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return  # some builtins have no signature
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    by_keyword = {parameter.name for parameter in parameters
+                  if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)}
+    missing = [name for name in ("prompts", "completions", "completion_ids") if name not in by_keyword]
+    if missing:
+        raise ConfigError(f"reward {label!r} does not take {', '.join(missing)}: it is called with prompts, "
+                          "completions, completion_ids and the columns of the rows, all by keyword; end its parameters "
+                          "with **columns")
+
+
 def guard(function: RewardFunction, name: str | None = None) -> RewardFunction:
     """`function` with its failures named: the same values, as a list of floats and Nones, or a typed error.
 
@@ -118,11 +139,15 @@ def guard(function: RewardFunction, name: str | None = None) -> RewardFunction:
         function: f(prompts, completions, completion_ids, **columns) -> one number or None a completion.
         name: the name for messages and logs; default: the function's own.
 
+    Raises:
+        ConfigError: the function cannot be called in this way.
+
     Raises (when called):
         RewardError: the function raised, or returned something other than one number or None a completion.
         NonFiniteError: a value is NaN or infinite.
     """
     label = name or function_name(function)
+    _callable_as_reward(function, label)
 
     def rows(
         prompts: list[Any], completions: list[Any], columns: dict[str, Any]

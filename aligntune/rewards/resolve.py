@@ -185,8 +185,8 @@ def resolve_rewards(
         Functions in TRL's form with `__name__` set for the logs (a second `math` is `math_2`), and their weights.
 
     Raises:
-        ConfigError: unknown names or options, a weight that is no finite number, the wrong number of weights, weights
-            given in both places. All faults at once.
+        ConfigError: unknown names or options, a function that cannot be called as a reward, a weight that is no finite
+            number, the wrong number of weights, weights given in both places. All faults at once.
     """
     if spec is None:
         spec = []
@@ -199,12 +199,12 @@ def resolve_rewards(
     for entry in spec:
         try:
             function, name, weight = _one(entry)
+            counts[name] = counts.get(name, 0) + 1
+            label = name if counts[name] == 1 else f"{name}_{counts[name]}"
+            functions.append(function if is_module(function) else guard(function, label))
         except ConfigError as error:
             faults.extend(error.faults or [str(error)])
             continue
-        counts[name] = counts.get(name, 0) + 1
-        label = name if counts[name] == 1 else f"{name}_{counts[name]}"
-        functions.append(function if is_module(function) else guard(function, label))
         own.append(weight)
     faults += _weight_faults(weights, len(spec), any(weight is not None for weight in own))
     if faults:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
 
 from aligntune import create_sft_trainer
-from aligntune.backends.loading import Precision, load_model, load_tokenizer, precision_of
+from aligntune.backends import loading
+from aligntune.backends._compat import flash_kernel
+from aligntune.backends.fast.support import FastBackend
+from aligntune.backends.loading import Precision, check_model_object, load_model, load_tokenizer, precision_of
+from aligntune.core.config import ModelSection
+from aligntune.core.registry import Support
 from aligntune.core.resolve import resolve
 from aligntune.errors import BackendUnavailableError, ConfigError
 from tests.core import tiny
@@ -59,6 +67,65 @@ def test_what_the_device_cannot_do_is_an_error(card: Any) -> None:
         chosen(device="cuda")
     with pytest.raises(ConfigError, match="precision = 'fp16': CPU trains in fp32 or bf16"):
         chosen(precision="fp16")
+
+
+# A model object is taken as it is
+
+BESIDE = {"model_revision": "v2", "model_dtype": "bf16", "quantization": "nf4", "attn_implementation": "eager"}
+
+
+def test_every_option_for_loading_is_held_against_an_object() -> None:
+    elsewhere = {"model_name", "tokenizer_name", "precision", "base_precision", "device", "trust_remote_code", "strict"}
+    assert set(BESIDE) == set(loading._LOADED_WITH) == {one.name for one in fields(ModelSection)} - elsewhere
+
+
+@pytest.mark.parametrize("backend", ["trl", "fast"])
+def test_an_option_for_loading_beside_an_object_is_told_before_anything_is_read(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FastBackend, "available", lambda self: Support("supported", "a GPU"))
+    with pytest.raises(ConfigError) as caught:
+        create_sft_trainer(tiny.llama(), "/no/such/data", backend=backend, **BESIDE)
+    told = dict(fault.split(", but the model object has ") for fault in caught.value.faults)
+    assert list(told) == [f"model.{name} = {value!r}" for name, value in BESIDE.items()]
+    held, fixes = zip(*(text.removesuffix(", or leave the option out").split(": ", 1) for text in told.values()),
+                      strict=True)
+    assert held == ("None", "'fp32'", "None", "'sdpa'")
+    assert fixes == ("load it with revision='v2'", "load it with dtype=torch.bfloat16",
+                     "load it with BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4')",
+                     "call its set_attn_implementation('eager')")
+
+
+def test_an_object_that_has_what_is_asked_for_is_taken() -> None:
+    def check(model: Any, **options: Any) -> None:
+        check_model_object(resolve({"model_name": model, "dataset_name": "d", "algorithm": "sft", **options}))
+
+    model = tiny.llama().to(torch.bfloat16)
+    model.set_attn_implementation("eager")
+    model.config._commit_hash = "v2"
+    model.config.quantization_config = {"bnb_4bit_quant_type": "nf4"}
+    check(model, **BESIDE)
+    check(tiny.llama(), quantization=None, device="cpu", precision="fp32", trust_remote_code=True)
+    check("a/name", **BESIDE)
+    check(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])), **BESIDE)
+    kernel = flash_kernel("flash_attention_2")
+    if kernel is not None:  # what transformers stores where flash_attn is not installed
+        model.config._attn_implementation = kernel
+        check(model, attn_implementation="flash_attention_2")
+        with pytest.raises(ConfigError, match="the model object has 'kernels"):
+            check(model, attn_implementation="flash_attention_3")
+
+
+@pytest.mark.parametrize(("tokenizer", "revision"), [(None, "v2"), ("a/model", "v2"), ("a/tokenizer", None)])
+def test_a_revision_is_of_the_models_name(
+    tokenizer: str | None, revision: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: Callable[..., Any] = lambda source, **how: SimpleNamespace(pad_token_id=0, source=source, how=how)  # noqa: E731
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", asked)
+    job = resolve({"model_name": "a/model", "tokenizer_name": tokenizer, "model_revision": "v2", "dataset_name": "d",
+                   "algorithm": "sft"})
+    found = load_tokenizer(job)
+    assert (found.source, found.how["revision"]) == (tokenizer or "a/model", revision)
 
 
 # Names that are paths

@@ -37,6 +37,20 @@ def test_rounding_is_within_the_yardstick_and_a_drift_is_not(trl):
     assert not parity.within_yardstick("x", trl, other, [trl[0] * float("nan")])[0].holds
 
 
+def test_the_last_bit_of_two_runs_is_no_bound():
+    """KTO's: losses near 0.5, where fp32 rounds to 6e-8, and two trl runs that differ in it now and then."""
+    trl, bit = [torch.full((30,), 0.5, dtype=torch.float64)], 2.0**-24
+    other, near = [trl[0].clone()], [trl[0].clone()]
+    other[0][3] += bit
+    near[0][::4] += bit * torch.tensor([3.0, -3, 1, -1, 3, -2, -1, 0])
+    assert all(check.holds for check in parity.within_yardstick("x", trl, other, near))
+    near[0][5] += 9 * bit
+    assert [check.holds for check in parity.within_yardstick("x", trl, other, near)] == [False, True]
+    assert [check.holds for check in parity.within_yardstick("x", trl, other, [trl[0] + bit])] == [True, False]
+    # A loss of 5 is rounded to ten times that.
+    assert parity.within_yardstick("x", [10 * trl[0]], [10 * other[0]], [10 * trl[0]])[0].own == 2 * 5 * 2.0**-23
+
+
 def test_one_step_is_relative(trl):
     assert parity.first_loss("x", trl, [trl[0] * (1 + 9e-7)]).holds
     assert not parity.first_loss("x", trl, [trl[0] * (1 - 2e-6)]).holds
@@ -138,6 +152,14 @@ def test_the_committed_figures_hold():
         assert [row["value"], row["bound"], *row["interval"]] == pytest.approx([
             found.value, found.bound, *found.interval], rel=1e-9)
         assert row["seeds"] == len(report["losses"]["fast-fp8"]) >= 4
+
+
+def test_an_array_of_numbers_is_one_line():
+    found = {"losses": {"a": [[1.0, -2e-06], [None, 3]]}, "name": "[1, 2]", "none": [], "kept": ["a [", "b ]"]}
+    text = parity.written(found)
+    assert json.loads(text) == found
+    assert "\n   [1.0, -2e-06],\n   [null, 3]\n  ]\n" in text
+    assert RESULTS.read_text() == parity.written(json.loads(RESULTS.read_text()))
 
 
 @pytest.mark.slow

@@ -57,6 +57,7 @@ def lora_run(shop: Path) -> Path:
     out, err = done.communicate(timeout=300)
     assert done.returncode == 0, err
     assert "Traceback" not in err and "Data for sft" in err and "step 2/2" in err
+    assert not (shop / "run" / "README.md").exists()  # TRL's card, of a model on the hub
     assert "model: " in out and str(shop / "run" / "checkpoint-2") in out and "loss.png" in out
     assert "%|" not in err, "progress bars in a file"
     return shop / "run"
@@ -109,8 +110,12 @@ def test_both_engines_give_the_same_answers(shop: Path, monkeypatch: pytest.Monk
     (["{shop}/model", "hi", "--temperature", "-1"], 2, "temperature"), (["builtin:tniy", "hi"], 2, "builtin:tiny"),
     (["{shop}/model", "hi", "--engine", "vllm"], 2, "unknown engine 'vllm'"),
     (["{shop}/unfinished", "hi"], 6, "a run without a checkpoint"),
+    (["runs/none", "hi"], 1, "'runs/none' cannot be loaded (no folder here has this name, so"),
 ])
-def test_generate_says_what_it_cannot_load(shop: Path, arguments: list[str], code: int, told: str) -> None:
+def test_generate_says_what_it_cannot_load(
+    shop: Path, arguments: list[str], code: int, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (shop / "unfinished").mkdir(exist_ok=True)
     (shop / "unfinished" / "config.yaml").touch()
     result = run("generate", *(text.format(shop=shop) for text in arguments))
@@ -122,10 +127,13 @@ def test_evaluate_scores_the_checkpoint_of_a_run_and_leaves_it_alone(lora_run: P
     trained = json.loads(run("evaluate", str(lora_run), "--json").stdout.splitlines()[-1])
     untrained = json.loads(run("evaluate", str(shop / "sft.yaml"), "--json").stdout.splitlines()[-1])
     assert 0 < trained["eval_loss"] < untrained["eval_loss"] - 0.01
+    assert trained["epoch"] > untrained["epoch"] == 0  # of the checkpoint, not of a trainer that is new
     assert sorted(path.name for path in lora_run.iterdir()) == before
     assert not (shop / "runs").exists()
-    result = run("evaluate", str(shop / "sft.yaml"), "val_split_ratio=null")
-    assert result.exit_code == 3 and "eval_dataset_name" in result.stderr
+    result = run("evaluate", str(shop / "sft.yaml"), "val_split_ratio=null", f"model_name={shop / 'nowhere'}")
+    assert result.exit_code == 3 and "eval_dataset_name" in result.stderr  # before the model is looked for
+    result = run("evaluate", str(shop / "nowhere"))
+    assert result.exit_code == 2 and "there is no run folder" in result.stderr
 
 
 def test_evaluate_of_a_dpo_run_compares_with_the_model_it_started_from(shop: Path) -> None:

@@ -28,6 +28,8 @@ def test_phases_and_what_is_in_none() -> None:
 def test_the_warm_up_is_what_the_first_steps_took_beyond_usual_ones() -> None:
     one, two = run([2.0, 0.5, 0.1, 0.1, 0.1]), run([0.1] * 5)
     assert measure.arm_speed([one, two], [2, 3, 4])["warmup_extra"] == pytest.approx([2.3, 0.0])
+    rehearsed = measure.arm_speed([run([0.1] * 5, rehearsal_seconds=3.0), two], [2, 3, 4])
+    assert rehearsed["warmup_extra"] == pytest.approx([3.0, 0.0]) and rehearsed["rehearsal_seconds"] == [3.0, None]
 
 
 def test_a_run_shorter_than_the_warm_up_keeps_its_last_half() -> None:
@@ -41,6 +43,8 @@ def test_the_time_to_a_loss_is_that_of_the_step_that_reaches_it() -> None:
     one = run([1.0] * 10)  # smoothed over five steps: 2.7 with the fifth, 0.1 less with each after it
     for target, seconds in ((2.7, 5.0), (2.65, 6.0), (2.2, 10.0), (2.1, None)):
         assert measure._time_to(one, target) == seconds
+        later = measure._time_to({**one, "rehearsal_seconds": 3.0}, target)
+        assert later == (None if seconds is None else seconds + 3.0)
     assert measure._end_of([one]) == pytest.approx(2.2 + 0.01 * 0.5)
 
 

@@ -123,7 +123,7 @@ def test_one_stage_of_several(tmp_path: Path) -> None:
     recipe = read_recipe(shared)
     assert one_stage(recipe, 1, {})["algorithm"] == "sft"
     assert one_stage(recipe, 2, {"model.model_name": "builtin:tiny"})["train.batch_size"] == 4
-    for stage, words in ((None, r"1 \(sft\), 2 \(dpo\)"), (3, "stage=N"), (2, "model_name")):
+    for stage, words in ((None, r"1 \(sft\), 2 \(dpo\)"), (3, "--stage N .from Python stage=N."), (2, "model_name")):
         with pytest.raises(ConfigError, match=words):
             one_stage(recipe, stage, {})
     with pytest.raises(ConfigError, match="no stages"):

@@ -87,6 +87,22 @@ def test_auto_does_not_take_interpreted_kernels(monkeypatch: pytest.MonkeyPatch)
     assert made.notices == ["backend: trl, because TRITON_INTERPRET=1 is for tests of fast, which must be named to run"]
 
 
+@pytest.mark.parametrize(("fields", "told"), [
+    ({"deepspeed": {"zero_optimization": {"stage": 2}}}, r"deepspeed={'zero.*pip install deepspeed"),
+    ({"use_liger_kernel": True}, r"use_liger_kernel=True: .*pip install liger-kernel"),
+])
+def test_a_package_that_a_field_needs_is_asked_for_before_anything_is_read(
+    fields: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    with pytest.raises(BackendUnavailableError, match=told):
+        choose_backend(job_of(backend="trl", trainer_options=fields))
+    off = dict.fromkeys(fields, False)
+    assert choose_backend(job_of(backend="trl", trainer_options=off)).name == "trl"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
+    assert choose_backend(job_of(backend="trl", trainer_options=fields)).name == "trl"
+
+
 @pytest.mark.parametrize("wish", [
     {"rollout_engine": "vllm"}, {"trainer_options": {"use_vllm": True}},
     {"rollout_engine": "vllm", "trainer_options": {"vllm_mode": "server"}},

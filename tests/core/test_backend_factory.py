@@ -77,6 +77,13 @@ def test_callbacks_of_another_type_are_told_at_creation(callbacks: Any, told: st
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("backend", [TRL.name, FAST.name])
+def test_a_field_that_trl_has_not_is_told_before_anything_is_read(backend: str) -> None:
+    with pytest.raises(ConfigError, match="trainer_options.vllm_mod: GRPOConfig has no such .* mean 'vllm_mode'"):
+        create_rl_trainer("/no/such/model", "/no/such/data", algorithm="grpo", backend=backend, rollout_engine="hf",
+                          reward_functions=[letters], trainer_options={"vllm_mod": "server"})
+
+
 def test_trial_and_ignored_keys_reach_the_inner_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = made("sft", tiny.text_rows(8).to_list(), tmp_path, max_steps=1,
                    eval_dataset_name=tiny.text_rows(2).to_list(), eval_steps=1)

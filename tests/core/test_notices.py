@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -70,3 +73,30 @@ def test_the_first_process_talks_for_all_but_each_may_warn(monkeypatch: pytest.M
         fresh.info("the same everywhere")
         fresh.warning("here alone")
         assert capsys.readouterr().err == "warning: here alone\n"
+
+
+def test_lines_of_libraries_that_nobody_can_act_upon_stay_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    asking = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    monkeypatch.delenv("KINETO_LOG_LEVEL", raising=False)
+    monkeypatch.setattr(asking, "level", logging.NOTSET)
+    monkeypatch.setattr(sys, "warnoptions", [])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()
+        notices.quiet_libraries()
+        warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1)
+        warnings.warn("`gradient_checkpointing_enable` is deprecated and will be removed", FutureWarning, stacklevel=1)
+        warnings.warn("`something_else` is deprecated", FutureWarning, stacklevel=1)
+    assert [str(item.message) for item in caught] == ["`something_else` is deprecated"]
+    assert asking.level == logging.ERROR and os.environ["KINETO_LOG_LEVEL"] == "6"
+
+
+def test_what_the_program_set_for_libraries_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    asking = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "0")
+    monkeypatch.setattr(asking, "level", logging.DEBUG)
+    monkeypatch.setattr(sys, "warnoptions", ["error"])
+    with warnings.catch_warnings():
+        before = list(warnings.filters)
+        notices.quiet_libraries()
+        assert warnings.filters == before
+    assert asking.level == logging.DEBUG and os.environ["KINETO_LOG_LEVEL"] == "0"

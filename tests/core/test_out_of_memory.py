@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -254,20 +255,21 @@ def test_a_run_that_ran_out_ends_in_an_error_of_ours(tmp_path: Path, monkeypatch
     assert '"status": "failed"' in (tmp_path / "run" / "summary.json").read_text()
 
 
-@pytest.mark.parametrize("ours", [True, False], ids=["FastSFTTrainer", "fast_train"])
-def test_a_script_s_own_trainer_says_the_same(ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["FastSFTTrainer", "fast_train", "accelerate_trl"])
+def test_a_script_s_own_trainer_says_the_same(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In TRL's names; the error stays torch's for who catches that."""
     monkeypatch.setattr(scripts, "attach_trainer", lambda trainer, **_: SimpleNamespace(model=trainer.model))
     monkeypatch.setattr("aligntune.backends.fast.sft_trainer.attach_trainer", scripts.attach_trainer)
     monkeypatch.setattr("aligntune.backends.fast.sft_trainer.lay_rows", lambda *_: "rows")
     args = SFTConfig(str(tmp_path), per_device_train_batch_size=2, max_length=16, max_steps=2, report_to="none",
                      use_cpu=True, bf16=False)
-    made = FastSFTTrainer if ours else SFTTrainer
-    trainer = made(tiny.llama(), args, train_dataset=Dataset.from_list([{"text": "one two three"}] * 4),
-                   processing_class=tiny.tokenizer())
+    made = FastSFTTrainer if way == "FastSFTTrainer" else SFTTrainer
+    with scripts.accelerate_trl() if way == "accelerate_trl" else nullcontext():
+        trainer = made(tiny.llama(), args, train_dataset=Dataset.from_list([{"text": "one two three"}] * 4),
+                       processing_class=tiny.tokenizer())
     trainer.training_step = runs_out
     with pytest.raises(torch.OutOfMemoryError, match="ran out of memory in step 1: CUDA out of memory") as caught:
-        trainer.train() if ours else scripts.fast_train(trainer)
+        scripts.fast_train(trainer) if way == "fast_train" else trainer.train()
     assert isinstance(caught.value, GpuMemoryError) and type(caught.value.__cause__) is torch.OutOfMemoryError
     assert ("now: per_device_train_batch_size=2, gradient_accumulation_steps=1, max_length=16, packing=False, "
             "gradient_checkpointing=") in str(caught.value)

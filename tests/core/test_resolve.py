@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from types import NoneType, SimpleNamespace
 
 import pytest
@@ -10,7 +12,7 @@ from omegaconf import OmegaConf
 
 from aligntune.algorithms import ALGORITHMS
 from aligntune.core.options import UNSET, OptionInfo
-from aligntune.core.resolve import OLD_NAMES, option_table, read_config, resolve
+from aligntune.core.resolve import INSTEAD, OLD_NAMES, OLD_VALUES, option_table, read_config, resolve
 from aligntune.core.rules import DIVERGENCES
 from aligntune.errors import ConfigError
 
@@ -210,6 +212,29 @@ def test_names_of_old_scripts_are_known_and_said(old: str) -> None:
     assert any(old in notice and new in notice for notice in job.notices)
 
 
+@pytest.mark.parametrize(("name", "old"), [(name, old) for name, values in OLD_VALUES.items() for old in values])
+def test_values_of_old_scripts_are_known_and_said(name: str, old: str) -> None:
+    job = resolve({**BASE, "algorithm": "sft", "backend": "fast", name: old})
+    assert getattr(job.options, name) == OLD_VALUES[name][old]
+    assert any(repr(old) in notice and repr(OLD_VALUES[name][old]) in notice for notice in job.notices)
+
+
+def test_names_that_are_said_in_another_way_name_it() -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve({**BASE, "algorithm": "sft", "bf16": True, "train.use_cpu": True, "load_best_model_at_end": True})
+    assert caught.value.faults == (
+        "bf16: unknown option; here it is precision='bf16'",
+        "train.use_cpu: unknown option; here it is device='cpu'",
+        "load_best_model_at_end: unknown option; here it is trainer_options={'load_best_model_at_end': ...}",
+    )
+    fields = {field.name for field in dataclasses.fields(pytest.importorskip("trl").SFTConfig)}
+    options = option_table(None)
+    for old, said in INSTEAD.items():
+        assert old not in options and old not in OLD_NAMES
+        named = re.match(r"trainer_options=\{'(\w+)'", said)
+        assert named[1] in fields if named else said.startswith(("`", "each")) or re.match(r"\w+", said)[0] in options
+
+
 def test_an_option_given_twice_by_two_names_is_a_fault() -> None:
     with pytest.raises(ConfigError, match="given twice"):
         resolve({**BASE, "algorithm": "sft", "max_seq_length": 5, "max_length": 6})
@@ -300,6 +325,12 @@ _SYNC = {"sync_ref_model": True}
     ("ipo", {"trainer_options": {"f_divergence_type": "js-divergence"}}, "did you mean 'js_divergence'"),
     ("dpo", {"trainer_options": {"f_divergence_type": 3}}, "f_divergence_type = 3: must be one of"),
     ("sft", {"trainer_options": SimpleNamespace()}, "train.trainer_options: a mapping is wanted, not a SimpleN"),
+    *((name, {"rollout_engine": "vllm", "trainer_options": {"vllm_mode": "servr"}}, "vllm_mode = 'servr': must be one "
+       "of 'colocate', 'server'; did you mean 'server'") for name in ("grpo", "rloo", "ppo")),
+    ("grpo", {"trainer_options": {"use_vllm": True, "vllm_importance_sampling_mode": "token"}},
+     "'token': must be one of 'token_truncate',"),
+    ("grpo", {"trainer_options": {"vllm_mode": "server", "vllm_server_port": 1}}, "trainer_options.vllm_mode is given "
+     "and rollout.rollout_engine is not: pass rollout_engine='vllm'"),
 ])
 def test_what_trl_tells_later_or_never(algorithm: str, options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -311,8 +342,12 @@ def test_what_trl_takes_is_left_alone() -> None:
         ("grpo", {**_SYNC, "use_peft": False}), ("dpo", {"trainer_options": _SYNC}), ("grpo", {"use_peft": True}),
         ("dpo", {"loss_type": ["aot"]}), ("dpo", {"loss_type": ["sft"], "use_weighting": True}),
         *(("dpo", {"trainer_options": {"f_divergence_type": kind}}) for kind in DIVERGENCES),
+        ("grpo", {"rollout_engine": "vllm", "trainer_options": {"vllm_mode": "server", "vllm_server_port": 1}}),
+        ("rloo", {"trainer_options": {"use_vllm": True, "vllm_mode": "colocate"}}),
     ):
-        resolve({**needs(algorithm), "algorithm": algorithm, **options})
+        assert not resolve({**needs(algorithm), "algorithm": algorithm, **options}).notices
+    told = resolve({**needs("grpo"), "rollout_engine": "hf", "trainer_options": {"vllm_mode": "server"}}).notices
+    assert told == ["rollout_engine is 'hf': vllm_mode of trainer_options are not used"]
 
 
 def test_lengths_of_online_methods() -> None:

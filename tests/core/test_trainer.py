@@ -178,6 +178,13 @@ def test_a_finished_run_has_nothing_left_and_trains_no_step_more(tmp_path):
     assert same(weights(trainer), weights(again))
 
 
+def test_the_last_line_says_which_step_its_numbers_are_of(tmp_path, capsys):
+    wrap(tiny.sft(tmp_path / "a", max_steps=3, logging_steps=2), tmp_path / "a").train()
+    wrap(tiny.sft(tmp_path / "b", max_steps=2, logging_steps=2), tmp_path / "b").train()
+    odd, even = [line for line in capsys.readouterr().err.splitlines() if line.startswith("finished")]
+    assert "(logged at step 2); run in" in odd and "logged at" not in even
+
+
 def test_the_resume_option_is_what_train_does_when_not_told(tmp_path):
     wrap(tiny.sft(tmp_path, max_steps=2), tmp_path).train()
     run = wrap(tiny.sft(tmp_path), tmp_path, resume=True)

@@ -99,3 +99,13 @@ def test_the_first_rows_may_be_null():
 )  # fmt: skip
 def test_labels(value, label):
     assert as_label(value) is label
+
+
+def test_strings_among_turns_are_said():
+    turns = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}
+    strings = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    mixed = kind_of([strings, turns, strings], "preference")
+    assert mixed.form == "turns"
+    assert mixed.why.endswith("; in 2 of the first 3 rows chosen is a plain string, which becomes a turn")
+    assert kind_of([turns, turns], "preference").why == "columns prompt, chosen, rejected (lists of turns)"
+    assert "plain string" not in kind_of([{"messages": [user("a")]}, {"messages": "a"}]).why  # a bad row, and said so

@@ -85,6 +85,19 @@ def test_every_fault_is_listed_at_once():
     assert "exact_match" in text and "format" in text and "math" in text
 
 
+def test_a_function_that_cannot_be_called_as_a_reward_is_refused_before_anything_is_loaded():
+    def bare(completions):
+        return [0.0]
+
+    def whole(prompts, completions, completion_ids):
+        return [0.0]
+
+    with pytest.raises(ConfigError, match="'bare' does not take prompts, completion_ids.*[*][*]columns") as caught:
+        resolve_rewards([bare, "exact_mach", whole])
+    assert len(caught.value.faults) == 2
+    assert len(resolve_rewards([whole, lambda **columns: [0.0], "exact_match"])[0]) == 3
+
+
 def test_options_of_functions_are_named_parameters_and_beat_columns():
     function = get_reward("tests.rewards.test_resolve:length", scale=3.0)
     assert call(function, ["ab"], scale=[100.0]) == [6.0]  # the dataset has a column of that name

@@ -9,17 +9,17 @@ second time. Beyond `MOST_GRAPHS` shapes a step is launched.
 
 All pairs share one memory pool: a forward is always followed by its own backward before another forward runs, so what
 one pair keeps in between, another may write over later. Parameters are read where they are: the optimizer writes in
-place, and where they come to lie elsewhere all is captured anew. 4-bit weights are unpacked within the graph, each into
-the block of the pool that the one before it gave back. Gradients are added to one set of buffers, which `param.grad`
-names while it holds a gradient. A pass without gradients (a reference's) is a forward alone; it has to come before the
-forward whose backward is still to run.
+place, and where they come to lie elsewhere, or others train, all is captured anew. 4-bit weights are unpacked within
+the graph, each into the block of the pool that the one before it gave back. Gradients are added to one set of buffers,
+which `param.grad` names while it holds a gradient; where none reaches a parameter it stays None, as without graphs: an
+optimizer passes it by. A pass without gradients (a reference's) is a forward alone; it has to come before the forward
+whose backward is still to run.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ import torch
 
 from aligntune.backends.fast import ledger
 from aligntune.backends.fast.attachment import base_model
-from aligntune.backends.fast.capture import capturing
+from aligntune.backends.fast.capture import Addresses, capturing, waits_because
 from aligntune.backends.fast.ledger import writing_to
 from aligntune.backends.fast.lora import kind_of, read
 from aligntune.backends.fast.packing import IGNORED, quarter_of
@@ -66,19 +66,18 @@ def eager_because(trainer: Trainer) -> str | None:
         return "several processes exchange gradients while the backward runs"
     if not (args.bf16 or args.fp16 or model.dtype in (torch.bfloat16, torch.float16)):
         return "in fp32 attention over ragged rows waits for their lengths"
+    if waits := waits_because(base_model(model)):
+        return waits
     if (args.gradient_checkpointing or recomputes(model)) and recompute_of(base_model(model)) is None:
         return "torch's recomputation restores the generator's state, which waits for the GPU"
     if sum(_numbers(p) for p in trained) * 8 > sum(_numbers(p) for p in model.parameters()):
         return "more than an eighth of the parameters train: the GPU is busy for longer than the CPU"
-    unread = _unread_four_bits(model)
-    if unread is not None:
+    if unread := _unread_four_bits(model):
         return f"bitsandbytes multiplies 4-bit weights itself, {unread}"
     if drops_out(model):
         return "dropout under replay is not covered by the parity tests"
     if args.neftune_noise_alpha is not None:
         return "noise on embeddings (neftune_noise_alpha) under replay is not covered by the parity tests"
-    if args.torch_compile:
-        return "torch_compile makes the launches of its own"
     if getattr(args, "activation_offloading", False):  # a field of some of TRL's configs
         return "activation_offloading copies what the backward keeps on a stream of its own"
     return None
@@ -111,37 +110,12 @@ def _unread_four_bits(model: torch.nn.Module) -> str | None:
     return None
 
 
-class _Addresses:
-    """Where a model's tensors lie. A graph reads them there, also when a parameter has long got another place.
-
-    Places are read anew each time (a 4-bit parameter that moves is another object afterwards), modules are not: those
-    that come later are in no graph.
-    """
-
-    def __init__(self, model: Any) -> None:
-        held = [(tensors, name) for module in model.modules() for tensors in (module._parameters, module._buffers)
-                for name, tensor in tensors.items() if tensor is not None]
-        self._plain = [(tensors, name) for tensors, name in held if not hasattr(tensors[name], "quant_state")]
-        self._four_bits = [(tensors, name) for tensors, name in held if hasattr(tensors[name], "quant_state")]
-
-    def now(self) -> list[int]:
-        # Params4bit answers `data_ptr` through Python: ten times as long.
-        with torch._C.DisableTorchFunctionSubclass():
-            found = [tensors[name].data_ptr() for tensors, name in self._plain]
-            for tensors, name in self._four_bits:
-                state = tensors[name].quant_state
-                parts = [tensors[name], state.absmax, state.code]
-                if state.nested:
-                    parts += [state.offset, state.state2.absmax, state.state2.code]
-                found += [part.data_ptr() for part in parts]
-        return found
-
-
 @dataclass
 class _Pair:
     """A captured forward and backward, or a forward alone; the tensors are where the graphs read and write.
 
-    `recompute`: whose host memory they copy to and from; the model may get another one.
+    `recompute`: whose host memory they copy to and from; the model may get another one. `reached`: the parameters that
+    the backward has gradients of, and the buffers that it adds them to.
     """
 
     inputs: Batch
@@ -151,6 +125,7 @@ class _Pair:
     upstream: torch.Tensor | None = None
     backward: torch.cuda.CUDAGraph | None = None
     recompute: Recompute | None = None
+    reached: list[tuple[torch.nn.Parameter, torch.Tensor]] = field(default_factory=list)
 
     def replay_forward(self, batch: Batch) -> torch.Tensor:
         """Log-probs of `batch`; a copy, as the next replay writes over the graph's own."""
@@ -160,6 +135,19 @@ class _Pair:
         self.forward.replay()
         ledger.replayed(self.promises)
         return self.outputs["log_probs"][..., : tokens_of(batch)].clone()
+
+    def replay_backward(self, upstream: torch.Tensor) -> None:
+        """Add gradients to the buffers, which become `param.grad`, with what that holds now."""
+        assert self.upstream is not None and self.backward is not None
+        if empty := [buffer for p, buffer in self.reached if p.grad is None]:
+            torch._foreach_zero_(empty)
+        for p, buffer in self.reached:
+            if p.grad is not None and p.grad is not buffer:
+                buffer.copy_(p.grad)
+            p.grad = buffer
+        self.upstream[..., : upstream.shape[-1]].copy_(upstream)
+        self.upstream[..., upstream.shape[-1] :].zero_()
+        self.backward.replay()
 
     @property
     def tokens(self) -> int:
@@ -195,7 +183,7 @@ class GraphedModel:
     every one of them.
     """
 
-    model: Callable[..., Any]
+    model: torch.nn.Module
     parameters: list[torch.nn.Parameter]
     pairs: dict[tuple[Any, ...], _Pair] = field(default_factory=dict)
     seen: dict[tuple[Any, ...], int] = field(default_factory=dict)
@@ -211,8 +199,9 @@ class GraphedModel:
         # One stream for every capture: the allocator hands a block that one stream freed to no other, and each pair
         # would keep its own activations (72 GiB after nine shapes of a 1B model).
         self._side = torch.cuda.Stream()
-        self._addresses = _Addresses(self.model)
+        self._addresses = Addresses(self.model)
         self._read_at: list[int] = []
+        self._trained = self._addresses.trained()
         self.buffers = [torch.zeros_like(p) for p in self.parameters]
         self._anchor = torch.zeros((), device=self.parameters[0].device, requires_grad=True)
 
@@ -221,7 +210,7 @@ class GraphedModel:
         pair = self._pair("trained", batch)
         if pair is None:
             return named_outputs(self.model(**batch, fused_lm_head=True))
-        log_probs = _Replay.apply(self._anchor, self, pair, batch)
+        log_probs = _Replay.apply(self._anchor, pair, batch)
         # Copies: the next replay writes over the graph's own outputs.
         return {"log_probs": log_probs} | {name: value[..., : tokens_of(batch)].clone()
                                            for name, value in pair.outputs.items() if name != "log_probs"}
@@ -295,16 +284,20 @@ class GraphedModel:
         return tokens * a_token < ROOM_SHARE * (free + torch.cuda.memory_reserved() - standing)
 
     def _forget_moved(self) -> None:
-        """Let go of everything captured if a tensor of the model lies elsewhere than when it was."""
+        """Let go of everything captured if a tensor of the model lies elsewhere than when it was, or others train."""
         now = self._addresses.now()
-        if self.pairs and now != self._read_at:
+        # A pass without gradients may be the reference's, for which PEFT freezes the adapters.
+        trained = self._addresses.trained() if torch.is_grad_enabled() else self._trained
+        if others := trained != self._trained:
+            self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if others or self.pairs and now != self._read_at:
             torch.cuda.synchronize()
             self.pairs.clear()
             self.seen.clear()
             self._warmed.clear()  # a step is launched before one is captured: copies in fp8 are then made anew
             self._pool = torch.cuda.graph_pool_handle()
             self.buffers = [torch.zeros_like(p) for p in self.parameters]  # `model.to` moves gradients as well
-        self._read_at = now
+        self._read_at, self._trained = now, trained
 
     def _make_room(self, tokens: int) -> None:
         """Before a capture: a larger shape than any before takes the pool anew, and what launched steps left goes.
@@ -324,20 +317,20 @@ class GraphedModel:
     def _capture(self, batch: Batch, *, loaded: bool) -> _Pair:
         """`loaded`: steps of this shape were launched before, so that its kernels are there."""
         inputs = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-        side = self._side
         if not loaded or torch.is_grad_enabled() not in self._warmed:
             self._warm(inputs)
         forward = torch.cuda.CUDAGraph()
-        with ledger.writing() as promises, capturing(forward, pool=self._pool, stream=side):
+        with ledger.writing() as promises, capturing(forward, pool=self._pool, stream=self._side):
             outputs = named_outputs(self.model(**inputs, fused_lm_head=True))
         pair = _Pair(inputs, {name: value.detach() for name, value in outputs.items()}, forward, promises,
                      recompute=recompute_of(base_model(self.model)))
         if torch.is_grad_enabled():
             pair.upstream, pair.backward = torch.zeros_like(outputs["log_probs"]), torch.cuda.CUDAGraph()
-            with writing_to(promises), capturing(pair.backward, pool=self._pool, stream=side):
+            with writing_to(promises), capturing(pair.backward, pool=self._pool, stream=self._side):
                 gradients = torch.autograd.grad(outputs["log_probs"], self.parameters, pair.upstream, allow_unused=True)
-                reached = [(buffer, g) for buffer, g in zip(self.buffers, gradients, strict=True) if g is not None]
-                torch._foreach_add_([buffer for buffer, _ in reached], [g for _, g in reached])
+                every = zip(self.parameters, self.buffers, gradients, strict=True)
+                pair.reached = [(p, buffer) for p, buffer, g in every if g is not None]
+                torch._foreach_add_([buffer for _, buffer in pair.reached], [g for g in gradients if g is not None])
         return pair
 
     def _warm(self, inputs: Batch) -> None:
@@ -351,16 +344,6 @@ class GraphedModel:
         self._warmed.add(torch.is_grad_enabled())
         torch.cuda.current_stream().wait_stream(self._side)
         torch.cuda.synchronize()
-
-    def hold_gradients(self) -> None:
-        """Make `param.grad` the buffers, with what it holds now."""
-        empty = [buffer for p, buffer in zip(self.parameters, self.buffers, strict=True) if p.grad is None]
-        if empty:
-            torch._foreach_zero_(empty)
-        for p, buffer in zip(self.parameters, self.buffers, strict=True):
-            if p.grad is not None and p.grad is not buffer:
-                buffer.copy_(p.grad)
-            p.grad = buffer
 
 
 class ReplayedSteps(QuickSteps):
@@ -392,17 +375,14 @@ class _Replay(torch.autograd.Function):
     """Replays a pair; the gradients go to the parameters' buffers, not through autograd."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, graphed: GraphedModel, pair: _Pair, batch: Batch) -> torch.Tensor:
-        ctx.graphed, ctx.pair = graphed, pair
+    def forward(ctx: Any, anchor: torch.Tensor, pair: _Pair, batch: Batch) -> torch.Tensor:
+        ctx.pair = pair
         return pair.replay_forward(batch)
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[None, ...]:  # type: ignore[override]
-        ctx.graphed.hold_gradients()
-        ctx.pair.upstream[..., : upstream.shape[-1]].copy_(upstream)
-        ctx.pair.upstream[..., upstream.shape[-1] :].zero_()
-        ctx.pair.backward.replay()
-        return None, None, None, None
+        ctx.pair.replay_backward(upstream)
+        return None, None, None
 
 
 def room_for(tokens: int) -> int:

@@ -102,7 +102,9 @@ class Head:
         if self.wrapped and all(state.get(name) is now for name, (now, _) in self.wrapped.items()):
             state.update({name: was for name, (_, was) in self.wrapped.items()})
         elif state.get("forward") is self.forward:
-            _restore(state, "forward", self.original)
+            del state["forward"]
+            if self.original is not None:
+                state["forward"] = self.original
         elif state.get("_original_forward") is self.forward:
             _autocast_over(model, self.original or MethodType(type(model).forward, model))
 
@@ -111,13 +113,6 @@ class Head:
         original = None if is_trl_forward(self.original) else copy.deepcopy(self.original, memo)
         forward, guarded = copy.deepcopy(self.forward, memo), copy.deepcopy(self.guarded, memo)
         return Head(forward, original, self.options, self.reason, guarded)
-
-
-def _restore(state: dict[str, Any], name: str, original: Any) -> None:
-    if original is None:
-        del state[name]
-    else:
-        state[name] = original
 
 
 # ------------------------------------------------------------------------------------------------------------- install
@@ -230,6 +225,8 @@ def _unread(lm_head: nn.Module) -> str | None:
     weight = getattr(lm_head, "weight", None)
     if weight is None or weight.dim() != 2 or not weight.is_floating_point():
         return f"lm_head ({type(lm_head).__name__}) has no plain weight"
+    if weight.dtype == torch.float64:
+        return "lm_head's weight is torch.float64"
     return None
 
 

@@ -17,7 +17,7 @@ import torch
 from aligntune.backends.fast.graphs import drops_out
 from aligntune.backends.fast.memory import GIB, MemoryPlan
 from aligntune.backends.fast.packing import IGNORED
-from aligntune.backends.fast.shared_prompts import KEYS, keys_of, segments_of
+from aligntune.backends.fast.shared_prompts import KEYS, keys_in, keys_of, segments_of
 from aligntune.backends.fast.steps import QuickSteps
 
 _BUCKET = 64
@@ -27,14 +27,12 @@ _FOR_THE_HEAD = ("labels", "shift_labels", "kept")
 @dataclass
 class Flat:
     """A padded batch, flat. `inputs`: keywords of the model. `places` (T,): where token t's output goes in the padded
-    (rows * kept columns) result, and one past its end for outputs that nobody asked for. `whole`: tokens of its rows,
-    those that share a prompt counted each with its own."""
+    (rows * kept columns) result, and one past its end for outputs that nobody asked for."""
 
     inputs: dict[str, Any]
     places: torch.Tensor
     rows: int
     columns: int
-    whole: int
 
     @classmethod
     def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor, columns: int, *, share: bool = False) -> Flat:
@@ -78,7 +76,7 @@ class Flat:
         size = max(1, -(-completed // _BUCKET)) * _BUCKET
         if size < total:  # the head leaves the prompts out
             inputs["kept"] = torch.nonzero_static(scored, size=size, fill_value=-1).view(-1)
-        return cls(inputs, places, rows, columns, total if segments is None else segments.whole)
+        return cls(inputs, places, rows, columns)
 
     @property
     def trunk_inputs(self) -> dict[str, Any]:
@@ -154,7 +152,7 @@ class FlatLogProbs(QuickSteps):
             Flat.of(input_ids[start : start + size], attention_mask[start : start + size], logits_to_keep,
                     share=not self._drops_out) for start in range(0, len(input_ids), size))
         self._plan_pass(sum(flat.inputs["input_ids"].numel() for flat in self.flats),
-                        most=sum(flat.whole for flat in self.flats))
+                        keys=sum(keys_in(flat.inputs) for flat in self.flats))
         for flat in self.flats:
             rule = {} if self._rule is None or not compute_entropy else {"token_rule": self._rule.laid(flat)}
             with self.accelerator.autocast():
@@ -186,7 +184,7 @@ class FlatLogProbs(QuickSteps):
         """Whether masks are drawn: a prompt's would be the same for all its rows if they shared it."""
         return drops_out(self.model)
 
-    def _plan_pass(self: Any, tokens: int, *, most: int | None = None) -> None:
+    def _plan_pass(self: Any, tokens: int, *, keys: int | None = None) -> None:
         """Before a pass of so many tokens: where it is the one with gradients of a training step, plan its layers."""
         plans = self._unplanned
         if plans is None or not torch.is_grad_enabled():
@@ -194,4 +192,4 @@ class FlatLogProbs(QuickSteps):
         self._unplanned = None  # a step has one such pass; one that is run again takes the same plan
         engine = getattr(self, "rollout_engine", None)
         self.memory.cache = 0 if engine is None else engine.cache_bytes
-        plans.enter_context(self.memory.step(tokens, number=self.state.global_step, most=most))
+        plans.enter_context(self.memory.step(tokens, number=self.state.global_step, keys=keys))

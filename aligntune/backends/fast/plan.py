@@ -50,6 +50,8 @@ def decide(module: nn.Module) -> Decision | None:
         return eager(decision.op, "a forward of its own was set on the instance")
     if nn.utils.parametrize.is_parametrized(module):
         return eager(decision.op, "its weights are parametrized")
+    if any(p.dtype == torch.float64 for p in module.parameters()):
+        return eager(decision.op, "its weights are torch.float64")
     return decision
 
 

@@ -25,6 +25,7 @@ from aligntune.backends.fast.optim import EmbeddingRate
 from aligntune.backends.fast.packing import attention_padded_because
 from aligntune.backends.fast.preference_rows import PairsEndToEnd, Scores, model_inputs
 from aligntune.backends.fast.reference import ReferenceFlags
+from aligntune.backends.fast.shared_prompts import keys_in
 from aligntune.backends.trl.trainers import DPO
 from aligntune.errors import ConfigError
 
@@ -147,9 +148,8 @@ class FlatPreference(ReplayedSteps):
         if self.memory is None or not self.rows_end_to_end:
             return step(model, inputs, num_items_in_batch)
         flat = model_inputs(inputs)
-        # Prompts that are computed once have keys for every row: no more than whole rows take.
-        most = max(planned_tokens(flat, capture=self.capture), inputs["input_ids"].numel())
-        with self.memory.step(flat["input_ids"].numel(), number=self.state.global_step, most=most):
+        with self.memory.step(flat["input_ids"].numel(), number=self.state.global_step, keys=keys_in(flat),
+                              most=planned_tokens(flat, capture=self.capture)):
             return step(model, inputs, num_items_in_batch)
 
     def _precompute_ref_logps(self: Any, dataset: Any, name: str, batch_size: int) -> Any:

@@ -73,19 +73,21 @@ class HostBuffers:
     stream: torch.cuda.Stream | None = None
     room: float | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> HostBuffers:
-        return HostBuffers()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HostBuffers, ()  # a copied or pickled model has its own
 
-    def out(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
-        """Start the copy of a contiguous `tensor`; returns the bytes' places, for `back`. None: the host is full."""
+    def out(self, tensor: torch.Tensor) -> Waiting | None:
+        """Start the copy of a contiguous `tensor`. None: the host is full."""
         hosts = self._lend(tensor)
         if hosts is None:
             return None
+        shelf = self._shelves(tensor.device)[0]
+        waiting = Waiting(self, hosts, shelf, tensor.shape, tensor.dtype, tensor.device)
         pairs = list(_pieces(hosts, tensor))
         if not tensor.is_cuda:
             for place, piece in pairs:
                 place.copy_(piece)
-            return hosts
+            return waiting
         if self.stream is None:
             self.stream = torch.cuda.Stream(tensor.device)
         self.settle(keep=1)
@@ -97,7 +99,7 @@ class HostBuffers:
             event.record()
         # Held until the copy is over: the allocator knows of the other stream's reading by nothing else.
         self.leaving.append((tensor, event))
-        return hosts
+        return waiting
 
     def _lend(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
         """Buffers that hold the tensor's bytes together, all but the last of `PIECE`."""
@@ -128,22 +130,21 @@ class HostBuffers:
             _, event = self.leaving.pop(0)
             torch.cuda.current_stream().wait_event(event)
 
-    def back(self, hosts: list[torch.Tensor], like: Waiting) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    def back(self, waiting: Waiting) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         """Start the copy back; the tensor is there once the event, if any, has been waited for."""
-        tensor = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        tensor = torch.empty(waiting.shape, dtype=waiting.dtype, device=waiting.device)
         event = None
         if self.stream is None:
-            for place, piece in _pieces(hosts, tensor):
+            for place, piece in _pieces(waiting.hosts, tensor):
                 piece.copy_(place)
         else:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                for place, piece in _pieces(hosts, tensor):
+                for place, piece in _pieces(waiting.hosts, tensor):
                     piece.copy_(place, non_blocking=True)
                 event = torch.cuda.Event()
                 event.record()
-        for host in hosts:
-            self._shelves(like.device)[0].setdefault(host.nbytes, []).append(host)
+        waiting.give_back()
         return tensor, event
 
 
@@ -156,29 +157,43 @@ def _pieces(hosts: list[torch.Tensor], tensor: torch.Tensor) -> Iterator[tuple[t
         start += piece.nbytes
 
 
-@dataclass
+@dataclass(eq=False)
 class Waiting:
-    """The input of a layer in host memory, and then on its way back."""
+    """The input of a layer in host memory, and then on its way back.
 
+    Its place is given back to the `shelf` when it leaves, or when nobody waits for it any more: a forward may never
+    come to its backward. Copies into that place are all on one stream, the next one behind those of before.
+    """
+
+    buffers: HostBuffers
     hosts: list[torch.Tensor]
+    shelf: dict[int, list[torch.Tensor]]
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
     fetched: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
     taken: bool = False
 
-    def fetch(self, buffers: HostBuffers) -> None:
+    def give_back(self) -> None:
+        """Let others have the place."""
+        hosts, self.hosts = self.hosts, []
+        for host in hosts:
+            self.shelf.setdefault(host.nbytes, []).append(host)
+
+    __del__ = give_back
+
+    def fetch(self) -> None:
         """Start the copy back, unless it was started."""
         if self.fetched is None and not self.taken:
-            self.fetched = buffers.back(self.hosts, self)
+            self.fetched = self.buffers.back(self)
 
-    def take(self, buffers: HostBuffers) -> torch.Tensor:
+    def take(self) -> torch.Tensor:
         """The input, when it is there; its place in host memory is lent to others then.
 
         Raises:
             RuntimeError: it was taken before.
         """
-        self.fetch(buffers)
+        self.fetch()
         if self.fetched is None:
             raise RuntimeError("a second backward through an offloaded layer: its input is gone with the first")
         tensor, event = self.fetched
@@ -284,11 +299,9 @@ class _Layer(torch.autograd.Function):
         # The last layer's input is wanted first: it stays, and what is on its way out has arrived before it is.
         last = number == (len(owner.layers) if owner.first is None else owner.first) - 1
         if owner.offload:
-            hosts = None
             if not last and len(tensors) == 1 and hidden.is_contiguous():
-                hosts = owner.buffers.out(hidden.detach())
-            if hosts is not None:
-                ctx.waiting = Waiting(hosts, hidden.shape, hidden.dtype, hidden.device)
+                ctx.waiting = owner.buffers.out(hidden.detach())
+            if ctx.waiting is not None:
                 tensors = []
             elif owner.buffers.stream is not None and last:
                 owner.buffers.settle()
@@ -305,7 +318,7 @@ class _Layer(torch.autograd.Function):
         saved = ctx.saved_tensors
         tensors, parameters = list(saved[: ctx.tensors]), saved[ctx.tensors :]
         if ctx.waiting is not None:
-            tensors = [ctx.waiting.take(ctx.owner.buffers)]
+            tensors = [ctx.waiting.take()]
         needs = ctx.needs_input_grad[4:]
         if ctx.tiles is not None:
             (hidden,), (gradient,) = tensors, gradients
@@ -332,7 +345,7 @@ class _Layer(torch.autograd.Function):
 def _fetch(ctx: Any) -> None:
     """Start the input of the layer before on its way, to arrive while this layer is computed."""
     if ctx.before is not None:
-        ctx.before.fetch(ctx.owner.buffers)
+        ctx.before.fetch()
 
 
 def _autocast(device_type: str) -> Callable[[], Any]:
@@ -458,6 +471,10 @@ def _set_gradient_checkpointing(self: Any, enable: bool = True, *args: Any, **kw
 
 def _enable_input_require_grads(self: Any) -> None:
     """Nothing: see `install`."""
+
+
+# A bound method is pickled by its function's name: under the class's own, a pickled model loads with its own method.
+_enable_input_require_grads.__name__ = "enable_input_require_grads"
 
 
 def _hand_out(recompute: Recompute) -> None:

@@ -31,7 +31,8 @@ def attach_trainer(trainer: Trainer, *, strict: bool = False) -> Attachment:
     Raises what `attach` raises, with nothing attached, and:
         UnsupportedAlgorithmError: its arguments hold what backend "fast" does not run, as sequence-level ratios.
         ConfigError: its arguments hold an `embedding_learning_rate`, which its class does not know; or it would train
-            on several GPUs from one process; or they ask for a recompute of layers that cannot be had.
+            on several GPUs from one process, or under DeepSpeed's stage 3; or they ask for a recompute of layers that
+            cannot be had.
     """
     refuse_gated(BACKEND, vars(trainer.args))
     quantised = any(getattr(trainer.model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
@@ -40,6 +41,9 @@ def attach_trainer(trainer: Trainer, *, strict: bool = False) -> Attachment:
         raise ConfigError(f"{trainer.args.n_gpu} GPUs in one process: transformers would train on nn.DataParallel's "
                           "replicas, which instance forwards do not follow. Start one process a GPU (torchrun, "
                           "accelerate launch), or let CUDA_VISIBLE_DEVICES show one")
+    if getattr(getattr(trainer.args, "deepspeed_plugin", None), "zero_stage", None) == 3:
+        raise ConfigError("DeepSpeed's stage 3 gathers a weight when its module is called, and our head and MLPs read "
+                          "weights themselves. Stages 1 and 2 and FSDP do not, and backend='trl' runs it")
     rate = getattr(trainer.args, "embedding_learning_rate", None)
     if rate is not None and getattr(trainer, "embedding_learning_rate", None) != rate:
         raise ConfigError(f"embedding_learning_rate = {rate!r}: a {type(trainer).__name__} trains every parameter at "
@@ -94,7 +98,8 @@ def fast_train(trainer: Trainer, *, strict: bool = False, **train_arguments: Any
 def accelerate_trl(*, strict: bool = False) -> Iterator[list[Attachment]]:
     """Make every TRL trainer that is built inside the block fast; yields the list of their attachments.
 
-    The models stay attached after the block, until `detach`. For the length of the block the `__init__` of TRL's
+    The models stay attached after the block, until `detach`, and `train()` of the trainers raises StepMemoryError where
+    the GPU's memory runs out, as `fast_train` does. For the length of the block the `__init__` of TRL's
     trainer classes attaches when it is done, and that of SFTTrainer takes the older names that `FastSFTTrainer` takes;
     after it those classes are, by identity, what they were.
     """
@@ -179,5 +184,18 @@ def _attaching(
                 building.discard(id(self))
         if outermost:
             attachments.append(attach_trainer(self, strict=strict))
+            self.train = _explaining(self)
 
     return __init__
+
+
+def _explaining(trainer: Trainer) -> Callable[..., TrainOutput]:
+    """The trainer's own `train`, with torch's error of memory explained."""
+    train = trainer.train
+
+    @functools.wraps(train)
+    def explaining(*args: Any, **kwargs: Any) -> TrainOutput:
+        with explained(trainer):
+            return train(*args, **kwargs)
+
+    return explaining

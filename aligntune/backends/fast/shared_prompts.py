@@ -48,12 +48,17 @@ class SharedKeys(NamedTuple):
 KEYS = ("shared_index", "shared_own", "shared_uses")
 
 
+def keys_in(inputs: Mapping[str, Any]) -> int:
+    """How many keys what a model is called with has: its tokens, and of each shared one the copies."""
+    return int(inputs[KEYS[0] if KEYS[0] in inputs else "input_ids"].numel())
+
+
 class Segments(NamedTuple):
     """A batch cut into segments: ids and mask (N, L) of them, the first `prompts` of which are prompts.
 
     A row whose prompt is no other's is one segment. `before` (N,): tokens of the prompt that a segment goes on from.
     `group` (N,): the number of that prompt's segment. `rank` (N,): how many segments before it go on from the same.
-    `most`: the most segments that one prompt has. `whole`: tokens of the rows as they were.
+    `most`: the most segments that one prompt has.
     """
 
     ids: torch.Tensor
@@ -63,7 +68,6 @@ class Segments(NamedTuple):
     group: torch.Tensor
     rank: torch.Tensor
     most: int
-    whole: int
 
 
 def segments_of(input_ids: torch.Tensor, attention_mask: torch.Tensor, columns: int) -> Segments | None:
@@ -92,7 +96,7 @@ def segments_of(input_ids: torch.Tensor, attention_mask: torch.Tensor, columns: 
     nothing = torch.zeros(count, dtype=torch.long, device=ids.device)
     group = torch.cat((nothing, leaders[first].clamp(min=0)))
     rank = torch.cat((nothing, (same & (number[:, None] > number)).sum(1)))
-    return Segments(ids, mask, count, torch.cat((nothing, lengths)), group, rank, most, total)
+    return Segments(ids, mask, count, torch.cat((nothing, lengths)), group, rank, most)
 
 
 def keys_of(segments: Segments, ends: torch.Tensor) -> tuple[SharedKeys, torch.Tensor, int]:

@@ -36,6 +36,10 @@ class FastBackend:
     gates: tuple[Gate, ...] = (
         Gate("importance_sampling_level", ("sequence",), SEQUENCE_RATIOS),
         Gate("loss_type", ("luspo", "vespo"), SEQUENCE_RATIOS),
+        Gate("torch_compile", (True,),
+             "no test covers dynamo over our forwards; leave it out, or backend='trl' runs it"),
+        Gate("use_liger_kernel", (True,),
+             "its kernels would take modules from ours; leave it out, or backend='trl' runs it"),
     )
 
     def available(self) -> Support:

@@ -85,8 +85,12 @@ class FastSFT(EmbeddingRate, ReplayedSteps, SFT):
         if batches and self._rehearsed is not self.state:
             self._rehearsed = self.state  # every training makes its own, and so does each try of auto_find_batch_size
             if self._to_rehearse is not None and rehearsal.wanted(self):
-                rehearsal.rehearse(self, *self._to_rehearse, first=batches[0]["input_ids"].numel())
+                self._rehearse(*self._to_rehearse, first=batches[0]["input_ids"].numel())
         return batches, num_items_in_batch
+
+    def _rehearse(self, rows: Any, collate: RowsEndToEnd, *, first: int) -> None:
+        """Of its own, so that what times a step can leave it out."""
+        rehearsal.rehearse(self, rows, collate, first=first)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """TRL's, within the memory that is planned with."""

@@ -9,6 +9,7 @@ import warnings
 from collections import defaultdict
 from typing import Any
 
+from torch.optim.lr_scheduler import LambdaLR
 from trl import KTOTrainer, RewardTrainer
 
 with warnings.catch_warnings():
@@ -23,16 +24,37 @@ __all__ = ["CPO", "KTO", "ORPO", "CPOConfig", "ORPOConfig", "Quiet", "Reward"]
 
 
 class Quiet:
-    """Mixin: no report of use to the hub, which TRL's trainers make when they are built; no false alarm on resuming."""
+    """Mixin: no report of use to the hub, which TRL's trainers make when they are built; no card of a model that
+    goes nowhere; on resuming no false alarm, and the schedule of this run.
+    """
 
     def _send_telemetry(self) -> None:
         return None
+
+    def create_model_card(self: Any, *args: Any, **kwargs: Any) -> None:
+        # Without a repository TRL's card loads a model "None", and says that a local base is one.
+        if self.hub_model_id is not None:
+            super().create_model_card(*args, **kwargs)  # type: ignore[misc]
 
     def _issue_warnings_after_load(self: Any, load_result: Any) -> None:
         # A file holds tied weights once, under the embedding's name: transformers then calls the head missing.
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         missing = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
+        schedule = self.lr_scheduler
+        peaks = list(getattr(schedule, "base_lrs", ()))
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None or not isinstance(schedule, LambdaLR):
+            return
+        # What is loaded brings the old run's peaks, which would stay, and the rate of its next step, which would train
+        # the first one here: 0 where a linear schedule was at its end.
+        schedule.base_lrs = peaks
+        schedule._last_lr = [peak * factor(schedule.last_epoch)
+                             for peak, factor in zip(peaks, schedule.lr_lambdas, strict=True)]
+        for group, peak, rate in zip(schedule.optimizer.param_groups, peaks, schedule._last_lr, strict=True):
+            group["initial_lr"], group["lr"] = peak, rate
 
 
 class Reward(Quiet, RewardTrainer):

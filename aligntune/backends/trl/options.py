@@ -191,6 +191,9 @@ def _pass_through(job: Job, cls: type, fields: set[str], kwargs: dict[str, Any])
             faults.append(f"{path}: {cls.__name__} has no such field" + (f"; did you mean {close!r}?" if close else ""))
         elif field in FIXED.get(name, {}) and FIXED[name][field] != value:
             faults.append(f"{path} = {value!r}: {name} is defined by {FIXED[name][field]!r}; another algorithm fits")
+        elif field == "model_init_kwargs" and value is not None:
+            faults.append(f"{path}: TRL gets a model that is loaded already: model_revision, model_dtype, "
+                          "quantization, attn_implementation and trust_remote_code say how")
         elif given:
             faults.append(f"{path}: {given[0]} is given too; give one of the two")
         elif not _fits(value, kinds[field]):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from aligntune import create_sft_trainer
 from aligntune.backends.fast import graphs
@@ -35,9 +35,9 @@ def rows(lengths: tuple[int, ...], count: int = 64) -> list[dict[str, str]]:
 
 
 def train(
-    tmp_path: Any, data: list[dict[str, str]], *, steps: int = 16, source: str | None = None, **options: Any
+    tmp_path: Any, data: list[dict[str, str]], *, steps: int = 16, source: Any = None, **options: Any
 ) -> Any:
-    """A run of `model()`, or of the one in the folder `source`."""
+    """A run of `model()`, or of `source`, a model or the folder of one."""
     trainer = create_sft_trainer(
         source or model(), data, backend="fast", tokenizer_name=load_tokenizer("builtin:tiny"), use_peft=True,
         lora_dropout=0.0, max_steps=steps, learning_rate=3e-3, output_dir=str(tmp_path), overwrite=True,
@@ -81,6 +81,36 @@ def test_replayed_steps_are_launched_ones_to_the_bit(lengths, accumulation, prec
     assert_same_run(captured, launched)
     attested = captured.attestation()["step"]
     assert not attested["problems"] and (attested["replayed"] or len(lengths) > 1)
+
+
+class Freezing(TrainerCallback):
+    """Freezes the first layer's adapters after step 6."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **given: Any) -> None:
+        if state.global_step == 6:
+            for name, parameter in model.named_parameters():
+                if "layers.0." in name:
+                    parameter.requires_grad_(False)
+
+
+def test_what_no_gradient_reaches_is_passed_by_and_what_is_frozen_stays(tmp_path, monkeypatch):
+    """A gradient of 0 would let weight decay and moments act on both."""
+    monkeypatch.setattr(graphs, "MOST_FILLING", 0)
+
+    def run(name: str) -> Any:
+        made = model()
+        made.spare = torch.nn.Linear(256, 256, device="cuda")
+        return train(tmp_path / name, rows((60,)), source=made, weight_decay=0.5, steps=12, callbacks=[Freezing()],
+                     lora_target_modules=["q_proj", "down_proj", "spare"])
+
+    captured = run("captured")
+    monkeypatch.setattr("aligntune.backends.fast.build.eager_because", lambda _: "a test asked for it")
+    launched = run("launched")
+    assert launched.trainer.graphed is None and captured.trainer.graphed.captures == 2
+    ours, theirs = (dict(one.model.named_parameters()) for one in (captured, launched))
+    assert sum("spare.lora" in name for name in ours) == 2
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert history(captured, "loss") == history(launched, "loss")
 
 
 def test_a_batch_filled_up_to_a_captured_shape_trains_the_same(tmp_path, monkeypatch):

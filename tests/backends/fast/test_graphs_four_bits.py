@@ -14,7 +14,8 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
 from aligntune.backends.fast import graphs
-from aligntune.backends.fast.graphs import GraphedModel, _Addresses, _numbers, _unread_four_bits
+from aligntune.backends.fast.capture import Addresses
+from aligntune.backends.fast.graphs import GraphedModel, _numbers, _unread_four_bits
 from aligntune.backends.fast.ops.lora import Adapter, LoraLinear, lora_linear_group
 from aligntune.backends.fast.ops.nf4 import NF4Weight
 from tests.backends.fast import test_graphs, test_preference_graphs
@@ -78,7 +79,7 @@ def move(holder: Any, part: str) -> torch.Tensor:
 def test_every_tensor_that_a_graph_reads_is_watched(part: str) -> None:
     model = Pair()
     model.register_buffer("seen", torch.ones(3))
-    watched = _Addresses(model)
+    watched = Addresses(model)
     before = watched.now()
     assert len(before) == 6 + 2 + 1 == len(set(before)) and watched.now() == before
     kept = move(model, part)
@@ -87,7 +88,7 @@ def test_every_tensor_that_a_graph_reads_is_watched(part: str) -> None:
 
 def test_a_parameter_that_is_another_object_is_watched() -> None:
     model = Pair()
-    watched = _Addresses(model)
+    watched = Addresses(model)
     before, kept = watched.now(), model.q_proj
     model.q_proj.weight = four_bits(64, 64).weight
     assert watched.now() != before and kept is model.q_proj

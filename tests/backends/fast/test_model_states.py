@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from aligntune.backends.fast import attach, attachment_of, detach
+from aligntune.errors import ConfigError
 from tests.backends.fast.minis import MINIS, VOCAB, batch, build
 
 PROMPT = torch.tensor([[0, 0, 5, 9, 12], [7, 8, 9, 10, 11]])
@@ -97,6 +101,52 @@ def test_state_dicts_and_moves_know_nothing_of_it():
     expected = logits(build("llama", seed=1))
     assert torch.allclose(logits(model), expected, atol=1e-5)
     assert logits(model.to(torch.float16)).dtype == torch.float16
+
+
+def gradients(model: Any) -> list[torch.Tensor]:
+    model.zero_grad()
+    loss = model(**batch()).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters())]
+
+
+def test_a_model_may_get_its_16_bits_before_or_after():
+    before, after = build("llama").bfloat16(), build("llama")
+    attach(before)
+    attach(after)
+    found = logits(after.bfloat16())
+    assert found.dtype == torch.bfloat16 and torch.equal(found, logits(before))
+
+
+def test_float64_is_refused_by_kernels_and_left_to_torch_by_attaching_anew():
+    model, plain = build("qwen3"), build("qwen3").double()
+    attach(model)
+    with pytest.raises(ConfigError, match=r"was given float64, and computes in fp32: attach\(model\) anew"):
+        model.double()(**batch())
+    attachment = attach(model)
+    assert all(line.eager for line in attachment.report) and len(attachment.report) == 9
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model), gradients(plain), strict=True))
+    attach(model.float())
+    assert torch.isfinite(model(**batch()).loss) and not any(line.eager for line in attachment.report)
+
+
+def test_kernels_read_the_weights_that_fsdp2_has_gathered():
+    """In one process: weights are DTensors between calls, whoever else has a part of them."""
+    plain, model = build("llama"), build("llama")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        attach(model)
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=mesh)
+        found = gradients(model)
+        assert all(isinstance(gradient, DTensor) for gradient in found[1:])
+        assert not any(line.eager for line in attachment_of(model).report)
+        for ours, expected in zip(found, gradients(plain), strict=True):
+            torch.testing.assert_close(getattr(ours, "full_tensor", lambda ours=ours: ours)(), expected, atol=1e-5,
+                                       rtol=1e-4)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_pickled_model_loads_as_an_ordinary_one_and_attaches_again(tmp_path):

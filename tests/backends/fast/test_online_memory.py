@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from aligntune.backends.fast import memory, online
+from aligntune.backends.fast import memory
 from aligntune.backends.fast.memory import GIB, Costs
 from aligntune.backends.fast.online import LossPassPlan, idle_in_pools
 from aligntune.backends.fast.ops.head import MEMORY_BUDGET
 from aligntune.backends.fast.recompute import Recompute, recompute_of
 from aligntune.backends.fast.rollout.trl import share_of_budget
+from aligntune.backends.fast.shared_prompts import keys_in
 from tests.backends.fast.rollout.test_trl import built_of
 from tests.backends.fast.test_graphs import standing
 from tests.core import tiny
@@ -110,11 +111,11 @@ class Watched:
         pass
 
     @contextlib.contextmanager
-    def step(self, tokens: int, *, number: int, most: int | None = None) -> Iterator[None]:
+    def step(self, tokens: int, *, number: int, keys: int | None = None) -> Iterator[None]:
         assert torch.is_grad_enabled()
         yield
         assert any(p.grad is not None for p in self.trainer.model.parameters()), "it ends after the backward"
-        self.passes.append((tokens if most is None else most, number))
+        self.passes.append((tokens, tokens if keys is None else keys, number))
 
 
 @pytest.mark.slow  # in CI the next one shows the plan at work
@@ -138,8 +139,9 @@ def test_each_micro_step_has_one_planned_pass(algorithm: str, padded: bool, tmp_
 
     trainer._compute_loss = compute_loss
     trainer.train()
-    assert [number for _, number in trainer.memory.passes] == [0, 0, 1, 1]
-    assert [tokens for tokens, _ in trainer.memory.passes] == sizes and min(sizes) > 16
+    assert [number for *_, number in trainer.memory.passes] == [0, 0, 1, 1] and min(sizes) > 16
+    for (tokens, keys, _), size in zip(trainer.memory.passes, sizes, strict=True):
+        assert tokens == size == keys or not padded and tokens < size < keys, "prompts are computed once"
     assert trainer.memory.cache == trainer.rollout_engine.cache_bytes > 0
     assert trainer._unplanned is None
 
@@ -162,15 +164,16 @@ def test_the_plan_is_in_force_in_the_loss_pass(tmp_path: Any, gpu: dict[str, Any
     def scored(*args: Any, **kwargs: Any) -> Any:
         found = score(*args, **kwargs)
         flags = [one.gradient_checkpointing for one in recompute.layers]
-        seen.append((sum(flat.whole for flat in trainer.flats), torch.is_grad_enabled(), flags))
+        assert all(keys_in(flat.inputs) > flat.inputs["input_ids"].numel() for flat in trainer.flats)
+        seen.append((sum(keys_in(flat.inputs) for flat in trainer.flats), torch.is_grad_enabled(), flags))
         return found
 
     trainer._get_per_token_logps_and_entropies = scored
     trainer.train()
-    losses = [(tokens, flags) for tokens, grad, flags in seen if grad]
+    losses = [(keys, flags) for keys, grad, flags in seen if grad]  # of a measured step without shared prompts
     assert len(losses) == 2 and any(not grad for _, grad, _ in seen)
-    for tokens, flags in losses:
-        kept = trainer.memory.costs.kept(tokens, trainer.memory.budget, 3)
+    for keys, flags in losses:
+        kept = trainer.memory.costs.kept(keys, trainer.memory.budget, 3)
         assert flags == [True] * (3 - kept) + [False] * kept and 0 < kept < 3
     assert built.attestation()["memory"].startswith(f"up to {trainer.memory.most} of 3 layers recomputed")
 
@@ -180,13 +183,13 @@ def test_the_plan_is_in_force_in_the_loss_pass(tmp_path: Any, gpu: dict[str, Any
 def test_layers_are_recomputed_as_a_budget_asks(algorithm: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With what just fits no layer more is recomputed than must be; losses stay."""
     tokens: list[int] = []
-    plan_step = online.LossPassPlan.step
+    layers_kept = Costs.kept
 
-    def counted(self: Any, count: int, *, number: int, most: int) -> Any:
-        tokens.append(max(count, most))
-        return plan_step(self, count, number=number, most=most)
+    def counted(self: Any, count: int, *args: Any) -> int:
+        tokens.append(count)
+        return layers_kept(self, count, *args)
 
-    monkeypatch.setattr(online.LossPassPlan, "step", counted)
+    monkeypatch.setattr(Costs, "kept", counted)
     layers, found = 3, {}
     passes = {"num_ppo_epochs": 1, "num_mini_batches": 1} if algorithm == "ppo" else {}
 

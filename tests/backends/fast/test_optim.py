@@ -220,6 +220,25 @@ def resume(optimizer: str, tmp_path: Path, **size: Any) -> Any:
     return whole.trainer
 
 
+@pytest.mark.parametrize("backend", ["trl", "fast"])
+def test_a_longer_run_at_other_rates_follows_its_own_schedule(backend, tmp_path):
+    """Left alone the step after a linear schedule's end trains at 0, and all that follow at the old peaks' shares."""
+    used = []
+
+    class Rates(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            used.append(sorted({group["lr"] for group in optimizer.param_groups}))
+
+    sft(tmp_path, backend=backend, max_steps=2, lr_scheduler="linear").train()
+    peaks = {"learning_rate": 2 * OTHERS} | ({"embedding_learning_rate": 3 * RATE} if backend == "fast" else {})
+    resumed = sft(tmp_path, backend=backend, max_steps=4, lr_scheduler="linear", resume=True, callbacks=[Rates()],
+                  **peaks)  # fmt: skip
+    resumed.train()
+    assert used == [pytest.approx(sorted(peak * share for peak in peaks.values())) for share in (0.5, 0.25)]
+    logged = {row["step"]: row["learning_rate"] for row in resumed.trainer.state.log_history if "learning_rate" in row}
+    assert logged == pytest.approx({1: OTHERS, 2: 0.5 * OTHERS, 3: OTHERS, 4: 0.5 * OTHERS})
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
 def test_moments_of_large_weights_on_a_gpu(optimizer, tmp_path):

@@ -72,6 +72,9 @@ def capture(self: graphs.GraphedModel, batch: dict[str, Any], **_: Any) -> Any:
     Pool.replays.pop()
     if trained:
         pair.upstream, pair.backward = torch.zeros_like(live["log_probs"]), StandIn(backward)
+        found = torch.autograd.grad(live["log_probs"], self.parameters, pair.upstream, allow_unused=True)
+        pair.reached = [(p, buffer) for p, buffer, gradient in zip(self.parameters, self.buffers, found, strict=True)
+                        if gradient is not None]
     return pair
 
 
@@ -139,6 +142,40 @@ def test_a_pass_between_a_forward_and_its_backward_is_caught(monkeypatch: Any) -
         graphed.quiet(batch, "reference")
     with pytest.raises(AssertionError, match="another forward ran"):
         loss.backward()
+
+
+class Pairs(Toy):
+    """A second weight in the product, and one that is in none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.spare = (torch.nn.Parameter(torch.tensor(number)) for number in (3.0, 5.0))
+
+    def forward(self, input_ids: torch.Tensor, fused_lm_head: bool, **lengths: Any) -> Any:
+        return SimpleNamespace(log_probs=input_ids * self.w * self.v)
+
+
+def test_an_optimizer_passes_by_what_no_gradient_reaches(monkeypatch: Any) -> None:
+    """A gradient of 0 is another thing: weight decay and moments go on."""
+    stand_in(monkeypatch)
+    toy = Pairs()
+    graphed = graphs.GraphedModel(toy, list(toy.parameters()))
+    optimizer = torch.optim.AdamW(toy.parameters(), lr=0.1, weight_decay=0.5)
+    seen = []
+    for number in range(12):
+        optimizer.zero_grad()
+        with torch.no_grad():
+            toy.requires_grad_(False)  # as PEFT freezes adapters for a pass of the reference
+            graphed.quiet(batch_of(3), "reference")
+            toy.requires_grad_(True)
+        toy.v.requires_grad_(not 4 <= number < 8)
+        graphed(batch_of(3))["log_probs"].sum().backward()
+        assert toy.w.grad.item() == pytest.approx(3 * toy.v.item()) and toy.spare.grad is None
+        assert (toy.v.grad is not None) == toy.v.requires_grad
+        optimizer.step()
+        seen.append(toy.v.item())
+    assert toy.spare.item() == 5.0 and len(set(seen)) == 12 - 4 and seen[3] == seen[7] != seen[8]
+    assert Pool.replays.count("trained") == 3 * 3, "the first step after each change is launched"
 
 
 @pytest.mark.parametrize("kinds", [("trained",), ("reference", "trained")])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -165,6 +167,27 @@ def test_a_copy_of_the_model_recomputes_its_own_layers() -> None:
     assert recompute_of(twin) is not recompute_of(made)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda made: saved_and_loaded(made)], ids=["copied", "saved"])
+def test_a_copied_or_saved_model_has_host_memory_of_its_own(copied: Any) -> None:
+    made = model()
+    ours = install(made, offload=True)
+    made.gradient_checkpointing_enable()
+    expected = gradients(made)[1]
+    twin = copied(made)
+    theirs = recompute_of(twin)
+    assert ours is not None and ours.buffers.free
+    assert theirs is not None and theirs.offload and theirs.buffers is not ours.buffers and not theirs.buffers.free
+    equal(gradients(twin)[1], expected)
+    assert theirs.buffers.free.keys() == ours.buffers.free.keys()
+
+
+def saved_and_loaded(made: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(made, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
 def _scaled_reference() -> dict[str, torch.Tensor]:
     plain = model()
     with torch.no_grad():
@@ -188,6 +211,26 @@ def test_a_forward_without_a_backward_leaves_the_next_step_whole() -> None:
     install(made, offload=True)
     made.gradient_checkpointing_enable()
     made(input_ids=torch.arange(5)[None], use_cache=False)
+    equal(gradients(made)[1], expected)
+
+
+@pytest.mark.parametrize("how", ["let go of", "fails"])
+def test_forwards_without_a_backward_give_their_places_back(how: str) -> None:
+    """An evaluation in train mode, a loss that raises: each took its buffers for good, until the host was full."""
+    made, expected = model(), gradients(model())[1]
+    ours = install(made, offload=True)
+    assert ours is not None
+    made.gradient_checkpointing_enable()
+    places = (LAYERS - 1) * 1024  # of 7 x 32 numbers
+    ours.buffers.room = 2 * places
+    if how == "fails":
+        made.model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError) if how == "fails" else contextlib.nullcontext():
+            made(input_ids=torch.arange(7)[None], use_cache=False)
+    assert ours.buffers.room == places
+    made.model.norm._forward_pre_hooks.clear()
+    ours.buffers.room = float("inf")
     equal(gradients(made)[1], expected)
 
 
@@ -248,13 +291,13 @@ def test_what_a_graph_copies_through_is_lent_to_no_launched_step(monkeypatch: py
         tripled(ours).sum().backward()
         assert held(buffers.captured) == first and not held(buffers.free), "what launched steps let go of is captured"
     assert buffers.room == 2 * 256
-    waiting = buffers.captured[256]
+    waiting, unfinished = buffers.captured[256], []
     for host in waiting:
         host.fill_(7)  # as the replay of a forward does
     monkeypatch.setattr(recompute, "_capturing", lambda _: False)
     for _ in range(2):
         tripled(ours).sum().backward()
-        tripled(ours)  # and one that never comes to its backward
+        unfinished.append(tripled(ours))  # and one whose backward is still to come
         assert held(buffers.captured) == first and not first & held(buffers.free)
     assert all((host == 7).all() for host in waiting) and len(waiting) == 2
     assert buffers.room == 0, "the host is full: inputs stay where they are, and nothing is taken from graphs"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers import TrainerCallback
 from aligntune.backends.fast import rehearsal
 from aligntune.backends.fast.rehearsal import lengths_of, longest_batch, traceless, wanted
 from aligntune.backends.fast.trainers import FastSFT
+from aligntune.compare.recorder import Recorder, Timeline
 from tests.backends.fast.test_rows_end_to_end import rows, run, trainer_of
 
 # Of 24 rows a few are long: no batch of the first steps is as long as the longest of all draws.
@@ -186,6 +188,22 @@ def test_an_optimizer_that_works_in_the_backward_makes_no_step_more(passes: list
     trainer.create_optimizer = create
     trainer.train()
     assert len(updates) == len(list(trainer.model.parameters())) > 10 and passes == []
+
+
+def test_no_steps_time_has_the_pass_in_it(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison tells it apart: of the first step, whose data it lies in, neither the time nor that of its data."""
+    hours: list[float] = []
+    monkeypatch.setattr(Timeline, "mark", lambda _: time.perf_counter() + sum(hours))
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *_, **__: hours.append(3600.0))
+    monkeypatch.setattr(rehearsal, "wanted", traceless)
+    trainer = trainer_of("fast", "llama", tmp_path).trainer
+    watch = Recorder(trainer, started=time.time())
+    watch.install()
+    trainer.train()
+    watch.remove()
+    assert hours == [3600.0] and watch.rehearsal_seconds == pytest.approx(3600, abs=60)
+    assert len(watch.steps) == 2 and all(0 < step["seconds"] < 3000 for step in watch.steps)
+    assert all(sum(step["phases"].values()) <= step["seconds"] * 1.05 for step in watch.steps)
 
 
 @pytest.mark.slow

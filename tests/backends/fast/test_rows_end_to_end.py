@@ -10,15 +10,14 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.integrations.neftune import activate_neftune
 
-from aligntune.backends._compat import flash_kernel
 from aligntune.backends.base import Prepared
 from aligntune.backends.fast.attachment import attachment_of
 from aligntune.backends.fast.build import build as build_fast
 from aligntune.backends.fast.ops.attention import attention, attention_reference
 from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd, bucket
 from aligntune.backends.fast.recompute import recompute_of
-from aligntune.backends.loading import _must_attend
 from aligntune.backends.trl.build import build as build_trl
 from aligntune.core.resolve import resolve
 from aligntune.errors import ConfigError
@@ -176,35 +175,35 @@ def test_scores_that_are_capped_keep_rows_padded(implementation: str, tmp_path: 
     assert_padded(built, "its attention caps scores, which no launch over ragged rows does")
 
 
-def test_an_attention_asked_for_beside_a_model_object(tmp_path: Path) -> None:
-    """The object is taken as it is: another attention than its own is an error, on both backends."""
+def test_a_model_object_with_an_attention_of_its_own_stays_padded(tmp_path: Path) -> None:
     model = model_of("llama")
-    for backend in ("fast", "trl"):
-        with pytest.raises(ConfigError, match="attn_implementation = 'eager', but the model object has 'sdpa'"):
-            trainer_of(backend, "llama", tmp_path, model_name=model, attn_implementation="eager")
-        trainer_of(backend, "llama", tmp_path, model_name=model, attn_implementation="sdpa")
-    kernel = flash_kernel("flash_attention_2")
-    if kernel is not None:  # what transformers stores where flash_attn is not installed
-        model.config._attn_implementation = kernel
-        _must_attend(model, "flash_attention_2")
-        with pytest.raises(ConfigError, match="the model object has 'kernels"):
-            _must_attend(model, "flash_attention_3")
     model.set_attn_implementation("eager")
     built = trainer_of("fast", "llama", tmp_path, model_name=model, attn_implementation="eager")
     assert_padded(built, "attn_implementation 'eager' was asked for")
 
 
-def test_noise_on_embeddings_is_trls(tmp_path: Any) -> None:
-    """Its size goes by the length of a padded row, which is not that of rows end to end."""
-    noisy = {"trainer_options": {"neftune_noise_alpha": 5.0}}
+@pytest.mark.parametrize("options", [{}, {"packing": True, "max_seq_length": 16, "batch_size": 2}],
+                         ids=["ragged", "packed"])
+def test_noise_on_embeddings_is_trls(options: dict[str, Any], tmp_path: Any) -> None:
+    """Its size goes by the length of a padded row, which is not that of rows end to end; packed ones are TRL's too."""
+    noisy = {"trainer_options": {"neftune_noise_alpha": 5.0}, **options}
     built = trainer_of("fast", "llama", tmp_path, **noisy)
     assert built.attestation()["layout"].startswith("rows: padded, neftune_noise_alpha scales its noise by")
     ours, theirs = run(built)[0], run(trainer_of("trl", "llama", tmp_path, **noisy))[0]
     assert ours == pytest.approx(theirs, rel=2e-6)
-    quiet = run(trainer_of("trl", "llama", tmp_path / "quiet"))[0]
+    quiet = run(trainer_of("trl", "llama", tmp_path / "quiet", **options))[0]
     assert abs(theirs[0] - quiet[0]) > 1e-2
     with pytest.raises(ConfigError, match="neftune_noise_alpha"):
         trainer_of("fast", "llama", tmp_path, padding_free=True, **noisy)
+
+
+def test_an_evaluation_has_no_noise(tmp_path: Any) -> None:
+    trainer = trainer_of("fast", "llama", tmp_path, trainer_options={"neftune_noise_alpha": 5.0}).trainer
+    trainer.model.train()
+    quiet = trainer.evaluate(rows())["eval_loss"]
+    trainer.model.train()
+    activate_neftune(trainer.model, 5.0)
+    assert trainer.evaluate(rows())["eval_loss"] == quiet
 
 
 def test_padding_free_that_cannot_be_is_an_error(tmp_path: Any) -> None:

@@ -192,6 +192,17 @@ def test_replicas_of_one_process_are_refused():
     assert attach_trainer(trainer).attached
 
 
+def test_weights_that_are_gathered_for_calls_alone_are_refused():
+    model = tiny.llama()
+    plugin = SimpleNamespace(zero_stage=3)
+    trainer = SimpleNamespace(args=SimpleNamespace(deepspeed_plugin=plugin), model=model)
+    with pytest.raises(ConfigError, match="DeepSpeed's stage 3.*backend='trl' runs it"):
+        attach_trainer(trainer)
+    assert attachment_of(model) is None
+    plugin.zero_stage = 2
+    assert attach_trainer(trainer).attached
+
+
 def test_one_process_on_a_machine_with_several_gpus_trains_on_one(tmp_path, monkeypatch, capsys):
     from aligntune import create_sft_trainer
     from aligntune.backends.trl import build

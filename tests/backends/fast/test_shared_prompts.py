@@ -9,7 +9,7 @@ import torch
 
 from aligntune.backends.fast.online import Flat
 from aligntune.backends.fast.ops.attention import attention, attention_reference
-from aligntune.backends.fast.shared_prompts import SharedKeys, copied, segments_of
+from aligntune.backends.fast.shared_prompts import SharedKeys, copied, keys_in, segments_of
 from tests.backends.fast.rollout.test_trl import built_of
 
 
@@ -32,7 +32,7 @@ def test_the_layout_by_hand() -> None:
     ids, mask = batch([4, 3], [0, 1, 0], [2, 1, 3])
     flat = Flat.of(ids, mask, 5, share=True)
     whole = Flat.of(ids, mask, 5)
-    assert whole.inputs["input_ids"].shape == (1, 17) and "shared_index" not in whole.inputs and whole.whole == 17
+    assert whole.inputs["input_ids"].shape == (1, 17) and keys_in(whole.inputs) == 17
     prompt, other = ids[0, :4].tolist(), ids[1, 1:4].tolist()
     one, two, three = ids[0, 4:6].tolist(), ids[1, 4:5].tolist(), ids[2, 4:7].tolist()
     assert flat.inputs["input_ids"].tolist() == [[*prompt[:3], prompt[3], *one, *other, *two, prompt[3], *three]]
@@ -71,14 +71,14 @@ def test_padding_is_no_token_of_a_prompt() -> None:
     ids[1, :4], mask[1, 0] = torch.tensor([0, 7, 8, 9]), 0
     ids[3, 0], mask[2:, 0] = 77, 0
     found = segments_of(ids, mask, 5)
-    assert found is not None and found.prompts == 1 and found.whole == int(mask.sum())
+    assert found is not None and found.prompts == 1
     assert found.before.tolist() == [0, 0, 0, 2, 2] and found.mask[1:3].tolist() == mask[:2].tolist()
 
 
 def test_a_row_whose_prompt_is_its_own_stays_whole() -> None:
     ids, mask = batch([4, 3], [0, 1, 0], [2, 1, 3])
     flat = Flat.of(ids, mask, 5, share=True)
-    assert flat.inputs["cu_seq_lens_q"].tolist() == [0, 3, 6, 10, 14] and flat.whole == 17
+    assert flat.inputs["cu_seq_lens_q"].tolist() == [0, 3, 6, 10, 14] and keys_in(flat.inputs) == 17 + 3
     assert flat.inputs["input_ids"].shape == (1, 14)
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from trl import DPOTrainer
+from trl import DPOTrainer, GRPOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 
 from aligntune import create_rl_trainer, create_sft_trainer
 from aligntune.algorithms import ALGORITHMS as TABLE
@@ -22,7 +23,7 @@ from aligntune.backends.trl.offline import Quiet
 from aligntune.backends.trl.support import BACKEND
 from aligntune.backends.trl.trainers import TRAINERS
 from aligntune.core.resolve import Job, resolve
-from aligntune.core.rules import DIVERGENCES
+from aligntune.core.rules import DIVERGENCES, VLLM_CHOICES
 from aligntune.errors import BackendUnavailableError, ConfigError, DataError, UnsupportedAlgorithmError
 from tests.core import tiny
 
@@ -291,6 +292,15 @@ def test_a_tied_head_is_no_missing_weight_of_a_checkpoint(tmp_path: Any, monkeyp
     assert len(warned) == 2 and "['model.norm.weight']" in warned[0] and "['x']" in warned[1]
 
 
+def test_a_model_card_is_written_for_the_hub_alone(tmp_path: Any) -> None:
+    trainer = trainer_of("sft", tmp_path)
+    trainer.create_model_card(model_name="m")
+    assert not list(tmp_path.rglob("README.md"))
+    trainer.hub_model_id = "me/m"
+    trainer.create_model_card(model_name="m")
+    assert len(list(tmp_path.rglob("README.md"))) == 1
+
+
 def test_trainer_options_are_checked_against_the_real_class(tmp_path: Any) -> None:
     assert trainer_of("sft", tmp_path, trainer_options={"neftune_noise_alpha": 5.0}).args.neftune_noise_alpha == 5.0
     assert trainer_of("sft", tmp_path, trainer_options={"adam_beta1": 0.8}).args.adam_beta1 == 0.8
@@ -300,6 +310,8 @@ def test_trainer_options_are_checked_against_the_real_class(tmp_path: Any) -> No
         trainer_of("sft", tmp_path, trainer_options={"learning_rate": 5.0})
     with pytest.raises(ConfigError, match="gspo is defined by 'sequence'"):
         trainer_of("gspo", tmp_path, trainer_options={"importance_sampling_level": "token"})
+    with pytest.raises(ConfigError, match="model_init_kwargs: TRL gets a model that is loaded already; .*model_dtype"):
+        trainer_of("sft", tmp_path, trainer_options={"model_init_kwargs": {"dtype": "bfloat16"}})
 
 
 def test_trainer_options_of_a_wrong_type_are_all_told_at_creation(tmp_path: Any) -> None:
@@ -372,10 +384,15 @@ def test_what_trl_has_not_or_wants_installed_is_told(tmp_path: Any, monkeypatch:
         trainer_of("rloo", tmp_path, rollout_engine="vllm")
 
 
-def test_the_divergences_are_trls() -> None:
+def test_the_divergences_and_the_ways_of_vllm_are_trls() -> None:
     """The rule would refuse one that a later TRL adds."""
     source = inspect.getsource(DPOTrainer)
     assert set(re.findall(r'self\.f_divergence_type == "(\w+)"', source)) == set(DIVERGENCES)
+    compared = {"vllm_mode": re.findall(r'self\.mode == "(\w+)"', inspect.getsource(VLLMGeneration)),
+                "vllm_importance_sampling_mode": re.findall(r'"((?:token|sequence)_(?:mask|truncate))"',
+                                                            inspect.getsource(GRPOTrainer))}
+    assert {field: set(found) for field, found in compared.items()} == {
+        field: set(choices) for field, choices in VLLM_CHOICES.items()}
 
 
 def test_overlong_filtering_leaves_truncated_completions_out(tmp_path: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import triton
 
-from aligntune.errors import BackendUnavailableError
+from aligntune.errors import BackendUnavailableError, ConfigError
 
 # Triton decides when a kernel is decorated, so the answer is taken once: setting the variable later does nothing.
 _INTERPRETING = bool(triton.knobs.runtime.interpret)
@@ -54,11 +54,17 @@ def _record_launch(name: str, *_args: Any, **_kwargs: Any) -> None:
 
 
 def require_device(*tensors: torch.Tensor | None) -> None:
-    """Raise BackendUnavailableError unless every tensor is where a kernel can read it; None is skipped."""
-    if _INTERPRETING:
-        return
+    """Raise BackendUnavailableError unless every tensor is where a kernel can read it; None is skipped.
+
+    And ConfigError for float64: kernels compute in fp32, and would say nothing of it.
+    """
     for tensor in tensors:
-        if tensor is not None and not tensor.is_cuda:
+        if tensor is None:
+            continue
+        if tensor.dtype == torch.float64:
+            raise ConfigError("a Triton kernel was given float64, and computes in fp32: attach(model) anew leaves "
+                              "modules of that type to torch, and model.float() is what kernels compute with")
+        if not _INTERPRETING and not tensor.is_cuda:
             raise BackendUnavailableError(
                 f"a Triton kernel was given a tensor on {str(tensor.device)!r}: backend 'fast' needs an NVIDIA GPU. "
                 "Use backend='trl' on this machine, or set TRITON_INTERPRET=1 before Python starts (for tests only: "

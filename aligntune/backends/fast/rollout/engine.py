@@ -22,6 +22,7 @@ from torch import nn
 
 from aligntune.backends.fast import families
 from aligntune.backends.fast.attachment import attachment_of, base_model
+from aligntune.backends.fast.capture import router_waits_because
 from aligntune.backends.fast.forwards import attention_forward
 from aligntune.backends.fast.lora import instance_forward
 from aligntune.backends.fast.ops import sample as sampler
@@ -144,17 +145,7 @@ def too_long_because(model: nn.Module, max_len: int) -> str | None:
 def eager_because(model: nn.Module) -> str | None:
     """Why decode steps of this model cannot be captured, or None where they can."""
     base: Any = base_model(model)
-    if not next(base.parameters()).is_cuda:
-        return "the model is not on a GPU"
-    family = families.family_of(base.config.model_type)
-    experts = getattr(base.config, "_experts_implementation", "eager")
-    if family is not None and family.mlp == "experts":
-        if experts not in ("grouped_mm", "batched_mm"):
-            return f"routed experts run as {experts!r}, which waits for the router"
-        dtype = base.get_input_embeddings().weight.dtype
-        if experts == "grouped_mm" and dtype != torch.bfloat16:  # torch then loops over the groups, on the CPU
-            return f"torch's grouped product waits for the router in {str(dtype).removeprefix('torch.')}"
-    return None
+    return router_waits_because(base) if next(base.parameters()).is_cuda else "the model is not on a GPU"
 
 
 def described(model: nn.Module) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from transformers.integrations.neftune import activate_neftune
 
 from aligntune.backends.fast.rollout import RolloutEngine, Sampling, cannot_run_because
 from aligntune.backends.fast.rollout.cache import PAGE, PagePool
@@ -92,6 +93,15 @@ def test_the_model_is_left_as_it_was():
     assert not any("aligntune" in key for module in model.modules() for key in module.__dict__)
     # The failed call gave its pages back.
     assert engine._decoder.pool.free == engine._decoder.pool.capacity
+
+
+def test_noise_of_training_is_not_in_a_rollout():
+    model, prompts = mini(), prompts_of((3, 9))
+    quiet = RolloutEngine(model, max_batch=2, max_len=64).generate(prompts, sampling=GREEDY)
+    activate_neftune(model, 50.0)
+    noisy = RolloutEngine(model, max_batch=2, max_len=64).generate(prompts, sampling=GREEDY)
+    assert (noisy.completion_ids, noisy.log_probs) == (quiet.completion_ids, quiet.log_probs)
+    assert model.get_input_embeddings().training
 
 
 def test_groups_share_a_prefill_and_draw_apart():

@@ -52,7 +52,8 @@ def test_greedy_is_transformers_greedy(family):
 @pytest.mark.parametrize("kind", test_rope.KINDS)
 def test_rotary_embeddings_that_look_at_lengths_are_replayed(kind):
     """Rows that end where they would choose anew; longer ones, which training may have, come in between."""
-    model, prompts = test_rope.made(kind), prompts_of((3, 5, test_rope.LIMIT - test_rope.NEW))
+    # The usual seed's two likeliest tokens are 7e-5 apart at one place, these 6e-3.
+    model, prompts = test_rope.made(kind), prompts_of((3, 5, test_rope.LIMIT - test_rope.NEW), seed=8)
     expected = theirs(model, prompts, max_new_tokens=test_rope.NEW)
     attach(model.cuda())
     engine = RolloutEngine(model, max_batch=4, max_len=test_rope.LIMIT)
