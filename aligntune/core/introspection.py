@@ -7,7 +7,7 @@ from typing import Any
 
 from aligntune.algorithms import ALGORITHMS
 from aligntune.backends import BACKENDS
-from aligntune.backends.base import supports
+from aligntune.backends.base import Gate, supports
 from aligntune.core.options import OptionInfo, infos
 from aligntune.core.registry import Support
 from aligntune.core.resolve import option_table
@@ -84,8 +84,16 @@ def explain(backend: str, algorithm: str) -> Explanation:
     spec = ALGORITHMS.load(algorithm)
     verdict = supports(engine, spec.name)
     own = tuple(infos(spec.options, "loss"))
-    gates = tuple(f"{gate}: {gate.reason}" for gate in engine.gates if gate.option in option_table(spec.name))
+    gates = tuple(f"{gate}: {gate.reason}" for gate in engine.gates if _concerns(gate, spec.name))
     return Explanation(
         engine.name, spec.name, spec.title, spec.paper, verdict, engine.available() if verdict else verdict,
         TAKES[spec.takes], gates, own, dict(spec.defaults), spec.differences,
     )
+
+
+def _concerns(gate: Gate, algorithm: str) -> bool:
+    """Whether an option of the algorithm has a gated value, or a field of trainer_options, which all take."""
+    row = option_table(algorithm).get(gate.option)
+    if row is None:
+        return gate.option not in option_table(None)
+    return gate.values is None or row.choices is None or any(value in row.choices for value in gate.values)

@@ -201,7 +201,8 @@ def test_the_support_matrix_has_every_algorithm_with_reasons() -> None:
     assert rows["gspo"].split()[-3:-1] == ["yes", "no"] and rows["sft"].split()[-2:] == ["yes", "yes"]
     assert f"{rows['gspo'].split()[-1]} fast: the fast online trainer covers token-level ratios" in result.stdout
     assert "On this machine:" in result.stdout and "  trl: supported" in result.stdout
-    assert "\n  fast: importance_sampling_level='sequence', loss_type='luspo' or 'vespo'\n" in result.stdout
+    assert ("\n  fast: importance_sampling_level='sequence', loss_type='luspo' or 'vespo', torch_compile=True, "
+            "use_liger_kernel=True\n") in result.stdout
     assert "\n  trl: rollout_engine='fast', rollout_memory_gib, " in result.stdout
 
 
@@ -211,6 +212,8 @@ def test_explain() -> None:
     for gate in ("importance_sampling_level='sequence'", "loss_type='luspo' or 'vespo'"):
         line = f"\n  not with {gate}: the fast online trainer covers token-level ratios"
         assert line in told and line in printed
+    of_any = str(aligntune.explain("fast", "sft"))
+    assert "not with torch_compile=True: " in of_any and "not with loss_type" not in of_any
     result = run("explain", "fsat", "gropo")
     assert result.exit_code == 2
     assert "did you mean 'fast'" in result.stderr and "did you mean 'grpo'" in result.stderr

@@ -310,7 +310,7 @@ def test_trainer_options_are_checked_against_the_real_class(tmp_path: Any) -> No
         trainer_of("sft", tmp_path, trainer_options={"learning_rate": 5.0})
     with pytest.raises(ConfigError, match="gspo is defined by 'sequence'"):
         trainer_of("gspo", tmp_path, trainer_options={"importance_sampling_level": "token"})
-    with pytest.raises(ConfigError, match="model_init_kwargs: TRL gets a model that is loaded already; .*model_dtype"):
+    with pytest.raises(ConfigError, match="model_init_kwargs: TRL gets a model that is loaded already: .*model_dtype"):
         trainer_of("sft", tmp_path, trainer_options={"model_init_kwargs": {"dtype": "bfloat16"}})
 
 
