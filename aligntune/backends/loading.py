@@ -209,9 +209,20 @@ def _has_head(folder: Path, files: str) -> bool:
     return any({"score", "classifier"} & set(name.split(".")) for name in names)
 
 
+def _revision_of(model: Any, wanted: str) -> str | None:
+    held = getattr(model.config, "_commit_hash", None)
+    # The commit may be what a branch or a tag is, or what the hash is short for.
+    return held if held is None or re.fullmatch("[0-9a-f]{40}", wanted) else wanted
+
+
 def _dtype_of(model: Any, wanted: str) -> str | None:
-    stored = str(getattr(model, "dtype", None)).removeprefix("torch.")
+    stored = str(model.dtype).removeprefix("torch.")
     return next((short for short, long in DTYPES.items() if long == stored), stored)
+
+
+def _quantization_of(model: Any, wanted: str) -> str | None:
+    config = getattr(model.config, "quantization_config", None)
+    return None if config is None else wanted if _is_nf4(config) else _label(config)
 
 
 def _attention_of(model: Any, wanted: str) -> str | None:
@@ -222,11 +233,10 @@ def _attention_of(model: Any, wanted: str) -> str | None:
 
 
 _LOADED_WITH: dict[str, tuple[Callable[[Any, str], str | None], Callable[[str], str]]] = {
-    "model_revision": (lambda model, wanted: getattr(model.config, "_commit_hash", None),
-                       lambda wanted: f"load it with revision={wanted!r}"),
+    "model_revision": (_revision_of, lambda wanted: f"load it with revision={wanted!r}"),
     "model_dtype": (_dtype_of, lambda wanted: f"load it with dtype=torch.{DTYPES[wanted]}"),
     "quantization": (
-        lambda model, wanted: _field(getattr(model.config, "quantization_config", None) or {}, "bnb_4bit_quant_type"),
+        _quantization_of,
         lambda wanted: f"load it with BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={wanted!r})"),
     "attn_implementation": (_attention_of, lambda wanted: f"call its set_attn_implementation({wanted!r})"),
 }
@@ -237,11 +247,14 @@ def check_model_object(job: Job) -> None:
     """That a model object, which is taken as it is, already has what the options for loading one ask for.
 
     Raises:
-        ConfigError: names every option that asks for something else.
+        ConfigError: names every option that asks for something else; or it is no model of transformers or PEFT.
     """
     model, faults = job.options.model_name, []
     if isinstance(model, str):
         return
+    if not hasattr(model, "config"):
+        raise ConfigError(f"model_name: a {type(model).__name__} object has no config; give a model of transformers or "
+                          "PEFT, or where to load one")
     for name, (held_by, instead) in _LOADED_WITH.items():
         wanted = getattr(job.options, name)
         if wanted in (None, "auto") or (held := held_by(model, wanted)) == wanted:
@@ -276,12 +289,10 @@ def _settle_quantization(job: Job, checkpoint: Any) -> str | None:
     options = job.options
     if checkpoint is None:
         return "nf4" if options.quantization == "nf4" else None
-    method = _field(checkpoint, "quant_method")
-    kind = _field(checkpoint, "bnb_4bit_quant_type")
-    label = f"{getattr(method, 'value', method)}{f' {kind}' if kind else ''}"
+    label = _label(checkpoint)
     if job.given("quantization") and options.quantization is None:
         raise ConfigError(f"model.quantization = None: the checkpoint is quantised ({label}); leave it at 'auto'")
-    if options.quantization == "nf4" and kind != "nf4":
+    if options.quantization == "nf4" and not _is_nf4(checkpoint):
         raise ConfigError(f"model.quantization = 'nf4': the checkpoint is stored as {label}; leave it at 'auto'")
     if not options.use_peft and not hasattr(options.model_name, "peft_config"):
         if job.given("use_peft"):
@@ -290,6 +301,17 @@ def _settle_quantization(job: Job, checkpoint: Any) -> str | None:
         job.set("use_peft", True)
         job.notices.append(f"the checkpoint is quantised ({label}): LoRA is turned on")
     return "checkpoint"
+
+
+def _is_nf4(config: Any) -> bool:
+    return _field(config, "bnb_4bit_quant_type") == "nf4" and not _field(config, "load_in_8bit")
+
+
+def _label(config: Any) -> str:
+    """The kind of a quantization_config. bitsandbytes' has a type for 4 bits where it has loaded 8, too."""
+    method = _field(config, "quant_method")
+    kind = "8 bits" if _field(config, "load_in_8bit") else _field(config, "bnb_4bit_quant_type")
+    return f"{getattr(method, 'value', method)}{f' {kind}' if kind else ''}"
 
 
 def _field(config: Any, name: str) -> Any:

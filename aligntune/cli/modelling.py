@@ -117,11 +117,10 @@ def _to_evaluate(recipe: str, options: dict[str, Any], scratch: str) -> tuple[Pl
 
 def _metrics(plan: Plan, checkpoint: Path | None) -> dict[str, float]:
     from aligntune.core.backend_factory import build_trainer
-    from aligntune.core.rules import NO_EVALUATION
+    from aligntune.core.rules import NO_EVALUATION, evaluates
     from aligntune.errors import DataError
 
-    options = plan.stages[0].job.options
-    if not (options.eval_dataset_name or options.eval_split or options.val_split_ratio):
+    if not evaluates(vars(plan.stages[0].job.options)):
         raise DataError(f"evaluate: no evaluation data. {NO_EVALUATION}")  # before anything is loaded
     trainer = build_trainer(plan.stages[0].job)
     if checkpoint is not None:

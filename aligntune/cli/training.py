@@ -64,10 +64,13 @@ def _hush() -> None:
 def _leave_group() -> None:
     """The processes leave together: one that goes while another still speaks to it may be aborted."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import PartialState
+        import torch.distributed
 
-        PartialState().wait_for_everyone()
-        PartialState().destroy_process_group()
+        if torch.distributed.is_initialized():  # not where every stage was done before
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
+            PartialState().destroy_process_group()
 
 
 def _report(results: list[StageResult]) -> None:

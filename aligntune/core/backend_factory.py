@@ -226,12 +226,14 @@ def check_names(job: Job) -> None:
     if job.spec.online:
         from aligntune.rewards import resolve_rewards
 
-        resolve_rewards(list(job.options.reward_functions or []), None)
+        resolve_rewards(list(job.options.reward_functions or []), None, build=False)
     if job.options.trainer_options:  # the one check that needs TRL imported
         from aligntune.backends.loading import precision_of
         from aligntune.backends.trl.options import trl_config
+        from aligntune.core.rules import evaluates
 
-        trl_config(job, precision_of(job), eval_rows=0)
+        # Some fields (load_best_model_at_end) ask for evaluation.
+        trl_config(job, precision_of(job), eval_rows=int(evaluates(vars(job.options))))
 
 
 def data_request(job: Job) -> Any:

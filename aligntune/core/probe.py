@@ -115,6 +115,6 @@ def _check_reward(name: Any, faults: list[str]) -> None:
         from aligntune.rewards import resolve_rewards
 
         try:
-            resolve_rewards([name])
+            resolve_rewards([name], build=False)
         except ConfigError as error:
             faults.append(f"probe.reward: {error}")

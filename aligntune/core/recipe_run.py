@@ -73,7 +73,10 @@ def run_recipe(recipe: Any, overrides: Mapping[str, Any] | None = None, **option
         CheckpointError: `resume=True` and there is nothing to resume, or it is of another recipe.
         KeyboardInterrupt: Ctrl-C, after a checkpoint; `resume=True` goes on where it stopped.
     """
+    from aligntune.core import notices
+
     plan = load_plan(recipe, {**(overrides or {}), **options})
+    notices.quiet_libraries()  # before they are imported
     check_backends(plan)
     # A bad row of a later stage is told now, not in hours.
     check_data(plan, skip_first=True)
@@ -81,17 +84,19 @@ def run_recipe(recipe: Any, overrides: Mapping[str, Any] | None = None, **option
 
 
 def check_backends(plan: Plan) -> None:
-    """Settle the backend of every stage and check rewards and trainer options for it.
+    """Settle the backend of every stage and check rewards, trainer options and a model object for it.
 
     Raises:
         AlignTuneError: of every stage at once; of the first one's class where they differ.
     """
+    from aligntune.backends.loading import check_model_object
     from aligntune.core.backend_factory import check_names, choose_backend
 
     errors: list[tuple[StageConfig | None, AlignTuneError]] = []
     for stage in plan.stages:
         try:
             choose_backend(stage.job)
+            check_model_object(stage.job)
             check_names(stage.job)
         except AlignTuneError as error:
             errors.append((stage, error))

@@ -57,7 +57,7 @@ INSTEAD: Mapping[str, str] = {
     "eval_strategy": "eval_steps", "evaluation_strategy": "eval_steps",
     "assistant_only_loss": "completion_only", "completion_only_loss": "completion_only",
     "train_on_responses_only": "completion_only",
-    "args": "each field an option of its own, or a field of trainer_options",
+    "args": "one option for each field, or fields of trainer_options",
     "deepspeed": "`aligntune launch --accelerate-config`", "fsdp": "`aligntune launch --accelerate-config`",
     **{name: _FIELD.format(name) for name in (
         "data_seed", "neftune_noise_alpha", "load_best_model_at_end", "metric_for_best_model", "torch_compile",

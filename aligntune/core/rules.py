@@ -38,6 +38,11 @@ def world_size() -> int:
     return int(text) if text.isdigit() and int(text) > 0 else 1
 
 
+def evaluates(values: Mapping[str, Any]) -> bool:
+    """Whether the options name evaluation data."""
+    return any(values[name] is not None for name in ("eval_dataset_name", "eval_split", "val_split_ratio"))
+
+
 def check_names(values: Values, faults: list[str]) -> None:
     """Add every unknown name of a backend or a reward to `faults`, whatever else is wrong; nothing is loaded."""
     _backend(values, faults)
@@ -170,8 +175,8 @@ def _vllm(values: Values, origin: Origin, faults: list[str], notices: list[str])
     if not idle or values["rollout_engine"] == "vllm" or fields.get("use_vllm"):
         return
     if origin["rollout_engine"] in ("argument", "config"):
-        notices.append(f"rollout_engine is {values['rollout_engine']!r}: {', '.join(idle)} of trainer_options are not "
-                       "used")
+        notices.append(f"rollout_engine is {values['rollout_engine']!r}: nothing reads {', '.join(idle)} of "
+                       "trainer_options")
     else:
         faults.append(f"train.trainer_options.{idle[0]} is given and rollout.rollout_engine is not: pass "
                       "rollout_engine='vllm' to generate with it")
@@ -181,7 +186,7 @@ def _evaluation(values: Values, faults: list[str]) -> None:
     sources = [name for name in ("eval_dataset_name", "eval_split") if values[name] is not None]
     if values["val_split_ratio"] is not None and sources:
         faults.append(f"evaluation.val_split_ratio and evaluation.{sources[0]}: give one source of evaluation data")
-    if values["eval_steps"] is not None and not sources and values["val_split_ratio"] is None:
+    if values["eval_steps"] is not None and not evaluates(values):
         faults.append("evaluation.eval_steps: no evaluation data: eval_dataset_name, eval_split or val_split_ratio")
     if (values["stop_metric"] is None) != (values["stop_value"] is None):
         faults.append("evaluation.stop_metric and evaluation.stop_value: give both or neither")

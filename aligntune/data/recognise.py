@@ -174,9 +174,11 @@ def _form(roles: Mapping[str, str], rows: Sequence[Row]) -> tuple[str, str]:
     for column in spoken:
         values = [row.get(column) for row in rows if row.get(column) is not None]
         if any(is_turns(value) for value in values):
-            plain = sum(isinstance(value, str) for value in values) if column != roles.get("messages") else 0
-            mixed = f"; in {plain} of the first {len(values)} rows {column} is a plain string, which becomes a turn"
-            return "turns", mixed if plain else ""
+            plain = sum(isinstance(value, str) and not is_turns(value) for value in values)
+            if not plain or column == roles.get("messages"):  # there a string is a bad row
+                return "turns", ""
+            return "turns", (f"; in {plain} of the first {len(values)} rows {column} is a plain string, which becomes "
+                             "a turn")
         if column == "chosen" and any(is_transcript(value) for value in values):
             return "transcripts", ""
     return "strings", ""

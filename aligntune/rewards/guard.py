@@ -108,6 +108,10 @@ def is_async(function: Any) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
+_HANDED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""What TRL's trainers call every reward with, beside the columns of the rows."""
+
+
 def _callable_as_reward(function: Any, label: str) -> None:
     """That `function` takes what every reward is called with, all of it by keyword.
 
@@ -115,18 +119,19 @@ def _callable_as_reward(function: Any, label: str) -> None:
         ConfigError: it lacks one of them; says how it is called.
     """
     try:
-        parameters = inspect.signature(function).parameters.values()
+        # Of a decorated function it is the decorator's that is called.
+        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
     except (TypeError, ValueError):
         return  # some builtins have no signature
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return
     by_keyword = {parameter.name for parameter in parameters
                   if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)}
-    missing = [name for name in ("prompts", "completions", "completion_ids") if name not in by_keyword]
+    missing = [name for name in _HANDED if name not in by_keyword]
     if missing:
-        raise ConfigError(f"reward {label!r} does not take {', '.join(missing)}: it is called with prompts, "
-                          "completions, completion_ids and the columns of the rows, all by keyword; end its parameters "
-                          "with **columns")
+        raise ConfigError(f"reward {label!r} does not take {', '.join(missing)}: it is called with "
+                          f"{', '.join(_HANDED)} and the columns of the rows, all by keyword; end its parameters with "
+                          "**columns")
 
 
 def guard(function: RewardFunction, name: str | None = None) -> RewardFunction:

@@ -83,8 +83,8 @@ def _attribute(target: str) -> Any:
     return getattr(module, attribute)
 
 
-def _with_options(target: Any, name: str, options: Mapping[str, Any]) -> RewardFunction:
-    """`target` with `options`: a class is built with them, a function gets them as keywords."""
+def _with_options(target: Any, name: str, options: Mapping[str, Any], build: bool) -> RewardFunction:
+    """`target` with `options`: a class is built with them, if it is to be; a function gets them as keywords."""
     parameters = inspect.signature(target).parameters.values() if options else ()
     taken = [
         parameter.name for parameter in parameters
@@ -98,7 +98,7 @@ def _with_options(target: Any, name: str, options: Mapping[str, Any]) -> RewardF
     if faults:
         raise ConfigError.from_faults(faults, "the options of a reward")
     if isinstance(target, type):
-        return target(**options)
+        return target(**options) if build else target
     return _bound(target, dict(options)) if options else target
 
 
@@ -123,14 +123,7 @@ def get_reward(name: str, **options: Any) -> RewardFunction:
     Raises:
         ConfigError: no such reward (names all) or option.
     """
-    if ":" in name and name not in REWARDS:
-        target, label = _attribute(name), name.rpartition(":")[2]
-        if not callable(target):
-            raise ConfigError(f"reward {name!r} is a {type(target).__name__}, which cannot be called")
-    else:
-        label = REWARDS.resolve(name)
-        target = REWARDS.load(label)
-    return _with_options(target, label, options)
+    return _named(name, options, build=True)[0]
 
 
 def _weight(value: Any, where: str) -> float:
@@ -139,7 +132,7 @@ def _weight(value: Any, where: str) -> float:
     return float(value)
 
 
-def _one(entry: Any) -> tuple[RewardFunction, str, float | None]:
+def _one(entry: Any, build: bool) -> tuple[RewardFunction, str, float | None]:
     """(function, name, weight) of one entry; the weight is None where the entry gives none."""
     if isinstance(entry, Mapping):
         faults = [unknown("key", key, _KEYS) for key in entry if key not in _KEYS]
@@ -153,26 +146,31 @@ def _one(entry: Any) -> tuple[RewardFunction, str, float | None]:
         weight = None if entry.get("weight") is None else _weight(entry["weight"], f"reward {entry['name']!r}")
         inner = entry["name"]
         if callable(inner):
-            return _with_options(inner, function_name(inner), options), function_name(inner), weight
-        function, name, _ = _named(inner, options)
-        return function, name, weight
+            return _with_options(inner, function_name(inner), options, build), function_name(inner), weight
+        return *_named(inner, options, build), weight
     if callable(entry):
-        return (entry() if isinstance(entry, type) else entry), function_name(entry), None
-    return _named(entry, {})
+        return _with_options(entry, function_name(entry), {}, build), function_name(entry), None
+    return *_named(entry, {}, build), None
 
 
-def _named(name: Any, options: Mapping[str, Any]) -> tuple[RewardFunction, str, None]:
+def _named(name: Any, options: Mapping[str, Any], build: bool) -> tuple[RewardFunction, str]:
     if not isinstance(name, str):
         raise ConfigError(
             f"reward {name!r}: expected a name, a callable or a table with {', '.join(_KEYS)}; "
             f"names: {', '.join(sorted(REWARDS.names()))}"
         )
-    label = name.rpartition(":")[2] if ":" in name and name not in REWARDS else REWARDS.resolve(name)
-    return get_reward(name, **options), label, None
+    if ":" in name and name not in REWARDS:
+        target, label = _attribute(name), name.rpartition(":")[2]
+        if not callable(target):
+            raise ConfigError(f"reward {name!r} is a {type(target).__name__}, which cannot be called")
+    else:
+        label = REWARDS.resolve(name)
+        target = REWARDS.load(label)
+    return _with_options(target, label, options, build), label
 
 
 def resolve_rewards(
-    spec: Any, weights: Sequence[float] | None = None
+    spec: Any, weights: Sequence[float] | None = None, *, build: bool = True
 ) -> tuple[list[RewardFunction], list[float]]:
     """The guarded functions and their weights, in order.
 
@@ -180,6 +178,7 @@ def resolve_rewards(
         spec: a name, a callable, a table {name, weight, options}, or a list of these, mixed. None gives two empty
             lists (a reward model may be all there is). A torch module is a reward model and passes unguarded.
         weights: one a reward; default: the tables' own, else 1.
+        build: False checks all of it and builds no class, which may load a model: the result is not to be called.
 
     Returns:
         Functions in TRL's form with `__name__` set for the logs (a second `math` is `math_2`), and their weights.
@@ -198,9 +197,11 @@ def resolve_rewards(
     counts: dict[str, int] = {}
     for entry in spec:
         try:
-            function, name, weight = _one(entry)
+            function, name, weight = _one(entry, build)
             counts[name] = counts.get(name, 0) + 1
             label = name if counts[name] == 1 else f"{name}_{counts[name]}"
+            if isinstance(function, type):  # not built: what would be called is looked at
+                function = function.__call__
             functions.append(function if is_module(function) else guard(function, label))
         except ConfigError as error:
             faults.extend(error.faults or [str(error)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, BitsAndBytesConfig
 
 from aligntune import create_sft_trainer
 from aligntune.backends import loading
@@ -96,10 +97,38 @@ def test_an_option_for_loading_beside_an_object_is_told_before_anything_is_read(
                      "call its set_attn_implementation('eager')")
 
 
-def test_an_object_that_has_what_is_asked_for_is_taken() -> None:
-    def check(model: Any, **options: Any) -> None:
-        check_model_object(resolve({"model_name": model, "dataset_name": "d", "algorithm": "sft", **options}))
+def check(model: Any, **options: Any) -> None:
+    check_model_object(resolve({"model_name": model, "dataset_name": "d", "algorithm": "sft", **options}))
 
+
+@pytest.mark.parametrize(("revision", "taken"), [
+    ("main", True), ("v1.0", True), ("1234567", True), ("1234567" * 5 + "12345", True), ("f" * 40, False),
+])
+def test_a_commit_may_be_what_a_branch_or_a_tag_is(revision: str, taken: bool) -> None:
+    model = tiny.llama()
+    model.config._commit_hash = "1234567" * 5 + "12345"
+    with contextlib.nullcontext() if taken else pytest.raises(ConfigError, match="object has '123456.*revision='fff"):
+        check(model, model_revision=revision)
+
+
+def test_what_is_no_model_of_transformers_is_told() -> None:
+    for options in ({}, {"attn_implementation": "eager"}):
+        with pytest.raises(ConfigError, match="model_name: a Linear object has no config"):
+            check(torch.nn.Linear(2, 2), **options)
+
+
+@pytest.mark.parametrize(("stored", "told"), [
+    (BitsAndBytesConfig(load_in_8bit=True), "bitsandbytes 8 bits"), ({"quant_method": "gptq"}, "gptq"),
+    (BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"), "bitsandbytes fp4"),
+])
+def test_how_an_object_is_quantised_is_told(stored: Any, told: str) -> None:
+    model = tiny.llama()
+    model.config.quantization_config = stored
+    with pytest.raises(ConfigError, match=f"the model object has '{told}'"):
+        check(model, quantization="nf4")
+
+
+def test_an_object_that_has_what_is_asked_for_is_taken() -> None:
     model = tiny.llama().to(torch.bfloat16)
     model.set_attn_implementation("eager")
     model.config._commit_hash = "v2"

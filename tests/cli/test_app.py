@@ -202,7 +202,7 @@ def test_the_support_matrix_has_every_algorithm_with_reasons() -> None:
     assert f"{rows['gspo'].split()[-1]} fast: the fast online trainer covers token-level ratios" in result.stdout
     assert "On this machine:" in result.stdout and "  trl: supported" in result.stdout
     assert ("\n  fast: importance_sampling_level='sequence', loss_type='luspo' or 'vespo', torch_compile=True, "
-            "use_liger_kernel=True\n") in result.stdout
+            "torch_compile_backend, torch_compile_mode, use_liger_kernel=True\n") in result.stdout
     assert "\n  trl: rollout_engine='fast', rollout_memory_gib, " in result.stdout
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from aligntune.cli.training import _leave_group
 from aligntune.core.recipe_run import run_recipe
 from tests import small_jobs
 
@@ -110,6 +111,12 @@ def test_two_processes_train_like_one_with_the_same_global_batch(shop: Path) -> 
     for text, count in (("Data for sft", 1), ("step 3/3", 2), ("before 1-sft", 1)):
         assert done.stderr.count(text) == count, done.stderr
     assert done.stdout.count("2-dpo: ") == 1
+
+
+def test_where_nothing_was_trained_no_group_is_made_to_be_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.PartialState", lambda: pytest.fail("a group would be made"))
+    _leave_group()
 
 
 def test_an_error_of_all_processes_is_a_message(shop: Path) -> None:

@@ -84,6 +84,28 @@ def test_a_field_that_trl_has_not_is_told_before_anything_is_read(backend: str) 
                           reward_functions=[letters], trainer_options={"vllm_mod": "server"})
 
 
+def test_fields_that_ask_for_evaluation_are_taken_where_there_is_some(tmp_path: Path) -> None:
+    rows = tiny.text_rows(8).to_list()
+    options = {"save_steps": 1, "trainer_options": {"load_best_model_at_end": True}}
+    trainer = made("sft", rows, tmp_path, eval_dataset_name=rows[:2], eval_steps=1, **options)
+    assert trainer.trainer.args.load_best_model_at_end
+    with pytest.raises(ConfigError, match="requires the save and eval strategy to match"):
+        made("sft", rows, tmp_path, **options)
+
+
+def test_a_reward_class_is_built_once(tmp_path: Path) -> None:
+    built = []
+
+    class Letters:
+        def __init__(self) -> None:
+            built.append(self)
+
+        __call__ = staticmethod(letters)
+
+    made("grpo", tiny.prompts(4).to_list(), tmp_path, reward_functions=[Letters])
+    assert len(built) == 1
+
+
 def test_trial_and_ignored_keys_reach_the_inner_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = made("sft", tiny.text_rows(8).to_list(), tmp_path, max_steps=1,
                    eval_dataset_name=tiny.text_rows(2).to_list(), eval_steps=1)

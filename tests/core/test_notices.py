@@ -84,6 +84,7 @@ def test_lines_of_libraries_that_nobody_can_act_upon_stay_with_them(monkeypatch:
         warnings.resetwarnings()
         notices.quiet_libraries()
         warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1)
+        warnings.warn("`gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1)
         warnings.warn("`gradient_checkpointing_enable` is deprecated and will be removed", FutureWarning, stacklevel=1)
         warnings.warn("`something_else` is deprecated", FutureWarning, stacklevel=1)
     assert [str(item.message) for item in caught] == ["`something_else` is deprecated"]

@@ -23,6 +23,7 @@ from aligntune.errors import (
     UnsupportedAlgorithmError,
 )
 from tests import small_jobs
+from tests.core import tiny
 
 NO_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 REWARDS = """
@@ -214,6 +215,31 @@ def test_a_later_stage_is_checked_before_the_first_trains(
     change = {key: shop.get(value, value) if isinstance(value, str) else value for key, value in change.items()}
     with pytest.raises(error, match=f"(?s){told}"):
         run_recipe(recipe(shop), {"output_dir": str(tmp_path / "r"), **change})
+    assert not (tmp_path / "r").exists()
+
+
+def test_libraries_are_quiet_before_the_checks_import_them(
+    shop: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ChecksBegin(Exception):
+        pass
+
+    def check(job: Any) -> None:
+        raise ChecksBegin(*called)
+
+    called: list[str] = []
+    monkeypatch.setattr("aligntune.core.notices.quiet_libraries", lambda: called.append("quiet"))
+    monkeypatch.setattr("aligntune.core.backend_factory.check_names", check)
+    with pytest.raises(ChecksBegin, match="quiet"):
+        run_recipe(recipe(shop))
+
+
+def test_a_model_object_of_a_later_stage_is_checked_before_the_first_trains(
+    shop: dict[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="stage 2-grpo: .*model_dtype = 'bf16', but the model object has 'fp32'"):
+        run_recipe(recipe(shop), {"output_dir": str(tmp_path / "r"), "stages.2.model_name": tiny.llama(),
+                                  "stages.2.model_dtype": "bf16"})
     assert not (tmp_path / "r").exists()
 
 

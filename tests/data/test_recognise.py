@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from aligntune.data import DataRequest
@@ -107,5 +109,7 @@ def test_strings_among_turns_are_said():
     mixed = kind_of([strings, turns, strings], "preference")
     assert mixed.form == "turns"
     assert mixed.why.endswith("; in 2 of the first 3 rows chosen is a plain string, which becomes a turn")
-    assert kind_of([turns, turns], "preference").why == "columns prompt, chosen, rejected (lists of turns)"
+    as_text = {column: json.dumps(value) for column, value in turns.items()}  # as csv has them
+    for rows in ([turns, turns], [as_text, turns]):
+        assert kind_of(rows, "preference").why == "columns prompt, chosen, rejected (lists of turns)"
     assert "plain string" not in kind_of([{"messages": [user("a")]}, {"messages": "a"}]).why  # a bad row, and said so

@@ -89,13 +89,40 @@ def test_a_function_that_cannot_be_called_as_a_reward_is_refused_before_anything
     def bare(completions):
         return [0.0]
 
-    def whole(prompts, completions, completion_ids):
+    def whole(prompts, completions, completion_ids, trainer_state, log_extra, log_metric):
         return [0.0]
 
-    with pytest.raises(ConfigError, match="'bare' does not take prompts, completion_ids.*[*][*]columns") as caught:
-        resolve_rewards([bare, "exact_mach", whole])
-    assert len(caught.value.faults) == 2
-    assert len(resolve_rewards([whole, lambda **columns: [0.0], "exact_match"])[0]) == 3
+    @functools.wraps(bare)
+    def decorated(**columns):
+        return bare(columns["completions"])
+
+    with pytest.raises(ConfigError, match="'bare' does not take prompts, completion_ids, .*[*][*]columns") as caught:
+        resolve_rewards([bare, "exact_mach", whole, lambda prompts, completions, completion_ids: [0.0]])
+    assert len(caught.value.faults) == 3
+    assert caught.value.faults[2].startswith("reward '<lambda>' does not take trainer_state, log_extra, log_metric: ")
+    assert len(resolve_rewards([whole, lambda **columns: [0.0], decorated, "exact_match"])[0]) == 4
+
+
+def test_a_check_of_rewards_builds_none():
+    class Heavy:
+        def __init__(self, size=1):
+            raise AssertionError("built")
+
+        def __call__(self, prompts, completions, **columns):
+            return [0.0]
+
+    class Bare(Heavy):
+        def __call__(self, completions):
+            return [0.0]
+
+    given = [Heavy, {"name": Heavy, "options": {"size": 2}}]
+    assert names(resolve_rewards(given, build=False)[0]) == ["Heavy", "Heavy_2"]
+    with pytest.raises(AssertionError, match="built"):
+        resolve_rewards(given)
+    with pytest.raises(ConfigError) as caught:
+        resolve_rewards([{"name": Heavy, "options": {"sise": 2}}, Bare], build=False)
+    option, call_of_bare = caught.value.faults
+    assert "did you mean 'size'" in option and call_of_bare.startswith("reward 'Bare' does not take prompts, ")
 
 
 def test_options_of_functions_are_named_parameters_and_beat_columns():

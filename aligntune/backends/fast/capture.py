@@ -1,4 +1,4 @@
-"""Recording a CUDA graph so that nothing of the rest of the process ends it, and what it is true of.
+"""Recording a CUDA graph so that nothing of the rest of the process ends it; what cannot be, and where it reads.
 
 A capture ends with an error where a call is made meanwhile that CUDA cannot record: memory that is freed, a module that
 is unloaded, a graph of before that is destroyed. Python's collector makes such calls when it finds a cycle that holds
@@ -35,7 +35,7 @@ def waits_because(base: Any) -> str | None:
 
     That of rows of any length: a rollout keeps to those for which a rotary embedding has no choice.
     """
-    limit = length_limit(base.config)
+    limit = length_limit(base.config.get_text_config())
     if limit is None:
         return router_waits_because(base)
     return f"its rotary embedding of type {limit[0]!r} chooses by the longest row, and waits for its length"
@@ -43,10 +43,11 @@ def waits_because(base: Any) -> str | None:
 
 def router_waits_because(base: Any) -> str | None:
     """Why the routed experts of a transformers model cannot be captured; None where they can, or there are none."""
-    family = families.family_of(base.config.model_type)
+    config = base.config.get_text_config()
+    family = families.family_of(config.model_type)
     if family is None or family.mlp != "experts":
         return None
-    experts = getattr(base.config, "_experts_implementation", "eager")
+    experts = getattr(config, "_experts_implementation", "eager")
     if experts not in ("grouped_mm", "batched_mm"):
         return f"routed experts run as {experts!r}, which waits for the router"
     dtype = base.get_input_embeddings().weight.dtype

@@ -177,7 +177,7 @@ class GraphedModel:
 
     Args:
         model: the model as the trainer calls it.
-        parameters: those that train, each on the GPU.
+        parameters: those that train, each on the GPU; a pass with gradients sees to it where these are others.
 
     While it `waits` passes are launched: a graph recomputes what its capture did, and before layers are planned that is
     every one of them.
@@ -203,7 +203,7 @@ class GraphedModel:
         self._read_at: list[int] = []
         self._trained = self._addresses.trained()
         self.buffers = [torch.zeros_like(p) for p in self.parameters]
-        self._anchor = torch.zeros((), device=self.parameters[0].device, requires_grad=True)
+        self._anchor = torch.zeros((), device=next(self.model.parameters()).device, requires_grad=True)
 
     def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Per-token outputs of the head: `log_probs` (1, T - 1 or T) with a gradient, the others without."""

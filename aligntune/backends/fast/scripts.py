@@ -43,7 +43,7 @@ def attach_trainer(trainer: Trainer, *, strict: bool = False) -> Attachment:
                           "accelerate launch), or let CUDA_VISIBLE_DEVICES show one")
     if getattr(getattr(trainer.args, "deepspeed_plugin", None), "zero_stage", None) == 3:
         raise ConfigError("DeepSpeed's stage 3 gathers a weight when its module is called, and our head and MLPs read "
-                          "weights themselves. Stages 1 and 2 and FSDP do not, and backend='trl' runs it")
+                          "weights themselves. Take stage 1 or 2 or FSDP2; backend='trl' runs it")
     rate = getattr(trainer.args, "embedding_learning_rate", None)
     if rate is not None and getattr(trainer, "embedding_learning_rate", None) != rate:
         raise ConfigError(f"embedding_learning_rate = {rate!r}: a {type(trainer).__name__} trains every parameter at "

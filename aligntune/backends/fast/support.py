@@ -16,6 +16,7 @@ SEQUENCE_RATIOS = (
     "the fast online trainer covers token-level ratios; sequence-ratio GRPO is not in its parity suite; "
     "backend='trl' runs it"
 )
+_COMPILED = "no test covers dynamo over our forwards; leave it out, or backend='trl' runs it"
 _REQUIRES = "an NVIDIA GPU of compute capability 8.0 or later with a CUDA build of torch"
 
 
@@ -36,8 +37,9 @@ class FastBackend:
     gates: tuple[Gate, ...] = (
         Gate("importance_sampling_level", ("sequence",), SEQUENCE_RATIOS),
         Gate("loss_type", ("luspo", "vespo"), SEQUENCE_RATIOS),
-        Gate("torch_compile", (True,),
-             "no test covers dynamo over our forwards; leave it out, or backend='trl' runs it"),
+        Gate("torch_compile", (True,), _COMPILED),
+        Gate("torch_compile_backend", None, _COMPILED),  # transformers compiles where one of these is given
+        Gate("torch_compile_mode", None, _COMPILED),
         Gate("use_liger_kernel", (True,),
              "its kernels would take modules from ours; leave it out, or backend='trl' runs it"),
     )

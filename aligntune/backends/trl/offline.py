@@ -24,16 +24,25 @@ __all__ = ["CPO", "KTO", "ORPO", "CPOConfig", "ORPOConfig", "Quiet", "Reward"]
 
 
 class Quiet:
-    """Mixin: no report of use to the hub, which TRL's trainers make when they are built; no card of a model that
-    goes nowhere; on resuming no false alarm, and the schedule of this run.
+    """Mixin: no report of use to the hub, which TRL's trainers make when they are built; no card with a checkpoint of
+    a model that goes nowhere; on resuming no false alarm, and the schedule of this run.
     """
+
+    _saves = False
 
     def _send_telemetry(self) -> None:
         return None
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._saves = True
+        try:
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._saves = False
+
     def create_model_card(self: Any, *args: Any, **kwargs: Any) -> None:
         # Without a repository TRL's card loads a model "None", and says that a local base is one.
-        if self.hub_model_id is not None:
+        if self.hub_model_id is not None or not self._saves:
             super().create_model_card(*args, **kwargs)  # type: ignore[misc]
 
     def _issue_warnings_after_load(self: Any, load_result: Any) -> None:

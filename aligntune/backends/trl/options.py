@@ -6,7 +6,6 @@ import dataclasses
 import math
 import types
 import typing
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, RLOOConfig, SFTConfig
@@ -133,10 +132,7 @@ def trl_config(job: Job, precision: Precision, *, eval_rows: int, fields: Mappin
     kwargs |= {**FIXED.get(name, {}), **(fields or {})}
     _pass_through(job, cls, names, kwargs)
     try:
-        with warnings.catch_warnings():
-            # TRL's own field of that name, which transformers >= 5.23 deprecates: nothing a user could change.
-            warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
-            return cls(**config_kwargs(cls, kwargs))
+        return cls(**config_kwargs(cls, kwargs))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{cls.__name__}: {error}") from error
 

@@ -25,7 +25,9 @@ class OnGpu:
 
 class Model:
     def __init__(self, dtype: torch.dtype = torch.bfloat16, **config: Any) -> None:
-        self.dtype, self.config = dtype, SimpleNamespace(**{"model_type": "llama"} | config)
+        text = SimpleNamespace(**{"model_type": "llama"} | config)
+        # As of a model that reads images, which keeps what is asked for here with its language model.
+        self.dtype, self.config = dtype, SimpleNamespace(model_type="llava", get_text_config=lambda: text)
 
     def get_input_embeddings(self) -> Any:
         return SimpleNamespace(weight=torch.empty(0, dtype=self.dtype))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers import Trainer
 from trl import DPOTrainer, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -292,13 +293,20 @@ def test_a_tied_head_is_no_missing_weight_of_a_checkpoint(tmp_path: Any, monkeyp
     assert len(warned) == 2 and "['model.norm.weight']" in warned[0] and "['x']" in warned[1]
 
 
-def test_a_model_card_is_written_for_the_hub_alone(tmp_path: Any) -> None:
+def test_a_checkpoint_has_a_model_card_for_the_hub_alone(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cards() -> int:
+        return len(list(tmp_path.rglob("README.md")))
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", lambda *_: None)
     trainer = trainer_of("sft", tmp_path)
+    trainer._save_checkpoint(trainer.model, None)
+    assert cards() == 0
     trainer.create_model_card(model_name="m")
-    assert not list(tmp_path.rglob("README.md"))
+    assert cards() == 1, "asked for by hand"
+    (tmp_path / "README.md").unlink()
     trainer.hub_model_id = "me/m"
-    trainer.create_model_card(model_name="m")
-    assert len(list(tmp_path.rglob("README.md"))) == 1
+    trainer._save_checkpoint(trainer.model, None)
+    assert cards() == 1
 
 
 def test_trainer_options_are_checked_against_the_real_class(tmp_path: Any) -> None:

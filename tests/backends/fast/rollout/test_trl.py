@@ -256,10 +256,11 @@ def test_gates() -> None:
                 require(BACKEND, "grpo", given)
     with pytest.raises(UnsupportedAlgorithmError, match="token-level ratios"):
         require(BACKEND, "gspo", {})
-    for name in ("torch_compile", "use_liger_kernel"):
-        with pytest.raises(UnsupportedAlgorithmError, match=f"backend='fast', {name}=True: .*backend='trl' runs it"):
-            require(BACKEND, "sft", {"trainer_options": {name: True}})
-        require(BACKEND, "sft", {"trainer_options": {name: False}})
+    for name, value, off in (("torch_compile", True, False), ("use_liger_kernel", True, False),
+                             ("torch_compile_backend", "inductor", None), ("torch_compile_mode", "default", None)):
+        with pytest.raises(UnsupportedAlgorithmError, match=f"backend='fast', {name}={value!r}: .*backend='trl' runs"):
+            require(BACKEND, "sft", {"trainer_options": {name: value}})
+        require(BACKEND, "sft", {"trainer_options": {name: off}})
     require(BACKEND, "grpo", {"rollout_engine": "fast", "loss_type": "grpo", "importance_sampling_level": "token"})
     require(BACKEND, "grpo", {"loss_type": "luspo", "trainer_options": {"loss_type": "grpo"}})
 
