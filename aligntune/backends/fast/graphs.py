@@ -2,10 +2,9 @@
 
 Launching a LoRA step of a 1B model takes the CPU about 120 ms; the GPU works on 4,000 tokens for about half of that.
 
-The first steps run as they are, until a shape comes the second time. It is captured, and from then on each ragged shape
-that no captured one holds, at once and a little longer than it came (`room_for`): the next batch is then likely to fit,
-filled up. One that is often filled up by much is captured itself. Rows of one length are captured when they come the
-second time. Beyond `MOST_GRAPHS` shapes a step is launched.
+A shape is launched when it comes first, which loads its kernels, and captured when it comes again. Ragged rows are
+laid with room for more (`room_for`), so that few shapes occur: the next batch is then likely to fit, filled up. One
+whose filling has cost as much as a capture gets a shape of its own. Beyond `MOST_GRAPHS` shapes a step is launched.
 
 All pairs share one memory pool: a forward is always followed by its own backward before another forward runs, so what
 one pair keeps in between, another may write over later. Parameters are read where they are: the optimizer writes in
@@ -40,16 +39,15 @@ if TYPE_CHECKING:
 
 MOST_GRAPHS = 32
 MOST_FILLING = 0.5
-LITTLE_FILLING = 0.15
-OFTEN = 8
-"""A shape that a captured one holds is filled up to it, by half of its tokens at most; where that is more than 0.15, it
-is captured itself when it comes the eighth time. Launching a step of a 1B model takes as long as computing on 15,000
-tokens, a capture twice that: filling by 1,000 tokens eight times costs a quarter of one."""
+CAPTURE_COSTS = 15_000
+"""A batch that a captured shape holds is filled up to it, by half of its tokens at most, until what batches of its
+shape were filled up with comes to so many tokens: for a 1B model computing on them takes as long as launching a step
+and capturing it. So a shape costs at most twice what it would if one knew how often it comes."""
 ROOMS = ((4096, 2), (16_384, 4))
-"""Up to so many tokens a shape is captured with room: so many lengths an octave. Longer steps keep the GPU busy for
-longer than launching them takes: their filling would cost more than it saves."""
+"""Up to so many tokens a shape gets room: so many lengths an octave. Longer steps keep the GPU busy for longer than
+launching them takes: their filling would cost more than it saves."""
 ROOM_SHARE = 0.5
-"""Of the memory that is free, what a capture with room may need; with less it is made without."""
+"""Of the memory that is free, what a shape with room may need; with less it has none."""
 _OUTPUTS = ("log_probs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs", "label_mask")
 
 Batch = dict[str, Any]
@@ -186,7 +184,8 @@ class GraphedModel:
     model: torch.nn.Module
     parameters: list[torch.nn.Parameter]
     pairs: dict[tuple[Any, ...], _Pair] = field(default_factory=dict)
-    seen: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    launched: set[tuple[Any, ...]] = field(default_factory=set)
+    filled: dict[tuple[Any, ...], int] = field(default_factory=dict)
     captures: int = 0
     capture_seconds: float = 0.0
     waits: bool = False
@@ -207,9 +206,10 @@ class GraphedModel:
 
     def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Per-token outputs of the head: `log_probs` (1, T - 1 or T) with a gradient, the others without."""
-        pair = self._pair("trained", batch)
+        pair, laid = self._pair("trained", batch)
         if pair is None:
-            return named_outputs(self.model(**batch, fused_lm_head=True))
+            outputs = named_outputs(self.model(**laid, fused_lm_head=True))
+            return {name: value[..., : tokens_of(batch)] for name, value in outputs.items()}
         log_probs = _Replay.apply(self._anchor, pair, batch)
         # Copies: the next replay writes over the graph's own outputs.
         return {"log_probs": log_probs} | {name: value[..., : tokens_of(batch)].clone()
@@ -222,55 +222,53 @@ class GraphedModel:
             kind: tells passes of one shape apart, such as those with adapters on and with adapters off.
         """
         assert not torch.is_grad_enabled()
-        pair = self._pair(kind, batch)
-        return self.model(**batch, fused_lm_head=True).log_probs if pair is None else pair.replay_forward(batch)
+        pair, laid = self._pair(kind, batch)
+        if pair is None:
+            return self.model(**laid, fused_lm_head=True).log_probs[..., : tokens_of(batch)]
+        return pair.replay_forward(batch)
 
-    def _pair(self, kind: str, batch: Batch) -> _Pair | None:
-        """What was captured of this kind that holds the batch, now or before; None where the step is to be launched."""
+    def _pair(self, kind: str, batch: Batch) -> tuple[_Pair | None, Batch]:
+        """What was captured of this kind that holds the batch, now or before; where there is none, what to launch."""
         self._forget_moved()
-        pair = None if self.waits else self._found_or_captured(kind, batch)
+        pair, laid = (None, batch) if self.waits else self._found_or_captured(kind, batch)
         if torch.is_grad_enabled():
-            self._most_tokens = max(self._most_tokens, tokens_of(batch) if pair is None else pair.tokens)
-        return pair
+            self._most_tokens = max(self._most_tokens, tokens_of(laid) if pair is None else pair.tokens)
+        return pair, laid
 
-    def _found_or_captured(self, kind: str, batch: Batch) -> _Pair | None:
+    def _found_or_captured(self, kind: str, batch: Batch) -> tuple[_Pair | None, Batch]:
         key = self._key(kind, batch)
-        if key not in self.pairs:
-            self.seen[key] = self.seen.get(key, 0) + 1
-            near = self._near(kind, batch)
-            if not self._to_capture(kind, batch, near[0] if near else None):
-                return near[1] if near else None
-            started = time.perf_counter()
-            roomy = batch if near else self._with_room(batch)
-            loaded = roomy is batch and not near and self.seen[key] > 1
-            key = self._key(kind, roomy)
-            self._make_room(tokens_of(roomy))
-            self.pairs[key] = self._capture(roomy, loaded=loaded)
-            self.captures += 1
-            self.capture_seconds += time.perf_counter() - started
-        return self.pairs[key]
+        near = self.pairs.get(key) or self._near(kind, batch)
+        if near is not None and not self._filled_enough(key, near.tokens - tokens_of(batch)):
+            return near, batch
+        if sum(other[0] == kind for other in self.pairs) >= MOST_GRAPHS:
+            return near, batch
+        laid = batch if near is not None or key in self.launched else self._with_room(batch)
+        key = self._key(kind, laid)
+        if key not in self.launched:
+            self.launched.add(key)
+            return None, laid
+        started = time.perf_counter()
+        self._make_room(tokens_of(laid))
+        self.pairs[key] = self._capture(laid)
+        self.captures += 1
+        self.capture_seconds += time.perf_counter() - started
+        return self.pairs[key], laid
+
+    def _filled_enough(self, key: tuple[Any, ...], more: int) -> bool:
+        """Whether a shape that is filled up with `more` tokens now has cost as much by that as one of its own would."""
+        self.filled[key] = self.filled.get(key, 0) + more
+        return more > 0 and self.filled[key] > CAPTURE_COSTS
 
     @staticmethod
     def _key(kind: str, batch: Batch) -> tuple[Any, ...]:
         return (kind, *sorted((name, tuple(value.shape) if isinstance(value, torch.Tensor) else value)
                               for name, value in batch.items()))
 
-    def _near(self, kind: str, batch: Batch) -> tuple[float, _Pair] | None:
-        """The captured shape that `batch` has to be filled up the least for, and by which share of its tokens."""
+    def _near(self, kind: str, batch: Batch) -> _Pair | None:
+        """The captured shape that `batch` has to be filled up the least for."""
         found = [(more, pair) for key, pair in self.pairs.items()
                  if key[0] == kind and (more := pair.more_for(batch)) is not None]
-        return min(found, key=lambda one: one[0], default=None)
-
-    def _to_capture(self, kind: str, batch: Batch, filling: float | None) -> bool:
-        """Whether a shape is captured now; `filling` is the share that one which holds it would be filled up by."""
-        seen = self.seen[self._key(kind, batch)]
-        if filling is not None and (filling <= LITTLE_FILLING or seen < OFTEN):
-            return False
-        # Until something of the kind is replayed nobody knows whether shapes come again; and rows of one length (one
-        # row is such) fit no other batch.
-        if seen < 2 and (torch.is_grad_enabled() not in self._warmed or _equal_rows(batch)):
-            return False
-        return sum(other[0] == kind for other in self.pairs) < MOST_GRAPHS
+        return min(found, key=lambda one: one[0])[1] if found else None
 
     def _with_room(self, batch: Batch) -> Batch:
         """`batch` filled up to `room_for` its tokens, or as it is where it cannot be or memory is scarce."""
@@ -279,8 +277,10 @@ class GraphedModel:
 
     def _free_for(self, tokens: int) -> bool:
         """Whether a step of so many tokens would leave much of the memory free, by what the largest one so far took."""
+        if not self._most_tokens:
+            return False
         standing, free = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
-        a_token = (torch.cuda.max_memory_allocated() - standing) / max(1, self._most_tokens)
+        a_token = (torch.cuda.max_memory_allocated() - standing) / self._most_tokens
         return tokens * a_token < ROOM_SHARE * (free + torch.cuda.memory_reserved() - standing)
 
     def _forget_moved(self) -> None:
@@ -293,8 +293,9 @@ class GraphedModel:
         if others or self.pairs and now != self._read_at:
             torch.cuda.synchronize()
             self.pairs.clear()
-            self.seen.clear()
-            self._warmed.clear()  # a step is launched before one is captured: copies in fp8 are then made anew
+            self.launched.clear()  # a step is launched before one is captured: copies in fp8 are then made anew
+            self.filled.clear()
+            self._warmed.clear()
             self._pool = torch.cuda.graph_pool_handle()
             self.buffers = [torch.zeros_like(p) for p in self.parameters]  # `model.to` moves gradients as well
         self._read_at, self._trained = now, trained
@@ -314,10 +315,10 @@ class GraphedModel:
                 self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()
 
-    def _capture(self, batch: Batch, *, loaded: bool) -> _Pair:
-        """`loaded`: steps of this shape were launched before, so that its kernels are there."""
+    def _capture(self, batch: Batch) -> _Pair:
+        """Of a shape that was launched before: its kernels are there."""
         inputs = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-        if not loaded or torch.is_grad_enabled() not in self._warmed:
+        if torch.is_grad_enabled() not in self._warmed:
             self._warm(inputs)
         forward = torch.cuda.CUDAGraph()
         with ledger.writing() as promises, capturing(forward, pool=self._pool, stream=self._side):
@@ -334,8 +335,7 @@ class GraphedModel:
         return pair
 
     def _warm(self, inputs: Batch) -> None:
-        """Run once outside of a capture: kernels of the shape are compiled, and the side stream's workspaces are there,
-        the backward's too."""
+        """Run once outside of a capture: the side stream's workspaces are there, the backward's too."""
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side):
             warm = named_outputs(self.model(**inputs, fused_lm_head=True))["log_probs"]

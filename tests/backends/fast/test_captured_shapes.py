@@ -13,7 +13,7 @@ from aligntune.backends.fast.graphs import GraphedModel, _Pair, planned_tokens, 
 from aligntune.backends.fast.memory import GIB, MemoryPlan
 from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd, bucket
 from aligntune.backends.fast.recompute import recompute_of
-from tests.backends.fast.test_preference_graphs import Pool, capture, stand_in
+from tests.backends.fast.test_preference_graphs import Pool, Toy, capture, stand_in
 from tests.backends.fast.test_rows_end_to_end import rows as rows_of
 from tests.backends.fast.test_rows_end_to_end import trainer_of
 
@@ -34,13 +34,12 @@ def batch(flat: RowsEndToEnd, *lengths: int, learnt: int = 1) -> dict[str, Any]:
 def graphed(monkeypatch: pytest.MonkeyPatch) -> Any:
     """One without a GPU: a capture is a pair that holds clones of its inputs."""
     found: Any = GraphedModel.__new__(GraphedModel)
-    found.pairs, found.seen, found.captures, found.capture_seconds = {}, {}, 0, 0.0
-    found._largest, found._most_tokens, found._warmed, found.scarce, found.waits = 0, 0, set(), False, False
+    found.pairs, found.launched, found.filled, found.captures, found.capture_seconds = {}, set(), {}, 0, 0.0
+    found._largest, found._most_tokens, found.scarce, found.waits = 0, 0, False, False
     found.log = []
 
-    def capture(inputs: Any, *, loaded: bool) -> _Pair:
-        found._warmed.add(torch.is_grad_enabled())
-        found.log.append((tokens_of(inputs), loaded))
+    def capture(inputs: Any) -> _Pair:
+        found.log.append(tokens_of(inputs))
         return _Pair({name: value.clone() if isinstance(value, torch.Tensor) else value
                       for name, value in inputs.items()}, {}, None, None)  # type: ignore[arg-type]
 
@@ -106,48 +105,95 @@ def test_every_batch_that_may_be_filled_fits(learnt: int) -> None:
         assert (more is not None) == ((room - tokens_of(other)) <= 0.5 * tokens_of(other))
 
 
-def test_first_launched_then_captured_with_room(graphed: Any) -> None:
+def launched(graphed: Any, laid: dict[str, Any], kind: str = "trained") -> int | None:
+    """The flat length at which the batch was launched; None where it was replayed."""
+    pair, found = graphed._pair(kind, laid)
+    return tokens_of(found) if pair is None else None
+
+
+def replayed(graphed: Any, laid: dict[str, Any], kind: str = "trained") -> int:
+    """The flat length of the graph that the batch was replayed in."""
+    pair, _ = graphed._pair(kind, laid)
+    assert pair is not None
+    return pair.tokens
+
+
+def test_a_shape_is_launched_with_room_then_captured(graphed: Any) -> None:
     flat = RowsEndToEnd(pad_token_id=0)
-    first, other = batch(flat, 700, 500, 300), batch(flat, 300, 200, 100)
-    assert graphed._pair("trained", first) is None and graphed._pair("trained", other) is None
-    pair = graphed._pair("trained", first)
-    assert graphed.log == [(1536, True)] and pair.tokens == 1536  # no longer than it came: its kernels are there
-    # From now on what nothing holds is captured as soon as it comes, with room.
-    larger = batch(flat, 900, 800, 600)
-    assert tokens_of(larger) == 2304 and graphed._pair("trained", larger).tokens == 3072
-    assert graphed.log[-1] == (3072, False)
+    larger, other = batch(flat, 900, 800, 600), batch(flat, 300, 200, 100)
+    assert tokens_of(larger) == 2304 and tokens_of(other) == 640
+    assert launched(graphed, larger) == 3072 and launched(graphed, other) == 768 and not graphed.log
+    # What comes next has not the tokens of what came first: it is the room that they share.
+    assert replayed(graphed, batch(flat, 900, 800, 900)) == 3072 and graphed.log == [3072]
     # Two thirds of that or more is filled up; less is captured.
-    assert graphed._pair("trained", batch(flat, 900, 700, 400)).tokens == 3072
-    assert tokens_of(other) == 640 and graphed._pair("trained", other).tokens == 768
-    assert graphed.log == [(1536, True), (3072, False), (768, False)] and graphed.captures == 3
+    assert replayed(graphed, batch(flat, 900, 700, 400)) == 3072
+    assert replayed(graphed, batch(flat, 300, 250, 170)) == 768
+    assert graphed.log == [3072, 768] and graphed.captures == 2
 
 
-def test_what_is_often_filled_up_by_much_is_captured_itself(graphed: Any) -> None:
+def test_what_is_launched_with_room_is_what_is_captured(graphed: Any) -> None:
     flat = RowsEndToEnd(pad_token_id=0)
-    graphed._warmed.add(True)
-    graphed._pair("trained", batch(flat, 900, 800, 700))
-    assert graphed.log == [(3072, False)]
+    one = batch(flat, 900, 800, 600)
+    pair, laid = graphed._pair("trained", one)
+    assert pair is None and torch.equal(laid["input_ids"][0, :2304], one["input_ids"][0])
+    pair, again = graphed._pair("trained", one)
+    assert graphed._key("trained", laid) == graphed._key("trained", pair.inputs) == graphed._key("trained", again)
+
+
+def test_a_launched_batch_with_room_answers_for_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch)
+    monkeypatch.setattr(GraphedModel, "_free_for", lambda self, tokens: True)
+    monkeypatch.setattr(GraphedModel, "_make_room", lambda self, tokens: None)
+    toy = Toy()
+    found, one = GraphedModel(toy, [toy.w]), batch(RowsEndToEnd(pad_token_id=0), 300, 200, 100)
+    for _ in range(2):  # launched, replayed
+        outputs = found(one)
+        assert {name: value.shape for name, value in outputs.items()} == dict.fromkeys(outputs, (1, 640))
+        with torch.no_grad():
+            assert found.quiet(one, "reference").shape == (1, 640)
+    assert Pool.replays == ["trained", "quiet"] and {pair.tokens for pair in found.pairs.values()} == {768}
+
+
+def test_a_shape_whose_filling_cost_a_capture_is_captured(graphed: Any) -> None:
+    flat = RowsEndToEnd(pad_token_id=0)
+    for _ in range(2):
+        graphed._pair("trained", batch(flat, 900, 800, 700))
+    assert graphed.log == [3072]
     much, little = batch(flat, 800, 800, 500), batch(flat, 900, 900, 990)
-    for _ in range(graphs.OFTEN - 1):
-        assert graphed._pair("trained", much).tokens == 3072
-    assert graphed._pair("trained", much).tokens == tokens_of(much) == 2304 and graphed.log[1:] == [(2304, False)]
-    for _ in range(3 * graphs.OFTEN):
-        assert graphed._pair("trained", little).tokens == 3072
-    assert len(graphed.log) == 2
+    assert (tokens_of(much), tokens_of(little)) == (2304, 2816)
+    for _ in range(graphs.CAPTURE_COSTS // 768):
+        assert replayed(graphed, much) == 3072
+    # Launched once, which loads its kernels.
+    assert launched(graphed, much) == 2304 and replayed(graphed, much) == 2304 and graphed.log == [3072, 2304]
+    for _ in range(graphs.CAPTURE_COSTS // 256):
+        assert replayed(graphed, little) == 3072
+    assert launched(graphed, little) == 2816 and replayed(graphed, little) == 2816
+    # When the pool is made anew, at once.
+    for _ in range(2):
+        graphed._pair("trained", batch(flat, 1000, 1000, 1000, 1000))
+    assert len(graphed.pairs) == 1 and replayed(graphed, little) == 2816 and replayed(graphed, much) == 2304
 
 
 def test_no_room_where_memory_is_scarce_or_rows_are_of_one_length(graphed: Any) -> None:
     flat = RowsEndToEnd(pad_token_id=0)
-    graphed._warmed.add(True)
     equal = batch(flat, 500, 500, 500)
-    assert graphed._pair("trained", equal) is None, "it fits no other batch: its own second one is waited for"
-    assert graphed._pair("trained", equal).tokens == tokens_of(equal) == 1500
+    assert launched(graphed, equal) == tokens_of(equal) == 1500 and replayed(graphed, equal) == 1500
     graphed.scarce = True
     tight = batch(flat, 900, 800, 600)
-    assert graphed._pair("trained", tight).tokens == tokens_of(tight) == 2304
+    assert launched(graphed, tight) == tokens_of(tight) == 2304 and replayed(graphed, tight) == 2304
     assert planned_tokens(equal, capture=True) == 1500 and planned_tokens(tight, capture=True) == 3072
     assert planned_tokens(tight, capture=False) == 2304
     assert planned_tokens({"input_ids": torch.zeros(4, 600)}, capture=True) == 2400
+
+
+def test_what_was_launched_without_room_is_captured_so(graphed: Any) -> None:
+    """The first step of all, after which there is a measure of what is free."""
+    flat = RowsEndToEnd(pad_token_id=0)
+    graphed.scarce = True
+    first, other = batch(flat, 900, 800, 600), batch(flat, 900, 800, 700)
+    assert launched(graphed, first) == 2304
+    graphed.scarce = False
+    assert launched(graphed, other) == 3072 and replayed(graphed, first) == 2304
 
 
 def test_rows_one_at_a_time_are_captured_when_their_length_comes_again(graphed: Any) -> None:
@@ -157,7 +203,7 @@ def test_rows_one_at_a_time_are_captured_when_their_length_comes_again(graphed: 
     for length in [*lengths, lengths[0], lengths[1]]:
         graphed._pair("trained", batch(flat, length))
     assert graphed.captures == 62 - len(set(lengths)) == 2 + 60 - len(set(lengths))
-    assert graphed._pair("trained", batch(flat, max(set(lengths) - set(lengths[:2])))) is not None
+    assert replayed(graphed, batch(flat, max(set(lengths) - set(lengths[:2]))))
 
 
 def test_room_is_judged_by_steps_that_ran(graphed: Any) -> None:
@@ -169,7 +215,18 @@ def test_room_is_judged_by_steps_that_ran(graphed: Any) -> None:
         graphed._pair("reference", large)
     for one in (small, small, large):
         graphed._pair("trained", one)
-    assert judged == [(768, 640), (3072, 640)] and graphed._most_tokens == 2304
+    assert judged == [(3072, 0), (768, 0), (3072, 640)] and graphed._most_tokens == 2304
+
+
+def test_nothing_is_free_for_room_before_a_step_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"memory_allocated": 2, "max_memory_allocated": 6, "memory_reserved": 4}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value * GIB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (70 * GIB, 80 * GIB))
+    found: Any = GraphedModel.__new__(GraphedModel)
+    found._most_tokens = 0
+    assert not found._free_for(1)
+    found._most_tokens = 1000  # 4 GiB; half of 72 are for 9,000
+    assert found._free_for(8999) and not found._free_for(9001)
 
 
 def test_steps_before_the_plan_are_launched_and_judge_room_too(graphed: Any) -> None:
@@ -178,39 +235,40 @@ def test_steps_before_the_plan_are_launched_and_judge_room_too(graphed: Any) -> 
     graphed._free_for = lambda tokens: judged.append((tokens, graphed._most_tokens))
     graphed.waits = True
     for lengths in ((900, 800, 600), (300, 200, 90), (300, 200, 90), (300, 200, 90)):
-        assert graphed._pair("trained", batch(flat, *lengths)) is None
+        assert launched(graphed, batch(flat, *lengths)) in (640, 2304)
     graphed.waits = False
-    assert graphed._pair("trained", batch(flat, 300, 200, 90)) is None, "it is seen for the first time"
-    assert graphed._pair("trained", batch(flat, 300, 200, 90)) is not None
+    assert launched(graphed, batch(flat, 300, 200, 90)) == 640, "none that was launched before the plan counts"
+    assert replayed(graphed, batch(flat, 300, 200, 90)) == 640
     assert judged == [(768, 2304)]
 
 
-def test_passes_without_gradients_wait_for_their_own_second_shape(graphed: Any) -> None:
+def test_kinds_of_passes_have_shapes_of_their_own(graphed: Any) -> None:
     flat = RowsEndToEnd(pad_token_id=0)
-    graphed._warmed.add(True)
     one = batch(flat, 900, 800, 600)
     with torch.no_grad():
-        assert graphed._pair("reference", one) is None and graphed._pair("reference", one) is not None
-        assert graphed._pair("reference", batch(flat, 300, 200, 200)).tokens == 768
-    assert graphed._pair("trained", one).tokens == 3072  # not the reference's
+        assert launched(graphed, one, "reference") == 3072 and replayed(graphed, one, "reference") == 3072
+    assert launched(graphed, one) == 3072 and replayed(graphed, one) == 3072
 
 
 def test_no_more_than_so_many_graphs(graphed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "MOST_GRAPHS", 1)
     flat = RowsEndToEnd(pad_token_id=0)
-    graphed._warmed.add(True)
-    assert graphed._pair("trained", batch(flat, 900, 800, 600)) is not None
-    assert graphed._pair("trained", batch(flat, 90, 80, 60)) is None
+    for _ in range(2):
+        graphed._pair("trained", batch(flat, 900, 800, 600))
+        # As it came: nothing is laid out for a capture that is not to be.
+    assert len(graphed.pairs) == 1
+    for _ in range(3):
+        assert launched(graphed, batch(flat, 90, 80, 60)) == 256
 
 
 def test_short_runs_replay_most_steps(graphed: Any) -> None:
-    """Eight rows of median 200 tokens a step: of 40 steps a third was launched, and a third captured, without room."""
+    """Eight rows of median 200 tokens a step."""
     flat, draw = RowsEndToEnd(pad_token_id=0), random.Random(0)
-    launched = 0
+    count = 0
     for _ in range(40):
         lengths = [min(1023, max(8, int(draw.lognormvariate(5.3, 0.9)))) for _ in range(8)]
-        launched += graphed._pair("trained", batch(flat, *lengths)) is None
-    assert launched <= 4 and graphed.captures <= 12, (launched, graphed.captures, graphed.log)
+        count += launched(graphed, batch(flat, *lengths)) is not None
+    assert count <= 7 and graphed.captures <= 9, (count, graphed.captures, graphed.log)
 
 
 def test_nothing_is_captured_before_layers_are_planned(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,9 +286,9 @@ def test_nothing_is_captured_before_layers_are_planned(tmp_path: Any, monkeypatc
     trainer.memory, trainer.capture, captured = MemoryPlan(recompute, None, gradients=0), True, []
     monkeypatch.setattr(GraphedModel, "_forget_moved", lambda self: None)
 
-    def noted(self: GraphedModel, batch: Any, *, loaded: bool) -> Any:
+    def noted(self: GraphedModel, batch: Any) -> Any:
         captured.append((trainer.state.global_step, [layer.gradient_checkpointing for layer in recompute.layers]))
-        return capture(self, batch, loaded=loaded)
+        return capture(self, batch)
 
     monkeypatch.setattr(GraphedModel, "_capture", noted)
     trainer.train()
