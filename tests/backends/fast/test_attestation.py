@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from aligntune.backends.fast import attach, forwards, head, ledger, lora
-from aligntune.backends.fast.attestation import trace
+from aligntune.backends.fast.attestation import _recorded, trace
 from aligntune.backends.fast.ops import _runtime
 from aligntune.backends.fast.ops.lora import lora_linear_group_reference, lora_mlp_reference
 from aligntune.backends.fast.ops.rms_norm import rms_norm_reference
@@ -44,6 +47,19 @@ def test_counts_of_one_step_are_exact():
     assert {name: result.promised[name] for name in expected} == expected
     assert set(result.promised) <= {*_runtime.KERNELS, *ledger.NODES}
     assert result.eager == ()
+
+
+def test_torchs_list_of_events_says_what_the_recorded_ones_do():
+    """Which is what is read where torch keeps them elsewhere."""
+    model = build("llama")
+    attach(model)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        model(**batch()).loss.backward()
+    listed = SimpleNamespace(profiler=SimpleNamespace(kineto_results=None), events=profiler.events)
+    found, others = (Counter(one for one in _recorded(each) if one[0] in {*_runtime.KERNELS, *ledger.NODES})
+                     for each in (profiler, listed))
+    assert found == others and found["rms_norm_forward", False] == 2 * LAYERS + 1
+    assert found["LoraMLPBackward", False] == LAYERS
 
 
 def test_a_frozen_model_has_no_weight_gradients_and_its_first_norm_no_backward():
