@@ -6,7 +6,8 @@ A shape is launched when it comes first, which loads its kernels, and captured w
 laid with room for more (`room_for`), so that few shapes occur: the next batch is then likely to fit, filled up. One
 whose filling has cost as much as a capture gets a shape of its own. Beyond `MOST_GRAPHS` shapes a step is launched.
 
-All pairs share one memory pool: a forward is always followed by its own backward before another forward runs, so what
+The longest shape that was launched is captured first of all where memory is plentiful, so that the pool has place for
+the others. All pairs share it: a forward is always followed by its own backward before another forward runs, so what
 one pair keeps in between, another may write over later. Parameters are read where they are: the optimizer writes in
 place, and where they come to lie elsewhere, or others train, all is captured anew. 4-bit weights are unpacked within
 the graph, each into the block of the pool that the one before it gave back. Gradients are added to one set of buffers,
@@ -17,6 +18,7 @@ whose backward is still to run.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ import torch
 from aligntune.backends.fast import ledger
 from aligntune.backends.fast.attachment import base_model
 from aligntune.backends.fast.capture import Addresses, capturing, waits_because
+from aligntune.backends.fast.graph_memory import GraphMemory
 from aligntune.backends.fast.ledger import writing_to
 from aligntune.backends.fast.lora import kind_of, read
 from aligntune.backends.fast.packing import IGNORED, quarter_of
@@ -46,8 +49,6 @@ and capturing it. So a shape costs at most twice what it would if one knew how o
 ROOMS = ((4096, 2), (16_384, 4))
 """Up to so many tokens a shape gets room: so many lengths an octave. Longer steps keep the GPU busy for longer than
 launching them takes: their filling would cost more than it saves."""
-ROOM_SHARE = 0.5
-"""Of the memory that is free, what a shape with room may need; with less it has none."""
 _OUTPUTS = ("log_probs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs", "label_mask")
 
 Batch = dict[str, Any]
@@ -177,20 +178,19 @@ class GraphedModel:
         model: the model as the trainer calls it.
         parameters: those that train, each on the GPU; a pass with gradients sees to it where these are others.
 
-    While it `waits` passes are launched: a graph recomputes what its capture did, and before layers are planned that is
-    every one of them.
+        memory: what launched steps and graphs have beside each other.
     """
 
     model: torch.nn.Module
     parameters: list[torch.nn.Parameter]
+    memory: GraphMemory = field(default_factory=GraphMemory)
     pairs: dict[tuple[Any, ...], _Pair] = field(default_factory=dict)
     launched: set[tuple[Any, ...]] = field(default_factory=set)
     filled: dict[tuple[Any, ...], int] = field(default_factory=dict)
     captures: int = 0
     capture_seconds: float = 0.0
-    waits: bool = False
+    unfit: set[tuple[Any, ...]] = field(default_factory=set)
     _largest: int = 0
-    _most_tokens: int = 0
     _warmed: set[bool] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -230,9 +230,11 @@ class GraphedModel:
     def _pair(self, kind: str, batch: Batch) -> tuple[_Pair | None, Batch]:
         """What was captured of this kind that holds the batch, now or before; where there is none, what to launch."""
         self._forget_moved()
-        pair, laid = (None, batch) if self.waits else self._found_or_captured(kind, batch)
+        pair, laid = (None, batch) if self.memory.waits else self._found_or_captured(kind, batch)
         if torch.is_grad_enabled():
-            self._most_tokens = max(self._most_tokens, tokens_of(laid) if pair is None else pair.tokens)
+            if pair is None and self.pairs and not self.memory.suffices(tokens_of(laid)):
+                self._let_go()
+            self.memory.ran(tokens_of(laid) if pair is None else pair.tokens, laid if pair is None else None)
         return pair, laid
 
     def _found_or_captured(self, kind: str, batch: Batch) -> tuple[_Pair | None, Batch]:
@@ -240,19 +242,45 @@ class GraphedModel:
         near = self.pairs.get(key) or self._near(kind, batch)
         if near is not None and not self._filled_enough(key, near.tokens - tokens_of(batch)):
             return near, batch
-        if sum(other[0] == kind for other in self.pairs) >= MOST_GRAPHS:
+        if self._room_for_graphs(kind) < 1:
             return near, batch
         laid = batch if near is not None or key in self.launched else self._with_room(batch)
         key = self._key(kind, laid)
+        if key in self.unfit:
+            return near, batch
         if key not in self.launched:
             self.launched.add(key)
             return None, laid
-        started = time.perf_counter()
-        self._make_room(tokens_of(laid))
-        self.pairs[key] = self._capture(laid)
-        self.captures += 1
-        self.capture_seconds += time.perf_counter() - started
+        for one in (*self._longest_before(kind, laid), laid):
+            if not self._captured(kind, one):
+                return None, laid
         return self.pairs[key], laid
+
+    def _captured(self, kind: str, batch: Batch) -> bool:
+        """Capture the batch; False where memory ran out: then nothing is captured any more, and this never again."""
+        started, key = time.perf_counter(), self._key(kind, batch)
+        self._make_room(tokens_of(batch))
+        with contextlib.suppress(torch.OutOfMemoryError):  # behind it, what the pass had kept by then is let go of
+            self.pairs[key] = self._capture(batch)
+            self.captures += 1
+        self.capture_seconds += time.perf_counter() - started
+        if key not in self.pairs:
+            self.unfit.add(key)
+            self._let_go()
+        return key in self.pairs
+
+    def _longest_before(self, kind: str, batch: Batch) -> list[Batch]:
+        """What is captured before the batch: the longest that was launched, where it makes the pool at once."""
+        longest = self.memory.longest
+        if not torch.is_grad_enabled() or longest is None or self._room_for_graphs(kind) < 2:
+            return []
+        longest = self._with_room(longest)
+        tokens = tokens_of(longest)
+        wanted = tokens > max(self._largest, tokens_of(batch)) and self._key(kind, longest) not in self.unfit
+        return [longest] if wanted and self.memory.plentiful(tokens) else []
+
+    def _room_for_graphs(self, kind: str) -> int:
+        return MOST_GRAPHS - sum(other[0] == kind for other in self.pairs)
 
     def _filled_enough(self, key: tuple[Any, ...], more: int) -> bool:
         """Whether a shape that is filled up with `more` tokens now has cost as much by that as one of its own would."""
@@ -273,15 +301,7 @@ class GraphedModel:
     def _with_room(self, batch: Batch) -> Batch:
         """`batch` filled up to `room_for` its tokens, or as it is where it cannot be or memory is scarce."""
         wanted = planned_tokens(batch, capture=True)
-        return with_room(batch, wanted) if wanted > tokens_of(batch) and self._free_for(wanted) else batch
-
-    def _free_for(self, tokens: int) -> bool:
-        """Whether a step of so many tokens would leave much of the memory free, by what the largest one so far took."""
-        if not self._most_tokens:
-            return False
-        standing, free = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
-        a_token = (torch.cuda.max_memory_allocated() - standing) / self._most_tokens
-        return tokens * a_token < ROOM_SHARE * (free + torch.cuda.memory_reserved() - standing)
+        return with_room(batch, wanted) if wanted > tokens_of(batch) and self.memory.plentiful(wanted) else batch
 
     def _forget_moved(self) -> None:
         """Let go of everything captured if a tensor of the model lies elsewhere than when it was, or others train."""
@@ -291,14 +311,20 @@ class GraphedModel:
         if others := trained != self._trained:
             self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         if others or self.pairs and now != self._read_at:
-            torch.cuda.synchronize()
-            self.pairs.clear()
+            self._let_go()
             self.launched.clear()  # a step is launched before one is captured: copies in fp8 are then made anew
             self.filled.clear()
             self._warmed.clear()
-            self._pool = torch.cuda.graph_pool_handle()
             self.buffers = [torch.zeros_like(p) for p in self.parameters]  # `model.to` moves gradients as well
         self._read_at, self._trained = now, trained
+
+    def _let_go(self) -> None:
+        """Of everything captured, and of its memory."""
+        torch.cuda.synchronize()
+        self.pairs.clear()
+        self._pool = torch.cuda.graph_pool_handle()
+        self._largest = 0
+        torch.cuda.empty_cache()
 
     def _make_room(self, tokens: int) -> None:
         """Before a capture: a larger shape than any before takes the pool anew, and what launched steps left goes.
@@ -308,11 +334,9 @@ class GraphedModel:
         one's; they are captured again as they come.
         """
         if tokens > self._largest:
-            self._largest = tokens
             if self.pairs:
-                torch.cuda.synchronize()
-                self.pairs.clear()
-                self._pool = torch.cuda.graph_pool_handle()
+                self._let_go()
+            self._largest = tokens
         torch.cuda.empty_cache()
 
     def _capture(self, batch: Batch) -> _Pair:
@@ -366,8 +390,7 @@ class ReplayedSteps(QuickSteps):
             return None
         if self.graphed is None or self.graphed.model is not model:
             self.graphed = GraphedModel(model, [p for p in self.model.parameters() if p.requires_grad])
-        plan = getattr(self, "memory", None)
-        self.graphed.waits = plan is not None and not plan.planned
+        self.graphed.memory.plan = getattr(self, "memory", None)
         return self.graphed
 
 

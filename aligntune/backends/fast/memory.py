@@ -37,6 +37,12 @@ SPARE = 0.06
 """Share of the memory that is planned with and stays free: blocks of the allocator that fit nothing."""
 
 
+def idle_in_pools() -> int:
+    """Bytes of the pools of CUDA graphs that hold nothing now: their graphs write there, and nobody else may."""
+    return sum(segment["total_size"] - segment["allocated_size"] for segment in torch.cuda.memory_snapshot()
+               if tuple(segment["segment_pool_id"]) != (0, 0))
+
+
 @dataclass
 class Costs:
     """What was measured: bytes, bytes a token, and how many keys a token had."""
@@ -94,6 +100,7 @@ class MemoryPlan:
     costs: Costs | None = None
     most: int = 0
     keeps: float = 0  # bytes that the kept layers of the last step took
+    _keys: float = 1.0
     _began: int | None = None
     _first: tuple[int, int, float, dict[str, Any] | None, float] | None = None
 
@@ -114,8 +121,9 @@ class MemoryPlan:
         if self.costs is None and self._first is not None and number != self._began:
             self._settle()
         if self.costs is not None:
-            tokens = math.ceil(max(tokens, most or 0) * max(1.0, keys_a_token / self.costs.keys))
-            kept = self.costs.kept(tokens, self._budget(), len(self.recompute.layers))
+            self._keys = max(1.0, keys_a_token / self.costs.keys)
+            tokens = math.ceil(max(tokens, most or 0) * self._keys)
+            kept = self.costs.kept(tokens, self.reach(), len(self.recompute.layers))
             self.most = max(self.most, len(self.recompute.layers) - kept)
             self.keeps = kept * tokens * self.costs.layer
             self.recompute.choose(len(self.recompute.layers) - kept)
@@ -151,11 +159,19 @@ class MemoryPlan:
         """Steps are numbered anew; one that an earlier training measured was its first, and its only one."""
         self._began = None if self._first is None else -1
 
-    def _budget(self) -> float:
+    def reach(self) -> float:
+        """Bytes that steps may take at their peak, with what stands."""
         if self.budget is not None:
             return self.budget
         free, _ = torch.cuda.mem_get_info()
         return (free + torch.cuda.memory_reserved()) * (1 - SPARE)
+
+    def takes(self, tokens: int) -> float:
+        """Bytes that a step of so many tokens takes above what stands, with as many keys a token as the one at hand."""
+        assert self.costs is not None
+        tokens = math.ceil(tokens * self._keys)
+        kept = self.costs.kept(tokens, self.reach(), len(self.recompute.layers))
+        return self.costs.of(tokens, kept) - self.costs.base
 
     def _standing(self) -> str:
         """What of the bytes between steps is neither weights nor optimizer state, in words; "" for nothing."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from aligntune.backends.fast.graphs import drops_out
-from aligntune.backends.fast.memory import GIB, MemoryPlan
+from aligntune.backends.fast.memory import GIB, MemoryPlan, idle_in_pools
 from aligntune.backends.fast.packing import IGNORED
 from aligntune.backends.fast.shared_prompts import KEYS, keys_in, keys_of, segments_of
 from aligntune.backends.fast.steps import QuickSteps
@@ -108,17 +108,11 @@ class LossPassPlan(MemoryPlan):
         super()._settle()
         self._idle = idle_in_pools()
 
-    def _budget(self) -> float:
-        return super()._budget() - (0 if self.budget is not None else self._idle)
+    def reach(self) -> float:
+        return super().reach() - (0 if self.budget is not None else self._idle)
 
     def _standing(self) -> str:
         return f"{self.cache / GIB:.2f} of them the rollouts' cache" if self.cache else ""
-
-
-def idle_in_pools() -> int:
-    """Bytes of the pools of CUDA graphs that hold nothing now: their graphs write there, and nobody else may."""
-    return sum(segment["total_size"] - segment["allocated_size"] for segment in torch.cuda.memory_snapshot()
-               if tuple(segment["segment_pool_id"]) != (0, 0))
 
 
 class FlatLogProbs(QuickSteps):

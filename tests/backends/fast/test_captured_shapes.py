@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from aligntune.backends.fast import graphs
+from aligntune.backends.fast.graph_memory import GraphMemory
 from aligntune.backends.fast.graphs import GraphedModel, _Pair, planned_tokens, room_for, tokens_of, with_room
-from aligntune.backends.fast.memory import GIB, MemoryPlan
+from aligntune.backends.fast.memory import GIB, Costs, MemoryPlan
+from aligntune.backends.fast.ops.head import MEMORY_BUDGET
 from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd, bucket
 from aligntune.backends.fast.recompute import recompute_of
 from tests.backends.fast.test_preference_graphs import Pool, Toy, capture, stand_in
@@ -30,26 +33,39 @@ def batch(flat: RowsEndToEnd, *lengths: int, learnt: int = 1) -> dict[str, Any]:
     return found | {"attention_mask": torch.empty(1, 1, 1, 0, dtype=torch.bool), "use_cache": False}
 
 
+class Memory(GraphMemory):
+    """Without a card: all is plentiful, or scarce, or nothing fits beside what is captured."""
+
+    scarce = full = False
+    judged: tuple[tuple[int, int], ...] = ()
+
+    def plentiful(self, tokens: int) -> bool:
+        self.judged += ((tokens, self.most_tokens),)
+        return not self.scarce
+
+    def suffices(self, tokens: int) -> bool:
+        return not self.full
+
+
 @pytest.fixture
 def graphed(monkeypatch: pytest.MonkeyPatch) -> Any:
     """One without a GPU: a capture is a pair that holds clones of its inputs."""
     found: Any = GraphedModel.__new__(GraphedModel)
-    found.pairs, found.launched, found.filled, found.captures, found.capture_seconds = {}, set(), {}, 0, 0.0
-    found._largest, found._most_tokens, found.scarce, found.waits = 0, 0, False, False
-    found.log = []
+    found.pairs, found.launched, found.filled, found.unfit = {}, set(), {}, set()
+    found.captures, found.capture_seconds, found._largest, found.log = 0, 0.0, 0, []
+    found.memory = Memory()
 
     def capture(inputs: Any) -> _Pair:
         found.log.append(tokens_of(inputs))
         return _Pair({name: value.clone() if isinstance(value, torch.Tensor) else value
                       for name, value in inputs.items()}, {}, None, None)  # type: ignore[arg-type]
 
-    def make_room(tokens: int) -> None:
-        if tokens > found._largest:
-            found._largest = tokens
-            found.pairs.clear()
+    def let_go() -> None:
+        found.pairs.clear()
+        found._largest = 0
+        found.log.append("let go")
 
-    found._capture, found._make_room = capture, make_room
-    found._forget_moved, found._free_for = lambda: None, lambda tokens: not found.scarce
+    found._capture, found._let_go, found._forget_moved = capture, let_go, lambda: None
     return found
 
 
@@ -142,10 +158,8 @@ def test_what_is_launched_with_room_is_what_is_captured(graphed: Any) -> None:
 
 def test_a_launched_batch_with_room_answers_for_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch)
-    monkeypatch.setattr(GraphedModel, "_free_for", lambda self, tokens: True)
-    monkeypatch.setattr(GraphedModel, "_make_room", lambda self, tokens: None)
     toy = Toy()
-    found, one = GraphedModel(toy, [toy.w]), batch(RowsEndToEnd(pad_token_id=0), 300, 200, 100)
+    found, one = GraphedModel(toy, [toy.w], Memory()), batch(RowsEndToEnd(pad_token_id=0), 300, 200, 100)
     for _ in range(2):  # launched, replayed
         outputs = found(one)
         assert {name: value.shape for name, value in outputs.items()} == dict.fromkeys(outputs, (1, 640))
@@ -178,7 +192,7 @@ def test_no_room_where_memory_is_scarce_or_rows_are_of_one_length(graphed: Any) 
     flat = RowsEndToEnd(pad_token_id=0)
     equal = batch(flat, 500, 500, 500)
     assert launched(graphed, equal) == tokens_of(equal) == 1500 and replayed(graphed, equal) == 1500
-    graphed.scarce = True
+    graphed.memory.scarce = True
     tight = batch(flat, 900, 800, 600)
     assert launched(graphed, tight) == tokens_of(tight) == 2304 and replayed(graphed, tight) == 2304
     assert planned_tokens(equal, capture=True) == 1500 and planned_tokens(tight, capture=True) == 3072
@@ -189,10 +203,10 @@ def test_no_room_where_memory_is_scarce_or_rows_are_of_one_length(graphed: Any) 
 def test_what_was_launched_without_room_is_captured_so(graphed: Any) -> None:
     """The first step of all, after which there is a measure of what is free."""
     flat = RowsEndToEnd(pad_token_id=0)
-    graphed.scarce = True
+    graphed.memory.scarce = True
     first, other = batch(flat, 900, 800, 600), batch(flat, 900, 800, 700)
     assert launched(graphed, first) == 2304
-    graphed.scarce = False
+    graphed.memory.scarce = False
     assert launched(graphed, other) == 3072 and replayed(graphed, first) == 2304
 
 
@@ -202,44 +216,124 @@ def test_rows_one_at_a_time_are_captured_when_their_length_comes_again(graphed: 
     lengths = [draw.randint(20, 2000) for _ in range(60)]
     for length in [*lengths, lengths[0], lengths[1]]:
         graphed._pair("trained", batch(flat, length))
-    assert graphed.captures == 62 - len(set(lengths)) == 2 + 60 - len(set(lengths))
+    # and the longest, which makes the pool
+    assert graphed.captures == 1 + 62 - len(set(lengths)) == 3 + 60 - len(set(lengths))
     assert replayed(graphed, batch(flat, max(set(lengths) - set(lengths[:2]))))
 
 
 def test_room_is_judged_by_steps_that_ran(graphed: Any) -> None:
     """Not by the batch that is to come, nor by passes that keep no activations."""
-    flat, judged = RowsEndToEnd(pad_token_id=0), []
-    graphed._free_for = lambda tokens: judged.append((tokens, graphed._most_tokens))
+    flat, memory = RowsEndToEnd(pad_token_id=0), graphed.memory
+    memory.scarce = True
     small, large = batch(flat, 300, 200, 90), batch(flat, 900, 800, 600)
     with torch.no_grad():
         graphed._pair("reference", large)
     for one in (small, small, large):
         graphed._pair("trained", one)
-    assert judged == [(3072, 0), (768, 0), (3072, 640)] and graphed._most_tokens == 2304
+    # Thrice for a batch that is launched, once for the longest when the first is captured.
+    assert memory.judged == ((3072, 0), (768, 0), (768, 640), (3072, 640)) and memory.most_tokens == 2304
 
 
-def test_nothing_is_free_for_room_before_a_step_ran(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"memory_allocated": 2, "max_memory_allocated": 6, "memory_reserved": 4}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value * GIB)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (70 * GIB, 80 * GIB))
-    found: Any = GraphedModel.__new__(GraphedModel)
-    found._most_tokens = 0
-    assert not found._free_for(1)
-    found._most_tokens = 1000  # 4 GiB; half of 72 are for 9,000
-    assert found._free_for(8999) and not found._free_for(9001)
+def card(monkeypatch: pytest.MonkeyPatch, *, allocated: float, peak: float, reserved: float, pool: float = 0) -> None:
+    """One of 80 GiB; `pool` of what is reserved lies idle in that of graphs. All in GiB."""
+    values = {"memory_allocated": allocated, "max_memory_allocated": peak, "memory_reserved": reserved}
+    for name, value in values.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: int(value * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (int((80 - reserved) * GIB), 80 * GIB))
+    segments = [{"total_size": int(pool * GIB), "allocated_size": 0, "segment_pool_id": (0, 1)},
+                {"total_size": 9 * GIB, "allocated_size": GIB, "segment_pool_id": (0, 0)}]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+
+
+def test_what_is_left_beside_the_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    card(monkeypatch, allocated=2, peak=42, reserved=50, pool=40)
+    memory = GraphMemory()
+    assert not memory.plentiful(1) and not memory.suffices(1), "no step ran: nobody knows what one takes"
+    memory.ran(1000, None)  # took 40 GiB
+    assert memory.left() == pytest.approx((80 * 0.94 - 2 - 40) * GIB) and memory.takes(500) == 20 * GIB
+    assert memory.suffices(829) and not memory.suffices(831)
+    assert memory.plentiful(414) and not memory.plentiful(416)
+
+
+def test_what_is_left_of_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    card(monkeypatch, allocated=2, peak=42, reserved=50, pool=7)
+    plan = MemoryPlan(SimpleNamespace(layers=[None] * 4), 20 * GIB, gradients=0)  # type: ignore[arg-type]
+    memory = GraphMemory(plan)
+    assert memory.waits
+    plan.costs = Costs(2 * GIB, GIB, step=GIB / 100, layer=GIB / 1000)
+    assert not memory.waits and memory.left() == 18 * GIB
+    took = plan.costs.of(500, 4) - 2 * GIB
+    assert memory.takes(500) == took == pytest.approx(8 * GIB + MEMORY_BUDGET) and memory.suffices(500)
+    kept = plan.costs.kept(1200, 20 * GIB, 4)
+    assert 0 < kept < 4 and memory.takes(1200) == plan.costs.of(1200, kept) - 2 * GIB and memory.suffices(1200)
+    card(monkeypatch, allocated=2, peak=42, reserved=78, pool=70)
+    assert memory.left() == pytest.approx((80 * 0.94 - 72) * GIB) and not memory.suffices(500), "nor is it there"
+
+
+def test_graphs_go_where_a_step_does_not_fit_beside_them(graphed: Any) -> None:
+    flat = RowsEndToEnd(pad_token_id=0)
+    large, small = batch(flat, 900, 800, 600), batch(flat, 300, 200, 90)
+    graphed._pair("trained", large)
+    graphed.memory.full = True
+    assert replayed(graphed, large) == 3072, "a replay needs nothing but the pool"
+    with torch.no_grad():
+        assert launched(graphed, small, "reference") == 768, "it keeps no activations"
+    assert graphed.log == [3072]
+    assert launched(graphed, small) == 768 and graphed.log == [3072, "let go"] and not graphed.pairs
+    assert replayed(graphed, large) == 3072 and replayed(graphed, small) == 768, "both were launched before"
+
+
+def test_what_no_capture_has_memory_for_is_launched(graphed: Any) -> None:
+    flat, capture = RowsEndToEnd(pad_token_id=0), graphed._capture
+    small, large = batch(flat, 300, 200, 90), batch(flat, 900, 800, 600)
+    graphed._pair("trained", small)
+    assert replayed(graphed, small) == 768
+
+    def fails(inputs: Any) -> Any:
+        if tokens_of(inputs) > 1000:
+            raise torch.OutOfMemoryError
+        return capture(inputs)
+
+    graphed._capture = fails
+    assert [launched(graphed, large) for _ in range(4)] == [3072, 3072, 2304, 2304]
+    assert graphed.log == [768, "let go", "let go"] and replayed(graphed, small) == 768
+
+
+def test_the_longest_that_was_launched_makes_the_pool(graphed: Any) -> None:
+    flat = RowsEndToEnd(pad_token_id=0)
+    long, short = batch(flat, 1500, 1500, 1400), batch(flat, 300, 200, 90)
+    for one in (short, long, short):
+        graphed._pair("trained", one)
+    assert graphed.log == [5120, 768] and replayed(graphed, long) == 5120 and graphed.captures == 2
+    for one in [batch(flat, 900, 800, 700)] * 2:
+        graphed._pair("trained", one)
+    assert graphed.log == [5120, 768, 3072], "nothing was let go of"
+
+
+@pytest.mark.parametrize("why", ["scarce", "graphs", "without gradients", "of its own"])
+def test_the_longest_is_not_captured_first(why: str, graphed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    flat = RowsEndToEnd(pad_token_id=0)
+    long, short = batch(flat, 1500, 1500, 1400), batch(flat, 300, 200, 90)
+    graphed.memory.scarce = why == "scarce"
+    if why == "graphs":
+        monkeypatch.setattr(graphs, "MOST_GRAPHS", 1)
+    graphed._pair("trained", long)
+    with torch.set_grad_enabled(why != "without gradients"):
+        for one in [long if why == "of its own" else short] * 2:
+            graphed._pair("trained", one)
+    assert graphed.log == [{"scarce": 640, "of its own": 5120}.get(why, 768)]
 
 
 def test_steps_before_the_plan_are_launched_and_judge_room_too(graphed: Any) -> None:
     """Their peak is the process's: the longest batch is among them."""
-    flat, judged = RowsEndToEnd(pad_token_id=0), []
-    graphed._free_for = lambda tokens: judged.append((tokens, graphed._most_tokens))
-    graphed.waits = True
+    flat, memory = RowsEndToEnd(pad_token_id=0), graphed.memory
+    memory.scarce, memory.plan = True, SimpleNamespace(planned=False)
     for lengths in ((900, 800, 600), (300, 200, 90), (300, 200, 90), (300, 200, 90)):
         assert launched(graphed, batch(flat, *lengths)) in (640, 2304)
-    graphed.waits = False
+    memory.plan.planned = True
     assert launched(graphed, batch(flat, 300, 200, 90)) == 640, "none that was launched before the plan counts"
     assert replayed(graphed, batch(flat, 300, 200, 90)) == 640
-    assert judged == [(768, 2304)]
+    assert memory.judged[0] == (768, 2304)
 
 
 def test_kinds_of_passes_have_shapes_of_their_own(graphed: Any) -> None:

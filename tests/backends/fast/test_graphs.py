@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,7 +121,8 @@ def test_a_batch_filled_up_to_a_captured_shape_trains_the_same(tmp_path, monkeyp
     exact = train(tmp_path / "exact", data, steps=24)
     assert len(filled.trainer.graphed.pairs) < len(exact.trainer.graphed.pairs)
     assert history(filled, "loss") == pytest.approx(history(exact, "loss"), rel=1e-2)
-    assert history(filled, "loss")[0] == pytest.approx(history(exact, "loss")[0], rel=2e-4)  # of no step before it
+    # Of no step before it: products of another length round otherwise, a logit by 2**-9, the mean of hundreds by less.
+    assert history(filled, "loss")[0] == pytest.approx(history(exact, "loss")[0], rel=2e-4)
     assert history(filled, "num_tokens") == history(exact, "num_tokens")
 
 
@@ -229,3 +231,89 @@ def test_memory_does_not_grow_with_the_number_of_graphs(tmp_path, monkeypatch):
     many = train(tmp_path / "many", rows((3, 20, 40, 60, 90), count=256), steps=64)
     assert len(many.trainer.graphed.pairs) >= 4 > len(few.trainer.graphed.pairs)
     assert torch.cuda.memory_reserved() < 2 * one + 2**28
+
+
+class Keeping(torch.nn.Module):
+    """log p of a token is the sum over its row after many layers; T tokens keep 2 x T x width x layers floats."""
+
+    def __init__(self, width: int = 4096, layers: int = 32) -> None:
+        super().__init__()
+        self.width = width
+        self.scales = torch.nn.ParameterList(torch.full((width,), 1.0 + i / 100) for i in range(layers)).cuda()
+
+    def forward(self, input_ids: torch.Tensor, fused_lm_head: bool, **lengths: Any) -> Any:
+        x = input_ids[0, :, None].sin().expand(-1, self.width)
+        for scale in self.scales:
+            x = (x * scale).sin()
+        return SimpleNamespace(log_probs=x.sum(1)[None])
+
+
+def ragged(tokens: int) -> dict[str, Any]:
+    ends = torch.tensor([0, 1, tokens, tokens], dtype=torch.int32)
+    return {"input_ids": torch.randn(1, tokens, device="cuda"), "cu_seq_lens_q": ends, "max_length_q": tokens}
+
+
+def stepped(graphed: Any, made: Keeping, batch: dict[str, Any]) -> list[torch.Tensor]:
+    for p in made.parameters():
+        p.grad = None
+    graphed(batch)["log_probs"].sum().backward()
+    return [p.grad.clone() for p in made.parameters()]
+
+
+def wanted(made: Keeping, batch: dict[str, Any]) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(made(**batch, fused_lm_head=True).log_probs.sum(), list(made.parameters())))
+
+
+@pytest.fixture
+def reach():
+    """The bytes that this process may have: 2 GiB more than it has."""
+    standing()
+    bytes_ = torch.cuda.memory_reserved() + 2 * 2**30
+    torch.cuda.set_per_process_memory_fraction(bytes_ / torch.cuda.mem_get_info()[1])
+    yield bytes_
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_graphs_go_where_a_launched_step_needs_their_memory(reach, monkeypatch):
+    """Two tensors a layer, 1 MiB a token: 1,200 tokens are captured, and 1,000 others do not fit beside their pool."""
+    monkeypatch.setattr(graphs, "MOST_FILLING", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (reach - torch.cuda.memory_reserved(), 80 * 2**30))
+    made = Keeping()
+    graphed = graphs.GraphedModel(made, list(made.parameters()))
+    for tokens, captures in ((1200, 0), (1200, 1), (1200, 1), (1000, 1), (1000, 2), (1000, 2)):
+        batch = ragged(tokens)
+        found = stepped(graphed, made, batch)
+        assert graphed.captures == captures
+        if captures != 1:
+            true = wanted(made, batch)
+            assert all(g.abs().max() > 0 for g in true)
+            assert all(torch.equal(one, other) for one, other in zip(found, true, strict=True))
+    assert len(graphed.pairs) == 1
+
+
+class Hungry(Keeping):
+    """Its first capture ends for want of memory."""
+
+    hungry = True
+
+    def forward(self, *args: Any, **given: Any) -> Any:
+        found = super().forward(*args, **given)
+        if self.hungry and torch.cuda.is_current_stream_capturing():
+            self.hungry = False
+            torch.empty(2**33, device="cuda")
+        return found
+
+
+def test_a_capture_without_memory_leaves_its_step_launched(reach):
+    made = Hungry()
+    graphed = graphs.GraphedModel(made, list(made.parameters()))
+    batch = ragged(256)
+    true = wanted(made, batch)
+    for _ in range(3):
+        assert all(torch.equal(one, other) for one, other in zip(stepped(graphed, made, batch), true, strict=True))
+    assert not made.hungry and not graphed.pairs and len(graphed.unfit) == 1
+    other = ragged(512)
+    for _ in range(3):
+        found = stepped(graphed, made, other)
+    assert len(graphed.pairs) == 1, "a shape that there is memory for is captured"
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted(made, other), strict=True))

@@ -11,7 +11,7 @@ import torch
 
 from aligntune.backends.fast import memory
 from aligntune.backends.fast.memory import GIB, Costs
-from aligntune.backends.fast.online import LossPassPlan, idle_in_pools
+from aligntune.backends.fast.online import LossPassPlan
 from aligntune.backends.fast.ops.head import MEMORY_BUDGET
 from aligntune.backends.fast.recompute import Recompute, recompute_of
 from aligntune.backends.fast.rollout.trl import share_of_budget
@@ -64,7 +64,7 @@ def test_the_rollouts_peak_is_not_the_passes(gpu: dict[str, Any]) -> None:
 
 def test_what_graphs_hold_idle_is_not_free(gpu: dict[str, Any]) -> None:
     gpu["segments"] = [segment((0, 0), 500, 100), segment((0, 1), 700, 300), segment((0, 2), 100, 100)]
-    assert idle_in_pools() == 400 * MIB
+    assert memory.idle_in_pools() == 400 * MIB
     plan = planned_after_a_step(gpu)
     left = 3000 * MIB * (1 - memory.SPARE) - 400 * MIB - 1000 * MIB - MEMORY_BUDGET - 300 * MIB
     with plan.step(1000, number=1):
@@ -77,7 +77,7 @@ def test_what_graphs_hold_idle_is_not_free(gpu: dict[str, Any]) -> None:
     assert more > kept
     exact = planned_after_a_step(gpu | {"segments": [segment((0, 1), 700, 300)]}, 2 * GIB)
     with exact.step(1000, number=1):
-        assert exact._budget() == 2 * GIB, "a budget is of what is allocated, and idle blocks are not"
+        assert exact.reach() == 2 * GIB, "a budget is of what is allocated, and idle blocks are not"
 
 
 def test_the_line_says_what_the_rollouts_hold(gpu: dict[str, Any]) -> None:

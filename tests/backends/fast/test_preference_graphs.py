@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from aligntune.backends.fast import graphs
+from aligntune.backends.fast.graph_memory import GraphMemory
 from aligntune.backends.fast.ledger import Ledger
 from tests.backends.fast.preference_steps import built_of, pairs
 from tests.backends.fast.test_graphs import model
@@ -84,7 +85,8 @@ def stand_in(monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(graphs.GraphedModel, "_capture", capture)
     monkeypatch.setattr(Pool, "replays", [])
-    monkeypatch.setattr(graphs.GraphedModel, "_free_for", lambda self, tokens: False)  # no card tells what is free
+    monkeypatch.setattr(GraphMemory, "plentiful", lambda self, tokens: False)  # no card tells what is free
+    monkeypatch.setattr(GraphMemory, "suffices", lambda self, tokens: True)
 
 
 class Toy(torch.nn.Module):
