@@ -7,7 +7,8 @@ python -m benchmarks.rollout --smoke                        toy sizes, any machi
 
 Random weights of the real shapes, bf16, LoRA r = 16 on all linears, 8 completions a prompt. The bound of a step: every
 weight once, and the cache of every row at its middle length, at the copy bandwidth measured here. Beside each time
-stands what makes it count: |log-prob when drawn - log-prob of a forward over the whole row|, mean and largest.
+stands what makes it count: |log-prob when drawn - log-prob of a forward over the whole row|, mean and largest; and what
+the engine's memory costs: a first call with its captures, and a call after a release beside an ordinary one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,10 @@ def forced_difference(model: Any, prompts: list[list[int]], rollout: Any, checke
 
 def measure_ours(model: Any, prompts: list[list[int]], args: Any, *, rows: int, new: int, stops: tuple[int, ...] = (),
                  slots: int | None = None, bandwidth: float | None) -> dict[str, Any]:  # fmt: skip
-    """A call that captures, then the median of three more."""
+    """A call that captures, then the median of three more, and what a release before a call brings and costs.
+
+    `captures` and `capture_seconds` are the first call's; `later_captures` those of the three, which keep its graphs.
+    """
     import torch
 
     from aligntune.backends.fast.rollout import RolloutEngine, Sampling
@@ -96,11 +101,16 @@ def measure_ours(model: Any, prompts: list[list[int]], args: Any, *, rows: int, 
         torch.cuda.reset_peak_memory_stats()
     engine = RolloutEngine(model, max_batch=slots or rows, max_len=len(prompts[0]) + new, memory_gib=args.memory_gib)
     sampling = Sampling(max_new_tokens=new, stop_token_ids=stops)
-    first = engine.generate(prompts, num_generations=rows // len(prompts), sampling=sampling)
-    runs = [engine.generate(prompts, num_generations=rows // len(prompts),
-                            sampling=dataclasses.replace(sampling, seed=seed)) for seed in range(1, 4)]  # fmt: skip
+
+    def call(seed: int) -> Any:
+        return engine.generate(prompts, num_generations=rows // len(prompts),
+                               sampling=dataclasses.replace(sampling, seed=seed))  # fmt: skip
+
+    first, runs = call(0), [call(seed) for seed in range(1, 4)]
     best = sorted(runs, key=lambda run: run.stats.seconds)[1]
-    entry = {"first_call_s": first.stats.seconds, **best.stats.to_dict()}
+    entry = {**best.stats.to_dict(), "first_call_s": first.stats.seconds, "captures": first.stats.captures,
+             "capture_seconds": first.stats.capture_seconds,
+             "later_captures": sum(run.stats.captures for run in runs)}  # fmt: skip
     entry |= forced_difference(model, prompts, best)
     if torch.cuda.is_available():
         entry["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -109,7 +119,33 @@ def measure_ours(model: Any, prompts: list[list[int]], args: Any, *, rows: int, 
             entry |= entry.pop("step_ms")
         entry["bound_ms"] = bound_ms(model, min(rows, engine.max_batch), len(prompts[0]) + new / 2, bandwidth or 1.0)
         entry["of_bound"] = entry["bound_ms"] / entry["step_ms"]
-    return entry
+    return entry | after_release(engine, call)
+
+
+def after_release(engine: Any, call: Callable[[int], Any]) -> dict[str, Any]:
+    """Release, then a call: the median of three, by their seconds."""
+    found = []
+    for seed in range(4, 7):
+        held, started = held_bytes(engine), time.perf_counter()
+        engine.release()
+        release_s = time.perf_counter() - started
+        given = held - held_bytes(engine)
+        stats = call(seed).stats
+        found.append({"after_release_s": release_s + stats.seconds, "after_release_captures": stats.captures,
+                      "after_release_capture_s": stats.capture_seconds, "released_gib": given / 2**30})
+    return sorted(found, key=lambda one: one["after_release_s"])[1]
+
+
+def held_bytes(engine: Any) -> int:
+    """What the process holds of its GPU, without torch's own reserve; without a GPU what the engine's cache takes."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return int(engine.cache_bytes)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
 def step_ms(engine: Any, rows: int, context: int, profile: bool) -> Any:
@@ -182,7 +218,9 @@ def line(entry: dict[str, Any]) -> str:
     if "log_prob_difference_mean" in entry:
         text += f"  |dlogp| {entry['log_prob_difference_mean']:.1e} max {entry['log_prob_difference_max']:.1e}"
     if "first_call_s" in entry:
-        text += f"  first {entry['first_call_s']:.1f} s, {entry['captures']} captures now, {entry['graphs']}"
+        text += (f"  first {entry['first_call_s']:.1f} s, {entry['captures']} captures {entry['capture_seconds']:.1f} s"
+                 f", {entry['later_captures']} later, {entry['graphs']}; after a release of "
+                 f"{entry['released_gib']:.2f} GiB {entry['after_release_s']:.2f} s")
     return text
 
 

@@ -19,11 +19,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gate:
-    """Option values that a backend does not run although it runs the algorithm; None stands for any but null."""
+    """Option values that a backend does not run although it runs the algorithm; None stands for any but null.
+
+    `algorithms`: those that take such values, by the option or by `trainer_options`; None: all that have the option, or
+    any where no algorithm has it and it is a field of transformers' arguments.
+    """
 
     option: str
     values: tuple[Any, ...] | None
     reason: str
+    algorithms: tuple[str, ...] | None = None
+
+    def may_meet(self, algorithm: str | None) -> bool:
+        """Whether options of this algorithm are looked at; None is any."""
+        return algorithm is None or self.algorithms is None or algorithm in self.algorithms
 
     def meets(self, options: Mapping[str, Any]) -> bool:
         """Whether these option values are gated."""
@@ -86,19 +95,25 @@ def supports(backend: Backend, algorithm: str) -> Support:
     return backend.support.get(algorithm, Support("unsupported", f"backend {backend.name!r} has no {algorithm!r}"))
 
 
-def gate_of(backend: Backend, options: Mapping[str, Any]) -> tuple[Gate, Any] | None:
-    """The gate that these options, `trainer_options` among them, meet, and the value that meets it; or None."""
+def gate_of(
+    backend: Backend, options: Mapping[str, Any], algorithm: str | None = None
+) -> tuple[Gate, Any] | None:
+    """The gate that these options, `trainer_options` among them, meet, and the value that meets it; or None.
+
+    `algorithm`: whose options they are; None passes no gate over.
+    """
     given = asked(options)
-    return next(((gate, given[gate.option]) for gate in backend.gates if gate.meets(given)), None)
+    gates = (gate for gate in backend.gates if gate.may_meet(algorithm) and gate.meets(given))
+    return next(((gate, given[gate.option]) for gate in gates), None)
 
 
-def refuse_gated(backend: Backend, options: Mapping[str, Any]) -> None:
-    """Raise where these options, `trainer_options` among them, meet a gate.
+def refuse_gated(backend: Backend, options: Mapping[str, Any], algorithm: str | None = None) -> None:
+    """Raise where these options, `trainer_options` among them, meet a gate, as `gate_of` finds it.
 
     Raises:
         UnsupportedAlgorithmError: names the option, its value and the gate's reason.
     """
-    gated = gate_of(backend, options)
+    gated = gate_of(backend, options, algorithm)
     if gated is not None:
         gate, value = gated
         raise UnsupportedAlgorithmError(f"backend={backend.name!r}, {gate.option}={value!r}: {gate.reason}")
@@ -114,7 +129,7 @@ def require(backend: Backend, algorithm: str, options: Mapping[str, Any]) -> Non
     verdict = supports(backend, algorithm)
     if verdict.status == "unsupported":
         raise UnsupportedAlgorithmError(f"backend={backend.name!r}, algorithm={algorithm!r}: {verdict.reason}")
-    refuse_gated(backend, options)
+    refuse_gated(backend, options, algorithm)
     for state in (verdict, backend.available()):
         if not state:
             raise BackendUnavailableError(f"backend={backend.name!r} {state}")

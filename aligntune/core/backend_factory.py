@@ -18,6 +18,7 @@ from aligntune.errors import ConfigError
 
 if TYPE_CHECKING:
     from aligntune.core.trainer import AlignTrainer
+    from aligntune.data import PreparedData
 
 logger = logging.getLogger("aligntune")
 
@@ -194,7 +195,7 @@ def choose_backend(job: Job) -> Backend:
         return backend
     fast = BACKENDS.load("fast")
     verdict = supports(fast, job.spec.name)
-    gated = gate_of(fast, options)
+    gated = gate_of(fast, options, job.spec.name)
     if not verdict:
         why = f"fast does not run {job.spec.name} ({verdict.reason})"
     elif gated is not None:
@@ -251,6 +252,27 @@ def data_request(job: Job) -> Any:
     )
 
 
+def prepare_data(job: Job, tokenizer: Any) -> PreparedData:
+    """The job's rows, read and tokenised; the columns are those that its rewards ask for.
+
+    Raises:
+        DataError: what `data.prepare` and `rewards.check_columns` raise.
+    """
+    from aligntune.core.rules import asked
+    from aligntune.data import prepare
+
+    data = prepare(data_request(job), tokenizer)
+    if job.spec.online:
+        from aligntune.rewards import check_columns, resolve_rewards
+
+        functions, _ = resolve_rewards(list(job.options.reward_functions or []), None, build=False)
+        kept = not asked(vars(job.options)).get("remove_unused_columns")  # TRL's default keeps what rewards read
+        for where, rows in (("the dataset", data.train), ("the evaluation data", data.eval)):
+            if rows is not None:
+                check_columns(functions, [name for name in rows.column_names if kept and name != "prompt"], where)
+    return data
+
+
 def build_trainer(job: Job, callbacks: list[Any] | None = None, *, backend: Backend | None = None) -> AlignTrainer:
     """Data, backend and run folder of a resolved job, in that order: nothing is written before the data is sound.
 
@@ -273,14 +295,13 @@ def build_trainer(job: Job, callbacks: list[Any] | None = None, *, backend: Back
     from aligntune.core.early_stop import StopAt
     from aligntune.core.run_dir import RunDir
     from aligntune.core.trainer import AlignTrainer
-    from aligntune.data import prepare
 
     notices.show()
     if backend is None:
         check_model_object(job)
     check_names(job)
     tokenizer = load_tokenizer(job)
-    data = prepare(data_request(job), tokenizer)
+    data = prepare_data(job, tokenizer)
     run_dir = RunDir.create(
         job.options.output_dir, algorithm=job.spec.name, model_name=_model_label(job), resume=job.options.resume,
         overwrite=job.options.overwrite,

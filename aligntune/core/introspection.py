@@ -92,8 +92,7 @@ def explain(backend: str, algorithm: str) -> Explanation:
 
 
 def _concerns(gate: Gate, algorithm: str) -> bool:
-    """Whether an option of the algorithm has a gated value, or a field of trainer_options, which all take."""
-    row = option_table(algorithm).get(gate.option)
-    if row is None:
-        return gate.option not in option_table(None)
-    return gate.values is None or row.choices is None or any(value in row.choices for value in gate.values)
+    """Whether the algorithm's options, or the fields of `trainer_options` that it takes, can have a gated value."""
+    if gate.algorithms is not None:
+        return gate.may_meet(algorithm)
+    return gate.option in option_table(algorithm) or gate.option not in option_table(None)

@@ -117,8 +117,7 @@ def check_data(plan: Plan, *, skip_first: bool = False, list_bad_rows: bool = Fa
         AlignTuneError: of every stage at once; of the first one's class where they differ.
     """
     from aligntune.backends.loading import load_tokenizer
-    from aligntune.core.backend_factory import data_request
-    from aligntune.data import prepare
+    from aligntune.core.backend_factory import data_request, prepare_data
     from aligntune.data.preview import preview
 
     reports: dict[int, Any] = {}
@@ -129,8 +128,9 @@ def check_data(plan: Plan, *, skip_first: bool = False, list_bad_rows: bool = Fa
         if stage.number == 1 and skip_first:
             continue
         try:
-            request, tokenizer = data_request(stage.job), _quietly(load_tokenizer, source)
-            reports[stage.number] = preview(request, tokenizer) if list_bad_rows else prepare(request, tokenizer).report
+            job, tokenizer = stage.job, _quietly(load_tokenizer, source)
+            reports[stage.number] = (
+                preview(data_request(job), tokenizer) if list_bad_rows else prepare_data(job, tokenizer).report)
         except AlignTuneError as error:
             errors.append((stage, error))
     if plan.probe is not None:

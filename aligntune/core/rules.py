@@ -74,6 +74,8 @@ def check(values: Values, origin: Origin, spec: AlgorithmSpec, faults: list[str]
             _rollout(values, faults, world_size())
         _rewards(values, faults)
         _vllm(values, origin, faults, notices)
+        if values["rollout_memory_gib"] is not None and values["rollout_engine"] in ("hf", "vllm"):
+            notices.append(f"rollout_engine is {values['rollout_engine']!r}: nothing reads rollout_memory_gib")
     # A ratio of 0 is no second wish: a run's own config.yaml has every option.
     given = origin["warmup_ratio"] in ("argument", "config") and values["warmup_ratio"] > 0
     if values["warmup_steps"] is not None and given:

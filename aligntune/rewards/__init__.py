@@ -5,6 +5,6 @@ this package imports neither torch nor SymPy.
 """
 
 from aligntune.rewards.guard import guard
-from aligntune.rewards.resolve import REWARDS, get_reward, register, resolve_rewards
+from aligntune.rewards.resolve import REWARDS, check_columns, get_reward, register, resolve_rewards
 
-__all__ = ["REWARDS", "get_reward", "guard", "register", "resolve_rewards"]
+__all__ = ["REWARDS", "check_columns", "get_reward", "guard", "register", "resolve_rewards"]

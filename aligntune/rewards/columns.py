@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from aligntune.errors import DataError, nearest
@@ -59,6 +59,27 @@ def shown(text: str, limit: int = 80) -> str:
     return repr(text)
 
 
+def reference_column(
+    columns: Collection[str], *, column: str | None, reward: str, where: str = "the dataset"
+) -> str:
+    """The column that holds the references, as `references` takes it; `where` is whose columns they are, in words.
+
+    Raises:
+        DataError: it is not there.
+    """
+    present = [name for name in columns if name not in TRAINER_ARGUMENTS]
+    wanted = [column] if column else list(REFERENCE_COLUMNS)
+    name = next((name for name in wanted if name in present), None)
+    if name is None:
+        close = nearest(wanted[0], present) if present else None
+        raise DataError(
+            f"reward {reward!r} reads the reference from the column {' or '.join(map(repr, wanted))}, which "
+            f"{where} does not have; its columns: {', '.join(sorted(present)) or 'none beside the prompt'}. "
+            f"Name the column: {{'name': {reward!r}, 'options': {{'column': {close or 'COLUMN'!r}}}}}"
+        )
+    return name
+
+
 def references(
     columns: Mapping[str, Any], count: int, *, column: str | None, reward: str
 ) -> list[tuple[str, ...] | None]:
@@ -77,16 +98,7 @@ def references(
     Raises:
         DataError: no such column, or a cell that is blank or neither text nor a number.
     """
-    present = [name for name in columns if name not in TRAINER_ARGUMENTS]
-    wanted = [column] if column else list(REFERENCE_COLUMNS)
-    name = next((name for name in wanted if name in present), None)
-    if name is None:
-        close = nearest(wanted[0], present) if present else None
-        raise DataError(
-            f"reward {reward!r} reads the reference from the column {' or '.join(map(repr, wanted))}, which the "
-            f"dataset does not have; its columns: {', '.join(sorted(present)) or 'none beside the prompt'}. "
-            f"Name the column: {{'name': {reward!r}, 'options': {{'column': {close or 'COLUMN'!r}}}}}"
-        )
+    name = reference_column(columns, column=column, reward=reward)
     cells = columns[name]
     if isinstance(cells, str) or not isinstance(cells, Sequence) or len(cells) != count:
         raise DataError(f"reward {reward!r}: column {name!r} does not hold one value for each of {count} completions")

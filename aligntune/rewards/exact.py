@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from aligntune.errors import ConfigError, unknown
 from aligntune.rewards.answers import final_answer
-from aligntune.rewards.columns import completion_text, references
+from aligntune.rewards.columns import completion_text, reference_column, references
 
 Part = Literal["whole", "answer"]
 
@@ -46,6 +47,10 @@ class ExactMatch:
     def _form(self, text: str) -> str:
         text = unicodedata.normalize("NFC", (final_answer(text) if self.part == "answer" else text).strip())
         return text.casefold() if self.ignore_case else text
+
+    def check_columns(self, columns: Collection[str], where: str) -> None:
+        """Raise DataError where the column with the reference is not among these of `where`."""
+        reference_column(columns, column=self.column, reward=self.__name__, where=where)
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: Any = None, **columns: Any

@@ -7,11 +7,11 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-from aligntune.errors import AlignTuneError, ConfigError, DataError, NonFiniteError, RewardError
+from aligntune.errors import AlignTuneError, ConfigError, DataError, NonFiniteError, RewardError, nearest
 from aligntune.rewards.columns import completion_text, prompt_text, shown
 
 RewardFunction = Callable[..., Any]
@@ -112,26 +112,54 @@ _HANDED = ("prompts", "completions", "completion_ids", "trainer_state", "log_ext
 """What TRL's trainers call every reward with, beside the columns of the rows."""
 
 
+def _by_keyword(function: Any) -> tuple[dict[str, bool], bool] | None:
+    """(names that `function` takes by keyword, whether each is required; whether it takes any other); None: unknown."""
+    try:
+        # Of a decorated function it is the decorator's that is called.
+        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
+    except (TypeError, ValueError):
+        return None  # some builtins have no signature
+    named = {one.name: one.default is one.empty for one in parameters
+             if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+    return named, any(one.kind is one.VAR_KEYWORD for one in parameters)
+
+
 def _callable_as_reward(function: Any, label: str) -> None:
     """That `function` takes what every reward is called with, all of it by keyword.
 
     Raises:
         ConfigError: it lacks one of them; says how it is called.
     """
-    try:
-        # Of a decorated function it is the decorator's that is called.
-        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
-    except (TypeError, ValueError):
-        return  # some builtins have no signature
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return
-    by_keyword = {parameter.name for parameter in parameters
-                  if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)}
-    missing = [name for name in _HANDED if name not in by_keyword]
+    named, any_other = _by_keyword(function) or ({}, True)
+    missing = [] if any_other else [name for name in _HANDED if name not in named]
     if missing:
         raise ConfigError(f"reward {label!r} does not take {', '.join(missing)}: it is called with "
                           f"{', '.join(_HANDED)} and the columns of the rows, all by keyword; end its parameters with "
                           "**columns")
+
+
+def column_faults(guarded: RewardFunction, columns: Collection[str], where: str) -> list[str]:
+    """What a guarded reward asks of the columns that it is handed from `where`, and does not get; a line each."""
+    label, function = guarded.__name__, guarded.__wrapped__  # type: ignore[attr-defined]
+    named, any_other = _by_keyword(function) or ({}, True)
+    there = f"its columns: {', '.join(sorted(columns)) or 'none beside the prompt'}"
+    faults = []
+    for name, required in named.items():
+        if required and name not in columns and name not in _HANDED:
+            close = nearest(name, [*columns, *_HANDED])
+            faults.append(f"reward {label!r} needs the column {name!r}, which {where} does not hand to rewards; {there}"
+                          + (f"; did you mean {close!r}?" if close else ""))
+    refused = [] if any_other else sorted(name for name in columns if name not in named)
+    if refused:
+        faults.append(f"reward {label!r} does not take {', '.join(refused)} of {where}, which every reward is handed; "
+                      "end its parameters with **columns")
+    own = getattr(function, "check_columns", None)
+    if own is not None:
+        try:
+            own(columns, where)
+        except DataError as error:
+            faults.append(str(error))
+    return faults
 
 
 def guard(function: RewardFunction, name: str | None = None) -> RewardFunction:

@@ -19,13 +19,14 @@ import sys
 import threading
 import time
 import unicodedata
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from aligntune.errors import AlignTuneError, ConfigError
 from aligntune.rewards.answers import HASHES, final_answer, marked_answer, without_thinking
-from aligntune.rewards.columns import completion_text, references, shown
+from aligntune.rewards.columns import completion_text, reference_column, references, shown
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +189,10 @@ class MathVerify:
             return 0.0
         same = _grader(self.seconds, int(self.memory_gb * 1e9)).same(gold, found, isolated=marked is not None)
         return float(bool(same))
+
+    def check_columns(self, columns: Collection[str], where: str) -> None:
+        """Raise DataError where the column with the reference is not among these of `where`."""
+        reference_column(columns, column=self.column, reward=self.__name__, where=where)
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: Any = None, **columns: Any

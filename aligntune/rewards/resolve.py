@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from aligntune.core.registry import Registry
-from aligntune.errors import ConfigError, unknown
-from aligntune.rewards.guard import RewardFunction, function_name, guard, is_async, is_module
+from aligntune.errors import ConfigError, DataError, unknown
+from aligntune.rewards.guard import RewardFunction, column_faults, function_name, guard, is_async, is_module
 
 REWARDS: Registry[Any] = Registry("reward")
 REWARDS.register(
@@ -98,7 +99,8 @@ def _with_options(target: Any, name: str, options: Mapping[str, Any], build: boo
     if faults:
         raise ConfigError.from_faults(faults, "the options of a reward")
     if isinstance(target, type):
-        return target(**options) if build else target
+        ours = target.__module__.partition(".")[0] == __name__.partition(".")[0]  # those load nothing
+        return target(**options) if build or ours else target
     return _bound(target, dict(options)) if options else target
 
 
@@ -110,7 +112,10 @@ def _bound(function: RewardFunction, options: dict[str, Any]) -> RewardFunction:
     async def call_async(**arguments: Any) -> Any:
         return await function(**{**arguments, **options})
 
-    return call_async if is_async(function) else call
+    bound: Any = call_async if is_async(function) else call
+    with contextlib.suppress(ValueError):  # of a decorator's own function that does not name the option
+        bound.__signature__ = inspect.signature(functools.partial(function, **options), follow_wrapped=False)
+    return bound
 
 
 def get_reward(name: str, **options: Any) -> RewardFunction:
@@ -201,7 +206,9 @@ def resolve_rewards(
             counts[name] = counts.get(name, 0) + 1
             label = name if counts[name] == 1 else f"{name}_{counts[name]}"
             if isinstance(function, type):  # not built: what would be called is looked at
-                function = function.__call__
+                takes_self = inspect.isfunction(inspect.getattr_static(function, "__call__"))
+                call = function.__call__
+                function = functools.partial(call, None) if takes_self else call
             functions.append(function if is_module(function) else guard(function, label))
         except ConfigError as error:
             faults.extend(error.faults or [str(error)])
@@ -212,6 +219,23 @@ def resolve_rewards(
         raise ConfigError.from_faults(faults, "the rewards")
     given = own if weights is None else list(weights)
     return functions, [1.0 if weight is None else float(weight) for weight in given]
+
+
+def check_columns(functions: Sequence[RewardFunction], columns: Collection[str], where: str = "the dataset") -> None:
+    """That each reward can be called with these columns of `where`, which are all that it will be handed.
+
+    Args:
+        functions: as `resolve_rewards` gives them, built or not.
+        columns: names; `prompt` is not among them, for rewards get it as `prompts`.
+
+    Raises:
+        DataError: a parameter without a default has no column, or a column no parameter. All faults at once, with the
+            columns that there are.
+    """
+    faults = [fault for function in functions if not is_module(function)
+              for fault in column_faults(function, columns, where)]
+    if faults:
+        raise DataError("\n".join(faults))
 
 
 def _weight_faults(weights: Sequence[float] | None, count: int, own: bool) -> list[str]:

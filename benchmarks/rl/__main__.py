@@ -1,4 +1,4 @@
-"""DPO, GRPO, PPO and DAPO on one GPU: backend "fast" beside trl and unsloth, whole steps, rollouts within them.
+"""Preference and online methods on one GPU: backend "fast" beside trl and unsloth, whole steps, rollouts within them.
 
 python -m benchmarks.rl --json FILE                             every row
 python -m benchmarks.rl dpo-1b --arms fast,fast-gc,trl-gc       one row, some arms
@@ -11,9 +11,10 @@ arm that waits seconds for each step runs few of them (`workloads.py` says how m
 steps of two arms. A peer that is not installed lives in a folder where `pip install --target` put it:
 --site-unsloth DIR; without it the arm is skipped with a line. An arm that fails, or is not done in time, is a line too.
 
-Rows: dpo-1b, 8 pairs a step, the reference is the model with its adapter off. grpo-1b, ppo-1b, dapo-1b: 8 prompts with
-8 completions of 256 tokens a step, one optimizer step a rollout; dapo would draw groups anew that earn equal rewards,
-and none do. grpo-4b: up to 1,024 tokens of uneven lengths, 8 micro-steps of 8 completions a step.
+Rows: dpo-1b, ipo-1b, kto-1b, orpo-1b, simpo-1b, cpo-1b, reward-1b, 8 pairs a step; the reference, where there is one,
+is the model with its adapter off. grpo-1b, rloo-1b, dr_grpo-1b, ppo-1b, dapo-1b: 8 prompts with 8 completions of 256
+tokens a step, one optimizer step a rollout; dapo would draw groups anew that earn equal rewards, and none do. grpo-4b:
+up to 1,024 tokens of uneven lengths, 8 micro-steps of 8 completions a step.
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ LOGGED = {"rollout/seconds": "seconds", "rollout/tokens_per_second": "tokens_per
 
 def unfit(workload: Workload, arm: Arm) -> str | None:
     """Why the arm has nothing to measure in the row, or None."""
-    why = WHY_NOT.get((workload.algorithm, arm.label)) or WHY_NOT.get((workload.algorithm, arm.peer or ""))
-    return why or missing(arm)
+    if arm.label == "trl-cb" and not workload.online:
+        return f"{workload.algorithm} generates nothing"
+    return WHY_NOT.get((workload.algorithm, arm.peer or "")) or missing(arm)
 
 
 def spec_for(workload: Workload, arm: Arm, repeat: int, *, model: Path, rows: Path, folder: Path, precision: str

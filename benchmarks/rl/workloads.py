@@ -16,10 +16,7 @@ from typing import Any
 from benchmarks.sft.workloads import MODELS, WORDS, write_model
 
 GROUP = 8
-WHY_NOT = {
-    ("ppo", "unsloth"): "unsloth has no PPO with a critic",
-    ("dpo", "trl-cb"): "DPO generates nothing",
-}
+WHY_NOT = {("ppo", "unsloth"): "unsloth has no PPO with a critic"}
 
 
 @dataclass(frozen=True)
@@ -64,10 +61,18 @@ class Workload:
 ROLLOUTS = {"fast": (8, 4), "trl-cb": (2, 1), "trl": (3, 2), "unsloth": (4, 2)}
 LONG_ROLLOUTS = {"fast": (6, 2), "": (2, 1)}
 
+
+def _pairs(algorithm: str, **options: Any) -> Workload:
+    """8 pairs a step: KTO has rows, two of each."""
+    return Workload("llama-1b", algorithm, {"": (40, 20)}, batch_size=16 if algorithm == "kto" else 8, prompt=(30, 70),
+                    options={"learning_rate": 1e-4, **options})
+
+
 WORKLOADS = {
-    "dpo-1b": Workload("llama-1b", "dpo", {"": (40, 20)}, batch_size=8, prompt=(30, 70),
-                       options={"beta": 0.1, "learning_rate": 1e-4}),
-    "grpo-1b": Workload("llama-1b", "grpo", ROLLOUTS, new_tokens=256, options={"beta": 0.0}),
+    "dpo-1b": _pairs("dpo", beta=0.1),
+    **{f"{name}-1b": _pairs(name) for name in ("ipo", "kto", "orpo", "simpo", "cpo", "reward")},
+    **{f"{name}-1b": Workload("llama-1b", name, ROLLOUTS, new_tokens=256, options={"beta": 0.0})
+       for name in ("grpo", "rloo", "dr_grpo")},
     "ppo-1b": Workload("llama-1b", "ppo", ROLLOUTS, new_tokens=256,
                        options={"num_ppo_epochs": 1, "num_mini_batches": 1, "kl_coef": 0.05}),
     "dapo-1b": Workload("llama-1b", "dapo", ROLLOUTS, new_tokens=256,

@@ -208,10 +208,15 @@ def test_the_support_matrix_has_every_algorithm_with_reasons() -> None:
 
 def test_explain() -> None:
     assert run("explain", "fast", "gspo").stdout.startswith("gspo on fast: unsupported")
+    sequence, forms = (f"\n  not with {gate}: the fast online trainer covers token-level ratios"
+                       for gate in ("importance_sampling_level='sequence'", "loss_type='luspo' or 'vespo'"))
     told, printed = run("explain", "fast", "grpo").stdout, str(aligntune.explain("fast", "grpo"))
-    for gate in ("importance_sampling_level='sequence'", "loss_type='luspo' or 'vespo'"):
-        line = f"\n  not with {gate}: the fast online trainer covers token-level ratios"
-        assert line in told and line in printed
+    assert all(line in text for line in (sequence, forms) for text in (told, printed))
+    for name in ("dapo", "dr_grpo", "rloo"):  # of the first two trainer_options take a level, of none another form
+        told = str(aligntune.explain("fast", name))
+        assert (sequence in told) == (name != "rloo") and forms not in told
+    assert "not with rollout_memory_gib: " in str(aligntune.explain("trl", "rloo"))
+    assert "not with rollout_" not in str(aligntune.explain("trl", "sft"))
     of_any = str(aligntune.explain("fast", "sft"))
     assert "not with torch_compile=True: " in of_any and "not with loss_type" not in of_any
     result = run("explain", "fsat", "gropo")

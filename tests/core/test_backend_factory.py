@@ -15,7 +15,7 @@ from aligntune.algorithms import ALGORITHMS
 from aligntune.backends.base import Backend, supports
 from aligntune.backends.fast.support import BACKEND as FAST
 from aligntune.backends.trl.support import BACKEND as TRL
-from aligntune.errors import ConfigError, NonFiniteError, RewardError
+from aligntune.errors import ConfigError, DataError, NonFiniteError, RewardError
 from tests.core import tiny
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: it trains in bf16")
@@ -82,6 +82,27 @@ def test_a_field_that_trl_has_not_is_told_before_anything_is_read(backend: str) 
     with pytest.raises(ConfigError, match="trainer_options.vllm_mod: GRPOConfig has no such .* mean 'vllm_mode'"):
         create_rl_trainer("/no/such/model", "/no/such/data", algorithm="grpo", backend=backend, rollout_engine="hf",
                           reward_functions=[letters], trainer_options={"vllm_mod": "server"})
+
+
+@pytest.mark.parametrize("backend", [TRL.name, FAST.name])
+def test_columns_that_rewards_need_are_asked_for_before_anything_is_written(backend: str, tmp_path: Path) -> None:
+    def leveled(prompts: list, completions: list, level: list, **columns: Any) -> list[float]:
+        raise AssertionError("called")
+
+    rows = [row | {"levels": 1, "answer": "4"} for row in tiny.prompts(4).to_list()]
+    folder, told = tmp_path / "run", "'leveled' needs the column 'level', which the dataset does not .*: answer, full"
+    with pytest.raises(DataError, match=told):
+        made("grpo", rows, folder, reward_functions=[letters, leveled], backend=backend)
+    held_out = [{"prompt": row["prompt"]} for row in rows]
+    with pytest.raises(DataError, match="'exact_match' reads .* which the evaluation data does not have"):
+        made("grpo", rows, folder, reward_functions=["exact_match"], eval_dataset_name=held_out, backend=backend)
+    rows = [row | {"level": 1} for row in rows]
+    with pytest.raises(DataError, match="none beside the prompt"):
+        made("rloo", rows, folder, reward_functions=[leveled], backend=backend,
+             trainer_options={"remove_unused_columns": True})
+    assert not folder.exists()
+    if backend == TRL.name:
+        assert made("ppo", rows, folder, reward_functions=[leveled, "exact_match"])
 
 
 def test_fields_that_ask_for_evaluation_are_taken_where_there_is_some(tmp_path: Path) -> None:

@@ -207,6 +207,8 @@ def test_overwrite_removes_the_earlier_run_and_nothing_else(shop: dict[str, str]
      UnsupportedAlgorithmError, "stage 2-grpo: .*importance_sampling_level='sequence'"),
     pytest.param({"stages.2.rollout_engine": "vllm"}, BackendUnavailableError, r"stage 2-grpo: .*aligntune\[vllm\]",
                  marks=NO_VLLM),
+    ({"stages.2.reward_functions": [{"name": "exact_match", "options": {"column": "no"}}]}, DataError,
+     "stage 2-grpo: reward 'exact_match' reads the reference from the column 'no', which the dataset does not have"),
     ({"probe.dataset_name": "/no/such.jsonl"}, DataError, "probe: .*no/such"),
 ])
 def test_a_later_stage_is_checked_before_the_first_trains(

@@ -348,6 +348,10 @@ def test_what_trl_takes_is_left_alone() -> None:
         assert not resolve({**needs(algorithm), "algorithm": algorithm, **options}).notices
     told = resolve({**needs("grpo"), "rollout_engine": "hf", "trainer_options": {"vllm_mode": "server"}}).notices
     assert told == ["rollout_engine is 'hf': nothing reads vllm_mode of trainer_options"]
+    for engine in ("hf", "vllm", "fast", "auto"):
+        told = resolve({**needs("grpo"), "rollout_engine": engine, "rollout_memory_gib": 1.0}).notices
+        idle = [f"rollout_engine is {engine!r}: nothing reads rollout_memory_gib"]
+        assert told == (idle if engine in ("hf", "vllm") else [])
 
 
 def test_lengths_of_online_methods() -> None:

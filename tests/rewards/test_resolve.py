@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from aligntune.errors import AlignTuneError, ConfigError, DataError, NonFiniteError, RewardError
-from aligntune.rewards import REWARDS, get_reward, guard, register, resolve_rewards
+from aligntune.rewards import REWARDS, check_columns, get_reward, guard, register, resolve_rewards
 
 
 def length(prompts, completions, completion_ids=None, *, scale=1.0, **columns):
@@ -123,6 +123,51 @@ def test_a_check_of_rewards_builds_none():
         resolve_rewards([{"name": Heavy, "options": {"sise": 2}}, Bare], build=False)
     option, call_of_bare = caught.value.faults
     assert "did you mean 'size'" in option and call_of_bare.startswith("reward 'Bare' does not take prompts, ")
+
+
+def test_columns_that_a_reward_needs_and_those_that_it_does_not_take():
+    def leveled(prompts, completions, level, *, weights=None, **columns):
+        return [0.0]
+
+    def whole(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, answer):
+        return [0.0]
+
+    class Graded:
+        def __init__(self):
+            raise AssertionError("built")
+
+        def __call__(self, prompts, completions, grade, **columns):
+            return [0.0]
+
+    class Free(Graded):
+        __call__ = staticmethod(lambda prompts, completions, **columns: [0.0])
+
+    def faults(*given, columns=("answer", "levels"), where="the dataset"):
+        functions, _ = resolve_rewards(list(given), build=False)
+        try:
+            check_columns(functions, columns, where)
+        except DataError as error:
+            return str(error).splitlines()
+        return []
+
+    assert faults(leveled, Graded, whole) == [
+        "reward 'leveled' needs the column 'level', which the dataset does not hand to rewards; its columns: answer, "
+        "levels; did you mean 'levels'?",
+        "reward 'Graded' needs the column 'grade', which the dataset does not hand to rewards; its columns: answer, "
+        "levels",
+        "reward 'whole' does not take levels of the dataset, which every reward is handed; end its parameters with "
+        "**columns",
+    ]
+    own = faults(lambda prompts, completions, prompt, **columns: [0.0], columns=(), where="the evaluation data")
+    assert own == ["reward '<lambda>' needs the column 'prompt', which the evaluation data does not hand to rewards; "
+                   "its columns: none beside the prompt; did you mean 'prompts'?"]
+    bound = {"name": leveled, "options": {"level": 3}}
+    assert not faults(bound, functools.partial(leveled, level=3), Free, length, "format", "exact_match", "math")
+    assert not faults(bound, columns=("level",)) and not faults(leveled, Graded, columns=("level", "grade"))
+    assert len(faults({"name": leveled, "options": {"weights": 2}})) == 1
+    assert not faults({"name": "math", "options": {"column": "levels"}})
+    (told,) = faults({"name": "math", "options": {"column": "level"}}, "exact_match", where="the evaluation data")
+    assert "'level', which the evaluation data does not have; its columns: answer, levels. Name the column:" in told
 
 
 def test_options_of_functions_are_named_parameters_and_beat_columns():

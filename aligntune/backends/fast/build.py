@@ -72,7 +72,7 @@ def _with_kernels(job: Job, prepared: Prepared, built: Built) -> Built:
     if isinstance(built.trainer, TokenGradients) and built.trainer.makes_token_gradients():
         layout += "; loss: gradients in the forward where its logits do not fit"
     if isinstance(built.trainer, FastRollouts):
-        layout += f"; rollouts: {_rollouts(job, built.trainer)}"
+        layout += f"; rollouts: {_rollouts(job, built)}"
     generator = None
     if built.trainer.model.can_generate():
         options = vars(job.options)
@@ -199,8 +199,9 @@ def _beside(trainer: Any, *, strict: bool) -> tuple[dict[str, Attachment], str]:
     return {name: one for name, one in found.items() if one is not None}, how
 
 
-def _rollouts(job: Job, trainer: Any) -> str:
+def _rollouts(job: Job, built: Built) -> str:
     """Set the engine that the job asks for on an online trainer, and say which it is."""
+    trainer: Any = built.trainer
     wanted = job.options.rollout_engine
     if wanted in ("hf", "vllm"):
         return f"{wanted}, as was asked for"
@@ -209,6 +210,7 @@ def _rollouts(job: Job, trainer: Any) -> str:
     cache = {"max_len": job.options.max_seq_length, "memory_gib": job.options.rollout_memory_gib}
     why = engine_cannot_because(trainer, max_len=cache["max_len"]) or cache_cannot_because(trainer, **cache)
     if wanted == "auto" and why is not None:
+        built.notices.append(f"rollouts: hf, {why}")
         return f"hf, {why}"
     trainer.rollouts_on(**cache)
     return f"{described(trainer.model)}, in the model's own memory"

@@ -35,8 +35,8 @@ class FastBackend:
         "gspo": Support("unsupported", SEQUENCE_RATIOS),
     }
     gates: tuple[Gate, ...] = (
-        Gate("importance_sampling_level", ("sequence",), SEQUENCE_RATIOS),
-        Gate("loss_type", ("luspo", "vespo"), SEQUENCE_RATIOS),
+        Gate("importance_sampling_level", ("sequence",), SEQUENCE_RATIOS, ("grpo", "dapo", "dr_grpo")),
+        Gate("loss_type", ("luspo", "vespo"), SEQUENCE_RATIOS, ("grpo",)),  # the form of the others is fixed
         Gate("torch_compile", (True,), _COMPILED),
         Gate("torch_compile_backend", None, _COMPILED),  # transformers compiles where one of these is given
         Gate("torch_compile_mode", None, _COMPILED),

@@ -12,6 +12,7 @@ trainer plans around it. `release()` gives it back together with the graphs, and
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,7 +31,7 @@ from aligntune.backends.fast.ops._runtime import interpreting
 from aligntune.backends.fast.rollout.cache import PagePool, pages_for
 from aligntune.backends.fast.rollout.decoder import CAPPED, Decoder
 from aligntune.backends.fast.rollout.rope import length_limit
-from aligntune.backends.fast.rollout.sampling import Sampling
+from aligntune.backends.fast.rollout.sampling import Sampling, is_whole
 from aligntune.backends.fast.rollout.schedule import Row, Schedule
 from aligntune.errors import ConfigError
 
@@ -222,8 +223,11 @@ class RolloutEngine:
         why = cannot_run_because(model, max_len=max_len)
         if why is not None:
             raise ConfigError(f"rollout_engine='fast': {why}; rollout_engine='hf' generates with transformers")
-        if max_batch < 1 or max_len < 2 or stride < 1:
-            raise ConfigError(f"max_batch {max_batch}, max_len {max_len}, stride {stride}: at least 1, 2 and 1")
+        least = {"max_batch": (max_batch, 1), "max_len": (max_len, 2), "stride": (stride, 1)}
+        faults = [f"{name} = {value!r}: must be a whole number from {bound}" for name, (value, bound) in least.items()
+                  if not is_whole(value) or value < bound]
+        if faults:
+            raise ConfigError.from_faults(faults, "RolloutEngine")
         self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.max_len, self.memory_gib, self.stride = max_batch, max_len, memory_gib, stride
         on_gpu = next(base_model(model).parameters()).is_cuda
@@ -278,18 +282,18 @@ class RolloutEngine:
         """`num_generations` completions of each prompt, which has no padding; a list gives one number a prompt.
 
         Raises:
-            ConfigError: an empty prompt, one that leaves no room for its completion, a cache too small for one row; an
-                attention that was replaced since.
+            ConfigError: an empty prompt, one that leaves no room for its completion, ids that the model has no
+                embedding of, a cache too small for one row; an attention that was replaced since.
         """
         sampling = sampling or Sampling()
         started = time.perf_counter()
-        counts = [num_generations] * len(prompt_ids) if isinstance(num_generations, int) else list(num_generations)
-        self._check(prompt_ids, counts, sampling)
+        counts = num_generations if isinstance(num_generations, Sequence) else [num_generations] * len(prompt_ids)
+        prompts = self._checked(prompt_ids, counts, sampling)
         decoder = self._ready()
         captures, seconds = decoder.capture.count, decoder.capture.seconds
         run = _Run(self, decoder, sampling)
         with decoder.rollout(sampling, self._stops(sampling)):
-            rows = run.run([list(map(int, ids)) for ids in prompt_ids], counts)
+            rows = run.run(prompts, counts)
         stats = run.stats
         stats.captures = decoder.capture.count - captures
         stats.capture_seconds = decoder.capture.seconds - seconds
@@ -301,22 +305,39 @@ class RolloutEngine:
         return Rollout([row.drawn for row in rows], [row.log_probs for row in rows],
                        [row.reason or "length" for row in rows], stats)
 
-    def _check(self, prompt_ids: Sequence[Sequence[int]], counts: list[int], sampling: Sampling) -> None:
-        faults, foreign = [], _foreign_attention(base_model(self.model))
+    def _checked(
+        self, prompt_ids: Sequence[Sequence[int]], counts: Sequence[int], sampling: Sampling
+    ) -> list[list[int]]:
+        """The prompts as lists of Python's integers."""
+        base: Any = base_model(self.model)
+        faults, foreign = [], _foreign_attention(base)
         if foreign is not None:
             faults.append(f"{foreign}; rollout_engine='hf' generates with transformers")
-        if len(counts) != len(prompt_ids) or any(count < 1 for count in counts):
-            faults.append(f"num_generations: {len(counts)} numbers, at least 1 each, for {len(prompt_ids)} prompts")
-        for i, ids in enumerate(prompt_ids):
-            if not len(ids):
+        if len(counts) != len(prompt_ids) or not all(is_whole(count) and count >= 1 for count in counts):
+            faults.append(f"num_generations: {counts} for {len(prompt_ids)} prompts; a whole number from 1 is wanted "
+                          "for each")
+        known, prompts = base.get_input_embeddings().weight.shape[0], []
+        for i, given in enumerate(prompt_ids):
+            try:
+                ids = list(map(operator.index, given))
+            except TypeError:
+                faults.append(f"prompt {i} is {given!r:.80}: a list of token ids is wanted")
+                continue
+            prompts.append(ids)
+            if not ids:
                 faults.append(f"prompt {i} is empty: a model needs at least one token to go on from")
             elif len(ids) + sampling.max_new_tokens > self.max_len:
                 faults.append(f"prompt {i} has {len(ids)} tokens: with {sampling.max_new_tokens} new ones it passes "
                               f"max_len {self.max_len}")
+            # On a GPU such a look-up would end in an assertion of the device, after which the process has no card.
+            elif min(ids) < 0 or max(ids) >= known:
+                wrong = next(one for one in ids if not 0 <= one < known)
+                faults.append(f"prompt {i} holds token {wrong}: the model has embeddings of 0 to {known - 1}")
         if sampling.stop_strings and self.tokenizer is None:
             faults.append("stop_strings: the engine has no tokenizer")
         if faults:
             raise ConfigError.from_faults(faults, "RolloutEngine.generate")
+        return prompts
 
     def _stops(self, sampling: Sampling) -> tuple[int, ...]:
         if sampling.stop_token_ids is not None:
@@ -336,11 +357,11 @@ class _Run:
         self.engine, self.decoder, self.sampling = engine, decoder, sampling
         self.stats = RolloutStats()
         self.schedule = Schedule(decoder.pool, slots=engine.max_batch, stride=engine.stride, ahead=PREFILL_TOKENS,
-                                 collect=lambda row: self._read([row]))
+                                 collect=lambda row: _read(decoder, [row]))  # not `self`: a cycle holds the cache
         self._left = False  # rows have left since the device was last told
         self._table = torch.zeros(decoder.table.shape, dtype=torch.int32)
 
-    def run(self, prompts: list[list[int]], counts: list[int]) -> list[Row]:
+    def run(self, prompts: list[list[int]], counts: Sequence[int]) -> list[Row]:
         """Every row, finished, in order."""
         rows: list[Row] = []
         try:
@@ -427,25 +448,10 @@ class _Run:
         stopped = self._stop_strings(running) if self.sampling.stop_strings else []
         reasons = dict.fromkeys(map(id, stopped), "stop")
         finished = [(row, why) for row, why in finished if id(row) not in reasons]
-        self._read([row for row, _ in finished])
+        _read(self.decoder, [row for row, _ in finished])
         for row, why in [*finished, *((row, "stop") for row in stopped)]:
             self.schedule.finish(row, why)
         self._left = bool(finished or stopped)
-
-    def _read(self, rows: list[Row]) -> None:
-        """Fetch what rows have drawn since they were last read."""
-        if not rows:
-            return
-        slots = torch.tensor([row.slot for row in rows], device=self.decoder.state.device)
-        first = min(len(row.drawn) - row.offset for row in rows)
-        stop = max(row.count - row.offset for row in rows)
-        outputs = self.decoder.outputs
-        tokens = outputs.tokens[:, first:stop].index_select(0, slots).tolist()
-        log_probs = outputs.log_probs[:, first:stop].index_select(0, slots).tolist()
-        for row, ids, scores in zip(rows, tokens, log_probs, strict=True):
-            new = slice(len(row.drawn) - row.offset - first, row.count - row.offset - first)
-            row.drawn += ids[new]
-            row.log_probs += scores[new]
 
     def _stop_strings(self, rows: list[Row]) -> list[Row]:
         """Rows in whose text a stop string has come up, cut after the token that completed it."""
@@ -453,7 +459,7 @@ class _Run:
         # A token is at least a byte, but for special ones, which decode to nothing or to their name.
         window = max(len(text.encode()) for text in strings) + 4
         checked = {id(row): len(row.drawn) for row in rows}
-        self._read(rows)
+        _read(self.decoder, rows)
         stopped = []
         for row in rows:
             tokens = [row.prompt[-1], *row.drawn]
@@ -467,3 +473,18 @@ class _Run:
                     stopped.append(row)
                     break
         return stopped
+
+
+def _read(decoder: Decoder, rows: list[Row]) -> None:
+    """Fetch what rows have drawn since they were last read."""
+    if not rows:
+        return
+    slots = torch.tensor([row.slot for row in rows], device=decoder.state.device)
+    first = min(len(row.drawn) - row.offset for row in rows)
+    stop = max(row.count - row.offset for row in rows)
+    tokens = decoder.outputs.tokens[:, first:stop].index_select(0, slots).tolist()
+    log_probs = decoder.outputs.log_probs[:, first:stop].index_select(0, slots).tolist()
+    for row, ids, scores in zip(rows, tokens, log_probs, strict=True):
+        new = slice(len(row.drawn) - row.offset - first, row.count - row.offset - first)
+        row.drawn += ids[new]
+        row.log_probs += scores[new]

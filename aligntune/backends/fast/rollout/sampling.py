@@ -8,8 +8,9 @@ nothing here waits for the GPU, and the numbers that may change between calls ar
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -55,16 +56,20 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        number, ids, strings = _is_number, self.stop_token_ids, self.stop_strings
         rules = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < math.inf, "0 or more"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
-            "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0"),
-            "stop_strings": (all(self.stop_strings) and not isinstance(self.stop_strings, str),
+            "max_new_tokens": (is_whole(self.max_new_tokens) and self.max_new_tokens >= 1, "a whole number from 1"),
+            "temperature": (number(self.temperature) and 0 <= self.temperature < math.inf, "0 or more"),
+            "top_k": (is_whole(self.top_k) and self.top_k >= 0, "a whole number, 0 (off) or more"),
+            "top_p": (number(self.top_p) and 0 < self.top_p <= 1, "above 0, at most 1"),
+            "min_p": (self.min_p is None or number(self.min_p) and 0 <= self.min_p <= 1, "between 0 and 1"),
+            "repetition_penalty": (number(self.repetition_penalty) and 0 < self.repetition_penalty < math.inf,
+                                   "above 0"),
+            "stop_token_ids": (ids is None or isinstance(ids, tuple | list) and all(map(is_whole, ids)),
+                               "a tuple of whole numbers, or None"),
+            "stop_strings": (isinstance(strings, tuple | list) and all(isinstance(s, str) and s for s in strings),
                              "a tuple of strings that are not empty"),
-            "seed": (0 <= self.seed < 2**63, "between 0 and 2^63 - 1"),
+            "seed": (is_whole(self.seed) and 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
         }
         faults = [f"{name} = {getattr(self, name)!r}: must be {must}" for name, (holds, must) in rules.items()
                   if not holds]
@@ -77,6 +82,15 @@ class Sampling:
         if self.temperature == 0:
             return Form(True, self.repetition_penalty != 1, 0, False, False)
         return Form(False, self.repetition_penalty != 1, self.top_k, self.top_p < 1, bool(self.min_p))
+
+
+def is_whole(value: Any) -> bool:
+    """Whether `value` is an integer, of Python or NumPy."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 @dataclass

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 
+import numpy
 import pytest
 import torch
 from transformers.integrations.neftune import activate_neftune
@@ -85,8 +88,9 @@ def test_the_model_is_left_as_it_was():
     names, modes = set(ALL_ATTENTION_FUNCTIONS), [module.training for module in model.modules()]
     engine = RolloutEngine(model, max_batch=2, max_len=64)
     engine.generate(prompts_of((3,)), sampling=GREEDY)
-    with pytest.raises(IndexError):
-        engine.generate([[VOCAB + 5] * 3], sampling=GREEDY)  # no such embedding: fails in the prefill
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(engine._decoder, "prefill", lambda prefixes: 1 / 0)
+        engine.generate([[3] * 3], sampling=GREEDY)
     assert model.config._attn_implementation == "sdpa"
     assert set(ALL_ATTENTION_FUNCTIONS) == names
     assert [module.training for module in model.modules()] == modes
@@ -265,12 +269,19 @@ def test_what_memory_held_before_changes_nothing():
     again = engine.generate(prompts, sampling=sampling)
     assert again.completion_ids == first.completion_ids
     assert again.log_probs == first.log_probs
-    engine.release()
-    assert engine._decoder is None
+    held = weakref.ref(decoder.pool)
+    del decoder
+    gc.disable()  # a collection may be long in coming
+    try:
+        engine.release()
+        assert engine.cache_bytes == 0 and held() is None
+    finally:
+        gc.enable()
     assert engine.generate(prompts, sampling=sampling).completion_ids == first.completion_ids
 
 
-def lora(model, **kwargs):
+def lora(model, *, size=0.3, **kwargs):
+    """Under adapters whose B has numbers of this size."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -278,7 +289,7 @@ def lora(model, **kwargs):
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(0, 0.3)
+                parameter.normal_(0, size)
     return adapted.train()
 
 
@@ -336,22 +347,25 @@ def test_attached_adapters(family, one_launch, monkeypatch, device):
     assert not any("_aligntune_step" in module.__dict__ for module in model.modules())
 
 
-def test_nf4_base(device):
-    """bitsandbytes' own 4-bit layers under adapters; steps dequantise with our kernel."""
+def in_nf4(model):
+    """The model with bitsandbytes' own 4-bit layers in its blocks, quantised where it is."""
     bnb = pytest.importorskip("bitsandbytes")
-    from aligntune.backends.fast import attach
-
-    model = mini(hidden_size=64, head_dim=16, intermediate_size=128, num_hidden_layers=1)
     for parent in list(model.model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is torch.nn.Linear:
                 four = bnb.nn.Linear4bit(child.in_features, child.out_features, bias=False, quant_type="nf4",
-                                         compute_dtype=torch.float32)
+                                         compute_dtype=child.weight.dtype)
                 four.weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4")
-                setattr(parent, name, four.to("cpu"))
+                setattr(parent, name, four.to(child.weight.device))
     model.is_loaded_in_4bit = True
-    model.requires_grad_(False)
-    model = lora(model)
+    return model.requires_grad_(False)
+
+
+def test_nf4_base(device):
+    """Steps dequantise with our kernel."""
+    from aligntune.backends.fast import attach
+
+    model = lora(in_nf4(mini(hidden_size=64, head_dim=16, intermediate_size=128, num_hidden_layers=1)))
     prompts = prompts_of((2, 17))
     expected = theirs(model, prompts, max_new_tokens=3)
     attach(model.to(device))
@@ -364,11 +378,7 @@ def in_fp8(device, **kwargs):
     """An attached model under adapters whose base has e4m3 copies, and the layer that the tests write to."""
     from aligntune.backends.fast import attach, fp8_base
 
-    model = lora(mini(**({"hidden_size": 48, "intermediate_size": 80, "head_dim": 16} | kwargs)))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.mul_(0.1)
+    model = lora(mini(**({"hidden_size": 48, "intermediate_size": 80, "head_dim": 16} | kwargs)), size=0.03)
     assert fp8_base.install(model.to(device))[0] == 14
     attach(model)
     return model, model.base_model.model.model.layers[0].mlp.down_proj
@@ -454,11 +464,36 @@ def test_faults_are_told_together():
     with pytest.raises(ConfigError) as error:
         engine.generate([[], [3] * 30, [4]], sampling=Sampling(max_new_tokens=4))
     assert "prompt 0 is empty" in str(error.value) and "prompt 1 has 30 tokens" in str(error.value)
-    with pytest.raises(ConfigError, match="num_generations"):
-        engine.generate([[4], [5]], num_generations=[1], sampling=Sampling(max_new_tokens=4))
+    four = Sampling(max_new_tokens=4)
     with pytest.raises(ConfigError) as error:
-        Sampling(max_new_tokens=0, top_p=0.0, temperature=float("nan"), min_p=2.0)
-    assert all(name in str(error.value) for name in ("max_new_tokens", "top_p", "temperature", "min_p"))
+        engine.generate([[3, VOCAB], [-1], [2.5], "text", [VOCAB - 1]], sampling=four)
+    assert error.value.faults == (
+        f"prompt 0 holds token {VOCAB}: the model has embeddings of 0 to {VOCAB - 1}",
+        f"prompt 1 holds token -1: the model has embeddings of 0 to {VOCAB - 1}",
+        "prompt 2 is [2.5]: a list of token ids is wanted", "prompt 3 is 'text': a list of token ids is wanted")
+    for counts in ([1], [1, 0], [1, 2.0], 2.5, "2"):
+        with pytest.raises(ConfigError, match="num_generations: .* for 2 prompts; a whole number from 1"):
+            engine.generate([[4], [5]], num_generations=counts, sampling=four)
+    assert len(engine.generate(torch.tensor([[4], [5]]), num_generations=(1, 2), sampling=four).completion_ids) == 3
+    with pytest.raises(ConfigError, match=r"(?s)max_batch = 2.5: .*max_len = 1: must be a whole number from 2"):
+        RolloutEngine(mini(), max_batch=2.5, max_len=1)
+
+
+WRONG = {"max_new_tokens": (0, 2.5, None), "temperature": (float("nan"), "1", -1.0), "top_k": (2.5, True, -1),
+         "top_p": (0.0, "0.9", None), "min_p": (2.0, "0.1"), "repetition_penalty": (0.0, None),
+         "stop_token_ids": (2, ("2",), (2.0,)), "stop_strings": ("\n", ("",), (3,), None), "seed": (-1, 0.5, 2**63)}
+
+
+def test_samplings_that_cannot_be_are_told_together():
+    for turn in range(4):
+        given = {name: values[turn % len(values)] for name, values in WRONG.items()}
+        with pytest.raises(ConfigError) as error:
+            Sampling(**given)
+        assert [fault.partition(" = ")[0] for fault in error.value.faults] == list(WRONG)
+    whole = numpy.int64(3)
+    sampling = Sampling(max_new_tokens=whole, temperature=1, top_k=whole, top_p=1, stop_token_ids=[whole], seed=whole)
+    engine = RolloutEngine(mini(), max_batch=2, max_len=32)
+    assert len(engine.generate([[4]], sampling=sampling).completion_ids[0]) <= 3
 
 
 def test_what_it_cannot_run_is_said_at_creation():

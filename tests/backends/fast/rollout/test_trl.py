@@ -16,6 +16,7 @@ from aligntune.backends.fast.rollout import trl as rollout_trl
 from aligntune.backends.fast.rollout.engine import RolloutEngine
 from aligntune.backends.fast.support import BACKEND
 from aligntune.backends.trl.build import build as build_trl
+from aligntune.core.backend_factory import create_rl_trainer
 from aligntune.core.resolve import resolve
 from aligntune.errors import ConfigError, UnsupportedAlgorithmError
 from tests.backends.trl.test_build import longest, rows
@@ -231,6 +232,7 @@ def test_sampling_options_arrive(tmp_path: Any) -> None:
 def test_transformers_generate_stays_available(tmp_path: Any) -> None:
     built = built_of("fast", "grpo", tmp_path, rollout_engine="hf")
     assert "rollouts: hf, as was asked for" in built.attestation()["layout"]
+    assert not [line for line in built.notices if line.startswith("rollouts: ")]
     detach(built.trainer.model)
     ids, log_probs = built.trainer._generate_single_turn([[9, 30, 7]] * 4, None, {}, 4)
     assert log_probs is None and len(ids) == 4  # TRL's own returns none
@@ -246,7 +248,8 @@ def test_what_the_engine_cannot_run_is_said_when_building(tmp_path: Any) -> None
     with pytest.raises(ConfigError, match=r"rollout_engine = 'fast': generation_kwargs \['num_beams'\]"):
         built_of("fast", "grpo", tmp_path, rollout_engine="fast", **options)
     built = built_of("fast", "grpo", tmp_path, **options)  # auto: another engine, and it is said
-    assert "rollouts: hf, generation_kwargs" in built.attestation()["layout"]
+    told = "rollouts: hf, generation_kwargs ['num_beams'] are transformers' options"
+    assert told in built.attestation()["layout"] and told in built.notices
 
 
 def test_gates() -> None:
@@ -254,6 +257,14 @@ def test_gates() -> None:
         for given in (options, {"loss_type": "grpo", "trainer_options": options}):  # two ways to the same field
             with pytest.raises(UnsupportedAlgorithmError, match=f"{[*options.values()][0]}.*token-level ratios.*trl"):
                 require(BACKEND, "grpo", given)
+    for algorithm in ("dapo", "dr_grpo"):
+        given = {"trainer_options": {"importance_sampling_level": "sequence"}}
+        with pytest.raises(UnsupportedAlgorithmError, match="'sequence'.*token-level ratios.*trl"):
+            require(BACKEND, algorithm, given)
+        for backend in ("fast", "trl"):  # neither runs it: no gate sends anybody from one to the other
+            with pytest.raises(ConfigError, match=f"loss_type = 'vespo': {algorithm} is defined by '{algorithm}'"):
+                create_rl_trainer(tiny.llama(), [{"prompt": "a"}], algorithm=algorithm, backend=backend,
+                                  reward_functions=[longest], trainer_options={"loss_type": "vespo"})
     with pytest.raises(UnsupportedAlgorithmError, match="token-level ratios"):
         require(BACKEND, "gspo", {})
     for name, value, off in (("torch_compile", True, False), ("use_liger_kernel", True, False),
@@ -272,6 +283,7 @@ def test_a_cache_too_small_for_a_row_is_said_when_building(tmp_path: Any, monkey
     built = built_of("fast", "grpo", tmp_path, rollout_memory_gib=1e-6)
     layout = built.attestation()["layout"]
     assert re.search(f"; rollouts: hf, {why}.*; generate: transformers, for one row of 256", layout), layout
+    assert [line.partition(",")[0] for line in built.notices] == ["rollouts: hf", "generate: transformers"]
     detach(built.trainer.model)
     assert built.trainer._generate_single_turn([[9, 30, 7]] * 2, None, {}, 2)[1] is None
     # Without the option it is the share of a budget, or of what is free.
