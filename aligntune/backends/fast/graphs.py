@@ -274,10 +274,11 @@ class GraphedModel:
         longest = self.memory.longest
         if not torch.is_grad_enabled() or longest is None or self._room_for_graphs(kind) < 2:
             return []
+        if tokens_of(longest) <= max(self._largest, tokens_of(batch)):
+            return []
         longest = self._with_room(longest)
-        tokens = tokens_of(longest)
-        wanted = tokens > max(self._largest, tokens_of(batch)) and self._key(kind, longest) not in self.unfit
-        return [longest] if wanted and self.memory.plentiful(tokens) else []
+        fits = self._key(kind, longest) not in self.unfit and self.memory.plentiful(tokens_of(longest))
+        return [longest] if fits else []
 
     def _room_for_graphs(self, kind: str) -> int:
         return MOST_GRAPHS - sum(other[0] == kind for other in self.pairs)
