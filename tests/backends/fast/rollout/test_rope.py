@@ -68,8 +68,9 @@ def test_the_model_chooses_again_afterwards(kind: str) -> None:
     seen_long(other)
     before = {name: tensor.clone() for name, tensor in model.named_buffers()}
     engine.generate(prompts_of((7,)), sampling=SAMPLING)
-    with pytest.raises(IndexError):
-        engine.generate([[10_000]], sampling=SAMPLING)  # no such embedding
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(engine._decoder, "prefill", lambda prefixes: 1 / 0)
+        engine.generate([[3] * 3], sampling=SAMPLING)
     after = dict(model.named_buffers())
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     with torch.no_grad():
