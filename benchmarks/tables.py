@@ -238,8 +238,11 @@ def rl(report: Report) -> str:
 
 
 def rollout(report: Report) -> str:
-    """Tokens a second of the engine and of transformers' generate; the engine's decode step beside its bound."""
-    rows = []
+    """Tokens a second of the engine and of transformers' generate; the engine's decode step beside its bound.
+
+    What a release costs stands in rows that were measured since it is.
+    """
+    rows, released = [], any("after_release_s" in entry for entry in report["rows"])
     for entry in report["rows"]:
         ours = "step_ms" in entry
         rows.append([
@@ -247,8 +250,11 @@ def rollout(report: Report) -> str:
             f"{entry['bound_ms']:.2f} ({entry['of_bound']:.0%})" if ours else "-",
             f"{entry['log_prob_difference_mean']:.3f}" if ours else "-",
             f"{entry['cache_gib']:.2f}" if ours else "-", f"{entry['peak_gib']:.1f}" if ours else "-",
+            *([f"{entry['seconds']:.2f}", f"{entry['after_release_s']:.2f}", f"{entry['released_gib']:.2f}"]
+              if "after_release_s" in entry else ["-"] * 3 if released else []),
         ])  # fmt: skip
-    head = ["Llama 1B shape, bf16, LoRA", "tokens/s", "step ms", "bound ms", "log-probs apart", "cache GiB", "peak GiB"]
+    head = ["Llama 1B shape, bf16, LoRA", "tokens/s", "step ms", "bound ms", "log-probs apart", "cache GiB", "peak GiB",
+            *(["a call, s", "after a release, s", "released GiB"] if released else [])]
     return markdown(head, rows) + "\n" + source(
         report | {"versions": {"torch": report["torch"]}, "copy_bytes_per_s": report["ceilings"]["bytes_per_s"]})
 
@@ -256,22 +262,30 @@ def rollout(report: Report) -> str:
 def parity(report: Report) -> str:
     """Every difference between the backends beside what it is held against and its bound; what was not measured yet."""
     rows = [
+        [entry["part"], f"failed: {entry['failed']}", *["-"] * 6, held(entry)] if "failed" in entry else
         [entry["part"], entry["what"], str(entry["steps"]), str(entry["seeds"]), f"{entry['value']:.1e}",
-         "-" if entry["own"] is None else f"{entry['own']:.1e}", _times(entry), f"{entry['bound']:.1e}",
-         "yes" if entry["holds"] else "**no**"]
+         "-" if entry["own"] is None else f"{entry['own']:.1e}", _times(entry), f"{entry['bound']:.1e}", held(entry)]
         for entry in report["rows"]
     ]  # fmt: skip
     there = [entry["part"] for entry in report["rows"]]
-    for what in ("fp32", "two trl runs in fp32"):
-        if missing := [name for name in PARITY if not any(part.startswith(f"{name}, {what}") for part in there)]:
+    failed = [entry["part"] for entry in report["rows"] if "failed" in entry]
+    for what in ("fp32", "bf16", "two trl runs in fp32"):
+        if missing := [name for name in PARITY if name not in failed
+                       and not any(part.startswith(f"{name}, {what}") for part in there)]:
             rows.append([f"{', '.join(missing)}: {what}", "not measured yet", *["-"] * 7])
-    first, last = report["fell"]
     head = ["run", "what", "steps", "seeds", "fast", "held against", "times it", "bound", "holds"]
     apart = "; ".join(f"{name} {', '.join(f'{1e3 * one:.1f}' for one in found)}"
                       for name, found in report.get("apart", {}).items())
-    by_seed = f" Its rms distances from fp32 in thousandths, seed by seed: {apart}." if apart else ""
-    return markdown(head, rows) + (
-        f"\nThe learning run's loss fell from {first:.2f} to {last:.2f}.{by_seed} {source(report)}")
+    by_seed = f"Its rms distances from fp32 in thousandths, seed by seed: {apart}. " if apart else ""
+    fell = "The learning run's loss fell from {:.2f} to {:.2f}. ".format(*report["fell"]) if "fell" in report else ""
+    return markdown(head, rows) + f"\n{fell}{by_seed}{source(report)}"
+
+
+def held(entry: dict[str, Any]) -> str:
+    """Whether a bound holds; where the interval over seeds has the bound within it, that the seeds do not settle it."""
+    told = "yes" if entry["holds"] else "**no**"
+    low, high = entry.get("interval") or (None, None)
+    return told if low is None or not low < entry["bound"] / entry["own"] < high else f"{told}, not settled"
 
 
 def _times(entry: dict[str, Any]) -> str:
@@ -316,8 +330,8 @@ def learning(report: Report) -> str:
             "runs at once"]  # fmt: skip
     sources = [*dict.fromkeys(source(row) for row in report["rows"])]
     if short := [row["algorithm"] for row in report["rows"] if "changed" not in row]:
-        sources.insert(0, f"Runs of {', '.join(short)}: the recipes' own steps, whose rewards rise little. With the "
-                       "longer stages that `benchmarks.learning` has since, not measured yet.\n")
+        sources.insert(0, f"Runs of {', '.join(short)}: the recipes' own steps. With the longer stages that "
+                       "`benchmarks.learning` has since, not measured yet.\n")
     return markdown(head, rows) + "\n" + "\n".join(sources)
 
 
@@ -364,6 +378,11 @@ def sft_summary(*reports: Report) -> str:
     head = ["SFT step", "fast, tokens/s", "peak GiB", "best peer measured", "tokens/s", "peak GiB", "fast is"]
     cards_and_shape = f"{', '.join(sorted(cards))}; random weights; the Llama 1B shape where no other is named."
     return markdown(head, [*quick, *small]) + f"\n{cards_and_shape}\n"
+
+
+def rl_each(*reports: Report) -> str:
+    """The tables of several rows, each under its name."""
+    return "\n".join(f"{RL_ROWS[report['rows'][0]['row']]}:\n\n{rl(report)}" for report in reports)
 
 
 def rl_summary(*reports: Report) -> str:
@@ -419,12 +438,17 @@ SFT_ROWS = {"lora-1b": "LoRA, 4 x 2048", "lora-1b-ragged": "LoRA, 16 ragged rows
             "lora-1b-packed": "LoRA, ragged rows packed", "full-1b": "all weights, 4 x 2048",
             "qlora-8b": "QLoRA 8B, 2 x 2048", "lora-4b": "LoRA 4B, 4 x 2048", "lora-1b-16k": "LoRA, 1 x 16,384"}
 
-PARITY = ("sft", "grpo", "dapo", "rloo", "dr_grpo", "ppo", "dpo", "kto", "orpo")
+PARITY = ("sft", "sft-full", "sft-nf4", "grpo", "dapo", "rloo", "dr_grpo", "ppo", "dpo", "kto", "orpo")
 """What `benchmarks.parity` runs."""
 LEARNT = ("grpo", "ppo", "dapo", "rloo", "dr_grpo")
-RL_ROWS = {"dpo-1b": "DPO, 8 pairs", "grpo-1b": "GRPO, 64 completions of 256 tokens",
-           "ppo-1b": "PPO, 64 completions of 256 tokens", "dapo-1b": "DAPO, 64 completions of 256 tokens",
-           "grpo-4b": "GRPO 4B, 64 of up to 1,024"}
+RL_ROWS = {**{f"{name}-1b": f"{called}, 8 pairs" for name, called in (
+               ("dpo", "DPO"), ("ipo", "IPO"), ("kto", "KTO"), ("orpo", "ORPO"), ("simpo", "SimPO"), ("cpo", "CPO"),
+               ("reward", "reward model"))},
+           **{f"{name}-1b": f"{called}, 64 completions of 256 tokens" for name, called in (
+               ("grpo", "GRPO"), ("ppo", "PPO"), ("dapo", "DAPO"), ("rloo", "RLOO"), ("dr_grpo", "Dr. GRPO"))},
+           "grpo-4b": "GRPO 4B, 64 of up to 1,024"}  # fmt: skip
+RL_APART = ("dpo-1b", "grpo-1b", "ppo-1b", "dapo-1b", "grpo-4b")
+"""Rows with a section of their own; the others share one."""
 
 # name -> (files, separated by spaces, what makes the table of their reports)
 TABLES: dict[str, tuple[str, Callable[..., str]]] = {
@@ -445,7 +469,8 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "rollout": ("rollout.json", rollout),
     "shared-prompts": ("shared_prompts.json", shared_prompts),
     "parity": ("parity.json", parity),
-    **{f"rl-{name}": (f"rl/{name}.json", rl) for name in RL_ROWS},
+    **{f"rl-{name}": (f"rl/{name}.json", rl) for name in RL_APART},
+    "rl-others": (" ".join(f"rl/{name}.json" for name in RL_ROWS if name not in RL_APART), rl_each),
     "rl-grpo-1b-trl": ("rl/grpo-1b-trl.json", rl),
     "rl-summary": (" ".join(f"rl/{name}.json" for name in RL_ROWS), rl_summary),
     "learning": ("learning.json", learning),

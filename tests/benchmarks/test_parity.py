@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import parity, tables
+from benchmarks import bounds, jobs, parity, tables
 
 RESULTS = tables.RESULTS / "parity.json"
 
@@ -25,16 +27,16 @@ def trl() -> list[torch.Tensor]:
 def test_rounding_is_within_the_yardstick_and_a_drift_is_not(trl):
     other = [trl[0] + noise(1e-6, 1)]
     near, drifting = [trl[0] + noise(1e-6, 2)], [trl[0] + noise(1e-6, 2) + 5e-7]
-    assert parity.within_yardstick("x", trl, other, near)[0].holds
-    largest, mean = parity.within_yardstick("x", trl, other, drifting)
+    assert bounds.within_yardstick("x", trl, other, near)[0].holds
+    largest, mean = bounds.within_yardstick("x", trl, other, drifting)
     error = float((other[0] - trl[0]).pow(2).mean().sqrt()) / 10
     assert largest.holds and not mean.holds
     assert mean.bound == pytest.approx(2 * max(error, abs(float((other[0] - trl[0]).mean()))))
     centred = [other[0] - (other[0] - trl[0]).mean()]
-    assert parity.within_yardstick("x", trl, centred, near)[1].holds, "a mean of 0 by luck is no bound"
-    assert not parity.within_yardstick("x", trl, other, [trl[0] + noise(5e-6, 2)])[0].holds
-    assert not any(check.holds for check in parity.within_yardstick("x", trl, trl, trl)), "two runs that are one"
-    assert not parity.within_yardstick("x", trl, other, [trl[0] * float("nan")])[0].holds
+    assert bounds.within_yardstick("x", trl, centred, near)[1].holds, "a mean of 0 by luck is no bound"
+    assert not bounds.within_yardstick("x", trl, other, [trl[0] + noise(5e-6, 2)])[0].holds
+    assert not any(check.holds for check in bounds.within_yardstick("x", trl, trl, trl)), "two runs that are one"
+    assert not bounds.within_yardstick("x", trl, other, [trl[0] * float("nan")])[0].holds
 
 
 def test_the_last_bit_of_two_runs_is_no_bound():
@@ -43,76 +45,283 @@ def test_the_last_bit_of_two_runs_is_no_bound():
     other, near = [trl[0].clone()], [trl[0].clone()]
     other[0][3] += bit
     near[0][::4] += bit * torch.tensor([3.0, -3, 1, -1, 3, -2, -1, 0])
-    assert all(check.holds for check in parity.within_yardstick("x", trl, other, near))
+    assert all(check.holds for check in bounds.within_yardstick("x", trl, other, near))
     near[0][5] += 9 * bit
-    assert [check.holds for check in parity.within_yardstick("x", trl, other, near)] == [False, True]
-    assert [check.holds for check in parity.within_yardstick("x", trl, other, [trl[0] + bit])] == [True, False]
+    assert [check.holds for check in bounds.within_yardstick("x", trl, other, near)] == [False, True]
+    assert [check.holds for check in bounds.within_yardstick("x", trl, other, [trl[0] + bit])] == [True, False]
     # A loss of 5 is rounded to ten times that.
-    assert parity.within_yardstick("x", [10 * trl[0]], [10 * other[0]], [10 * trl[0]])[0].own == 2 * 5 * 2.0**-23
+    assert bounds.within_yardstick("x", [10 * trl[0]], [10 * other[0]], [10 * trl[0]])[0].own == 2 * 5 * 2.0**-23
 
 
 def test_one_step_is_relative(trl):
-    assert parity.first_loss("x", trl, [trl[0] * (1 + 9e-7)]).holds
-    assert not parity.first_loss("x", trl, [trl[0] * (1 - 2e-6)]).holds
+    assert bounds.first_loss("x", trl, [trl[0] * (1 + 9e-7)], bounds.FIRST).holds
+    assert not bounds.first_loss("x", trl, [trl[0] * (1 - 2e-6)], bounds.FIRST).holds
 
 
 def test_distances_are_pooled_over_steps_and_seeds():
     truth = [torch.zeros(4, dtype=torch.float64)] * 2
     found = [torch.tensor([3.0, 0, 0, 0]).double(), torch.tensor([0, 0, 0, 4.0]).double()]
-    check = parity.distance("x", truth, [one / 2 for one in found], found, 1.25)
+    check = bounds.distance("x", truth, [one / 2 for one in found], found, 1.25)
     assert check.value == pytest.approx((25 / 8) ** 0.5) and check.own == pytest.approx(check.value / 2)
-    assert not check.holds and parity.distance("x", truth, found, found, 1.25).holds
-    assert parity.distance("x", truth, found, found, 1.25, "against y").what == f"{check.what}, against y"
+    assert not check.holds and bounds.distance("x", truth, found, found, 1.25).holds
+    assert bounds.distance("x", truth, found, found, 1.25, "against y").what == f"{check.what}, against y"
 
 
 def test_a_ratio_s_interval_is_of_the_seeds():
-    even = parity.pooled("x", [1.0] * 8, [1.5] * 8, 1.5, steps=100, whose="against y")
-    assert even.interval == pytest.approx((1.5, 1.5)) and even.holds and even.what.endswith(", against y")
+    even = bounds.pooled("x", [1.0] * 8, [1.5] * 8, 1.5, steps=100, what="against y")
+    assert even.interval == pytest.approx((1.5, 1.5)) and even.holds and even.what == "against y"
     # Seeds of which some are far off for both: drawn together, they leave the ratio where it is.
     own = [1.0, 1.0, 1.0, 20.0]
-    assert parity.pooled("x", own, [2 * one for one in own], 1.5, steps=1, whose="").interval == pytest.approx((2, 2))
-    few, many = (parity.pooled("x", [1.0, 1.0] * n, [1.0, 2.0] * n, 1.5, steps=1, whose="") for n in (2, 32))
+    assert bounds.pooled("x", own, [2 * one for one in own], 1.5, steps=1).interval == pytest.approx((2, 2))
+    few, many = (bounds.pooled("x", [1.0, 1.0] * n, [1.0, 2.0] * n, 1.5, steps=1) for n in (2, 32))
     assert few.value == many.value == pytest.approx(2.5**0.5) and not few.holds
     for check in (few, many):
         low, high = check.interval
         assert 1 <= low < check.value < high <= 2
     assert few.interval[1] - few.interval[0] > 3 * (many.interval[1] - many.interval[0])
-    assert parity.pooled("x", [1.0], [1.0], 1.5, steps=1, whose="").interval is None
+    assert bounds.pooled("x", [1.0], [1.0], 1.5, steps=1).interval is None
 
 
-def test_an_online_method_s_runs_may_not_be_chaotic(monkeypatch, trl):
-    """Two trl runs 1e-6 apart beside 1e-3 of bf16; then 3e-4, within whose twice fast would hold."""
-    low = trl[0] + noise(1e-3, 3)
+def ran(*losses: torch.Tensor, layout: str = "", keys: tuple[str, ...] = ("loss",), gradient: Any = None) -> parity.Ran:
+    return parity.Ran(dict(zip(keys, losses, strict=True)), gradient or {}, layout)
 
-    def checks(size: float) -> list[parity.Check]:
-        found = [trl[0] + noise(size, 2), trl[0], trl[0] + noise(size, 1), low]
-        monkeypatch.setattr(parity, "_held_job", lambda job: found)
-        return parity.rl_checks("", steps=100, algorithms=["dr_grpo", "dpo"], say=lambda line: None)
 
-    quiet, chaotic = checks(1e-6), checks(3e-4)
-    assert [check.part for check in quiet] == [
-        *["dr_grpo, fp32, forced rollouts"] * 2, "dr_grpo, two trl runs in fp32", *["dpo, fp32"] * 2,
-        "dpo, two trl runs in fp32"]
-    assert all(check.holds for check in quiet)
-    assert [check.part for check in chaotic if not check.holds] == [
-        "dr_grpo, two trl runs in fp32", "dpo, two trl runs in fp32"]
-    assert quiet[2].bound == pytest.approx(0.1 * float((low - trl[0]).pow(2).mean().sqrt()))
+def made_up(plan: parity.Plan, part: str, loss_of: Any, apart: Any = None) -> tuple[list[bounds.Check], Any]:
+    """`judged` of runs whose losses are `loss_of(arm, seed)`, and of gradients that are `apart`."""
+    def later(job: parity.Job) -> Any:
+        return lambda: apart if job.still else [ran(*loss_of(name, job.seed)[:, :job.steps],
+                                                    keys=parity.JUDGED.get(part, ("loss",)), layout=f"of {name}",
+                                                    gradient={"w": torch.ones(9) + 0.1 * ("bf16" in name)})
+                                                for name in job.arms]
+
+    return parity.judged(part, {job: later(job) for job in plan.jobs(part)}, plan, lambda line: None)
+
+
+def apart(found: float, batches: int = 8) -> bounds.Apart:
+    return bounds.Apart([{"a": 0.01, "b": 0.02}] * batches, [{"a": 0.01, "b": found}] * batches)
+
+
+def losses(sizes: dict[str, float]) -> Any:
+    """Losses that are `sizes` apart from trl's in fp32; seeds and arms differ."""
+    true = 5 - torch.linspace(0, 1, 300, dtype=torch.float64)
+    return lambda name, seed: (true + noise(sizes.get(name, 0.0), sum(map(ord, name)) + 1000 * seed, 300))[None]
+
+
+QUIET = {"trl-eager": 1e-6, "fast": 1e-6, "trl-bf16": 1e-3, "fast-bf16": 1e-3, "fast-fp8": 1e-3}
+
+
+@pytest.mark.parametrize(("part", "forced"), [("dr_grpo", ", forced rollouts"), ("dpo", "")])
+def test_what_is_asked_of_a_method(part, forced):
+    """Each fails alone: fp32 beyond the yardstick, losses or gradients in bf16 beyond trl's, two chaotic runs."""
+    plan = parity.Plan("", 300, 3)
+
+    def fails(apart_=0.02, **sizes: float) -> list[str]:
+        checks, _ = made_up(plan, part, losses(QUIET | sizes), apart(apart_))
+        assert [check.part for check in checks] == [
+            *[f"{part}, fp32{forced}"] * 2, *[f"{part}, bf16{forced}"] * 2, f"{part}, two trl runs in fp32"]
+        assert [check.seeds for check in checks] == [3] * 5 and checks[0].steps == 50 and checks[3].steps == 8
+        return [f"{check.part}: {check.what}" for check in checks if not check.holds]
+
+    assert not fails()
+    assert fails(fast=1e-5)[0] == f"{part}, fp32{forced}: max |loss difference|"
+    assert fails(**{"fast-bf16": 4e-3}) == [f"{part}, bf16{forced}: rms of loss - fp32 loss"]
+    # Twice as far is what online methods' seeds differ by themselves.
+    assert bool(fails(**{"fast-bf16": 1.6e-3})) is (part == "dpo")
+    assert fails(0.026) == [f"{part}, bf16{forced}: gradient of b, mean of batches"]
+    assert fails(**{"trl-eager": 3e-4, "fast": 3e-4}) == [f"{part}, two trl runs in fp32: rms of loss - fp32 loss"]
+
+
+def test_ppo_is_judged_by_both_its_losses():
+    small = losses(QUIET)
+
+    def both(name: str, seed: int) -> torch.Tensor:
+        policy, value = small(name, seed), 20 * small(name, seed + 9)
+        return torch.cat([policy, value + (name == "fast") * 1e-3])
+
+    checks, _ = made_up(parity.Plan("", 50, 2), "ppo", both, apart(0.02))
+    whats = [check.what for check in checks]
+    assert whats[:4] == ["max |loss difference|, loss/policy_avg", "|mean signed difference|, loss/policy_avg",
+                         "max |loss difference|, loss/value_avg", "|mean signed difference|, loss/value_avg"]
+    assert [what.rpartition(", ")[2] for what in whats[4:6]] == [what.rpartition(", ")[2] for what in whats[7:]] == [
+        "loss/policy_avg", "loss/value_avg"]
+    assert {what for what, check in zip(whats, checks, strict=True) if not check.holds} == set(whats[2:4])
+
+
+def test_sft_s_parts(monkeypatch):
+    """All have a first loss, yardsticks and gradients; the first alone has runs that learn, and fp8."""
+    plan = parity.Plan("", 300, 2, 3)
+    for part in parity.SFT:
+        checks, more = made_up(plan, part, losses(QUIET))
+        told = [(check.part.removeprefix(f"{part}, "), check.what, check.steps, check.seeds) for check in checks]
+        assert told[:5] == [("fp32", "loss of one step, relative", 1, 2), ("fp32", "max |loss difference|", 100, 2),
+                            ("fp32", "|mean signed difference|", 100, 2), ("bf16", bounds.LOSS, 100, 2),
+                            ("bf16", "first-step gradient of w", 1, 2)]
+        assert more["layouts"]["fast-bf16"] == "of fast-bf16"
+        if part == "sft":
+            assert [one[0] for one in told[5:]] == ["bf16", "fp8 base", "fp8 base", "two trl runs in fp32"]
+            assert {one[2:] for one in told[5:8]} == {(300, 3)} and told[8][2:] == (300, 1)
+            assert len(more["losses"]["fast-fp8"]) == 3 and len(more["losses"]["fast"]) == 2
+        else:
+            assert told[5:] == [("two trl runs in fp32", bounds.LOSS, 100, 2)] and set(more) == {"layouts"}
+    options = {part: plan.jobs(part)[0].options for part in parity.SFT}
+    assert options["sft-full"]["use_peft"] is False and options["sft-nf4"] == {"quantization": "nf4"}
+
+
+def test_all_seeds_have_the_same_arms_and_what_shares_rollouts_is_one_job():
+    plan = parity.Plan("", 300, 2, 3)
+    for part in parity.PARTS:
+        found = [(name, job.seed, job.steps) for job in plan.jobs(part) if not job.still for name in job.arms]
+        assert len(set(found)) == len(found)
+        short = {(name, seed) for name, seed, _ in found if seed <= 2}
+        assert {(name, seed) for name in parity.HELD for seed in (1, 2)} <= short
+        assert [job.seed for job in plan.jobs(part) if job.still] == ([] if part in parity.SFT else [1, 2])
+        assert all(len(job.arms) == (5 if part in parity.ONLINE else 1) for job in plan.jobs(part) if not job.still)
+    still = [job.arms for part in ("grpo", "dpo") for job in plan.jobs(part) if job.still]
+    assert still[0][0] == "fast" and set(still[-1]) == {"trl", "trl-bf16", "fast-bf16"}
+
+
+def test_the_gradients_of_batches_are_a_mean_that_one_batch_does_not_decide():
+    one = apart(0.022)
+    check = bounds.gradient_over_batches("x", [one, one])
+    assert "of b" in check.what and check.value == pytest.approx(0.022) and check.own == pytest.approx(0.02)
+    assert check.bound == pytest.approx(0.025) and check.holds and (check.steps, check.seeds) == (8, 2)
+    assert check.interval == pytest.approx((1.1, 1.1))
+    odd = bounds.Apart(one.own, [{"a": 0.01, "b": 0.6}, *one.found[1:]])
+    moved = bounds.gradient_over_batches("x", [one, odd])
+    assert moved.value / moved.own == pytest.approx(1.1 * (0.6 / 0.022) ** (1 / 16)) and moved.interval[0] < 1.25
+    found = bounds.Apart.of([{"w": torch.ones(4)}] * 2, [{"w": torch.ones(4) * 1.1}] * 2,
+                            [{"w": torch.ones(4) * 0.8}, {"w": torch.ones(4)}])
+    assert [batch["w"] for batch in (*found.own, *found.found)] == pytest.approx([0.1, 0.1, 0.2, 0.0], abs=1e-6)
+
+
+def sized(size: float, **more: Any) -> parity.Job:
+    return parity.Job("dpo", ("trl",), 1, int(size), "", None, more)
+
+
+class Pool:
+    """An executor that runs what it is given at once, and keeps the order."""
+
+    def __init__(self) -> None:
+        self.begun: list[int] = []
+
+    def submit(self, work: Any, function: Any, job: parity.Job) -> Future:
+        self.begun.append(job.steps)
+        future: Future = Future()
+        future.set_result(work(function, job))
+        return future
+
+
+def fail_at_two(job: parity.Job) -> list[int]:
+    if job.steps == 2:
+        raise RuntimeError("the card is full\nat length")
+    return [job.steps]
+
+
+def test_a_pool_begins_with_the_longest_and_a_failure_is_its_job_s_alone(capsys):
+    pool, given = Pool(), [sized(1), sized(2), sized(3)]
+    found = jobs.begun(fail_at_two, given, pool)  # type: ignore[arg-type]
+    assert pool.begun == [3, 2, 1]
+    assert [found[job]() for job in (given[0], given[2])] == [[1], [3]]
+    with pytest.raises(jobs.JobFailedError, match="^trl, seed 1: RuntimeError: the card is full$"):
+        found[given[1]]()
+    assert "fail_at_two" in capsys.readouterr().err, "where it failed is printed"
+    # Without a pool nothing runs before it is asked for.
+    with pytest.raises(RuntimeError, match="full"):
+        jobs.begun(fail_at_two, given, None)[given[1]]()
+    with pytest.raises(KeyboardInterrupt), jobs.Attempt():
+        raise KeyboardInterrupt
+
+
+def test_a_part_that_fails_is_a_row_and_the_others_are_written(monkeypatch, tmp_path, capsys):
+    def done(job: parity.Job) -> Any:
+        if job.part == "kto" and "trl-eager" in job.arms:
+            raise MemoryError("no room")
+        sizes = losses(QUIET)
+        return apart(0.02) if job.still else [ran(sizes(name, job.seed)[0, :job.steps]) for name in job.arms]
+
+    monkeypatch.setattr(parity, "done", done)
+    monkeypatch.setattr(parity, "write_model", str)
+    path = tmp_path / "found.json"
+    assert parity.main(["--parts", "kto,dpo", "--json", str(path), "--device", "cpu", "--commit", "c" * 40]) == 1
+    report = json.loads(path.read_text())
+    assert report["rows"][-1] == {"part": "kto", "failed": "MemoryError: no room", "holds": False}
+    assert len(report["rows"]) == 6 and all(row["holds"] for row in report["rows"][:5])
+    table = tables.parity(report)
+    assert "| kto | failed: MemoryError: no room | - | - | - | - | - | - | **no** |" in table
+    assert "kto" not in next(line for line in table.splitlines() if ": bf16 | not measured" in line)
+    assert "fell" not in table, "the runs that learn were not asked for"
+    assert "kto: failed: MemoryError: no room" in capsys.readouterr().out
+    assert parity.main(["--parts", "dpo", "--device", "cpu"]) == 0
+
+
+def test_a_device_without_nf4_says_so_and_leaves_the_part_out(monkeypatch, capsys):
+    asked: list[str] = []
+    monkeypatch.setattr(parity, "write_model", str)
+    monkeypatch.setattr(parity, "judged", lambda part, *_: asked.append(part) or ([], {"layouts": {}}))
+    assert parity.no_nf4_because("cpu") is None
+    monkeypatch.setattr(parity, "no_nf4_because", lambda device: "ImportError: no bitsandbytes")
+    parity.main(["--device", "cpu"])
+    assert asked == [part for part in parity.PARTS if part != "sft-nf4"]
+    assert "sft-nf4 is left out: ImportError: no bitsandbytes" in capsys.readouterr().out
+    asked.clear()
+    parity.main(["--device", "cpu", "--parts", "sft-nf4"])
+    assert asked == ["sft-nf4"], "asked for by name it is tried"
+
+
+def test_why_nf4_cannot_be_made(monkeypatch):
+    import bitsandbytes.functional
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no kernel\nfor this")
+
+    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", refuse)
+    assert parity.no_nf4_because("cpu") == "RuntimeError: no kernel"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return parity.write_model(tmp_path_factory.mktemp("model") / "model")
+
+
+def test_fp32_on_nf4_is_fp32_in_its_adapters(source):
+    toy = {"batch_size": 2, "max_seq_length": 32, "max_samples": 4, "device": "cpu", "quantization": "nf4"}
+    for name, dtype in (("trl", torch.float32), ("trl-bf16", torch.bfloat16)):
+        _, (gradient,), run = parity.sft(parity.ARMS[name], source, "builtin:pydoc", steps=1, **toy)
+        assert {p.dtype for p in run.model.parameters() if p.requires_grad} == {dtype}
+        assert len(gradient) == 42 and any("Linear4bit" in type(module).__name__ for module in run.model.modules())
+
+
+def test_ppo_s_gradients_are_the_policy_s_and_the_value_head_s(source, monkeypatch):
+    """The head is drawn: from one of 0 no gradient of a value reaches the policy."""
+    heads = []
+    started = parity.FirstGradients.on_pre_optimizer_step
+
+    def read(self: Any, *args: Any, **kwargs: Any) -> None:
+        heads.append([float(p.detach().norm()) for p in self.critic.parameters()])
+        started(self, *args, **kwargs)
+
+    monkeypatch.setattr(parity.FirstGradients, "on_pre_optimizer_step", read)
+    ((gradients, run),) = parity.forced("ppo", source, parity.PROMPTS[:8], [parity.ARMS["trl"]], steps=1, kept=1,
+                                        max_completion_length=4, device="cpu")
+    assert 0.2 < heads[0][0] < 0.5 and heads[0][1] > 0, "256 numbers of N(0, 0.02), and one"
+    assert gradients[0]["critic"].shape == (257,) and len(gradients[0]) == 43
+    assert all(len(parity.losses_of(run, key)) == 1 for key in parity.JUDGED["ppo"])
 
 
 def test_the_worst_parameter_is_named():
     true = {"a": torch.ones(10_000).double(), "b": torch.ones(10_000).double()}
     own = {"a": true["a"] * 1.01, "b": true["b"] * 1.02}
     found = {"a": true["a"] * 1.013, "b": true["b"] * 1.02}
-    first, second = parity.gradients_apart("x", [true], [own], [found])
+    first, second = bounds.gradients_apart("x", [true], [own], [found])
     assert "of a" in first.what and not first.holds and second.holds
     assert first.value == pytest.approx(0.013) and first.own == pytest.approx(0.01)
     assert first.bound == pytest.approx(1.25 * 0.01 * 1.03), "three standard deviations of a ratio over 10,000 numbers"
     with pytest.raises(AssertionError, match="gradient of a is 0"):
-        parity.gradient_distances([true | {"a": torch.zeros(10_000)}], [found])
+        bounds.gradient_distances([true | {"a": torch.zeros(10_000)}], [found])
 
 
 def test_the_table_shows_what_does_not_hold():
-    checks = [parity.Check("sft", "x", 1e-3, 1e-3, 2e-3, 100, 2), parity.Check("sft", "y", 3e-6, None, 1e-6, 1, 2)]
+    checks = [bounds.Check("sft", "x", 1e-3, 1e-3, 2e-3, 100, 2), bounds.Check("sft", "y", 3e-6, None, 1e-6, 1, 2)]
     report = {"rows": [{**asdict(check), "holds": check.holds} for check in checks], "fell": [6.0, 5.0],
               "device": "card", "versions": {}, "commit": "c" * 40, "command": "x"}  # fmt: skip
     lines = tables.parity(report).splitlines()
@@ -120,10 +329,16 @@ def test_the_table_shows_what_does_not_hold():
     assert lines[3].endswith("| - | - | 1.0e-06 | **no** |")
     assert "fell from 6.00 to 5.00" in lines[-1]
     report["rows"][0]["interval"] = [0.8, 1.4]
-    assert "| 1.00 [0.80, 1.40] |" in tables.parity(report)
+    assert "| 1.00 [0.80, 1.40] | 2.0e-03 | yes |" in tables.parity(report)
+    report["rows"][0]["interval"] = [0.8, 2.4]
+    assert "| 1.00 [0.80, 2.40] | 2.0e-03 | yes, not settled |" in tables.parity(report)
+    report["rows"][0] |= {"value": 2.2e-3, "holds": False}
+    assert "| 2.20 [0.80, 2.40] | 2.0e-03 | **no**, not settled |" in tables.parity(report)
+    report["rows"][0]["interval"] = [2.1, 2.4]
+    assert "| 2.20 [2.10, 2.40] | 2.0e-03 | **no** |" in tables.parity(report)
     # What this run has no row of is said to be missing.
     names = ", ".join(parity.PARTS)
-    for what in ("fp32", "two trl runs in fp32"):
+    for what in ("fp32", "bf16", "two trl runs in fp32"):
         assert f"| {names}: {what} | not measured yet |" in tables.parity(report)
     report["rows"][0]["part"] = "sft, fp32"
     assert f"| {names.removeprefix('sft, ')}: fp32 | not measured yet |" in tables.parity(report)
@@ -139,6 +354,7 @@ def test_the_committed_figures_hold():
     assert all(row["holds"] is (row["value"] <= row["bound"]) for row in rows)
     # Of an e4m3 base the table says what is beyond its bound; of all else nothing may be.
     assert all(row["holds"] for row in rows if "fp8" not in row["part"])
+    assert all(set(row) >= {"value", "bound"} for row in rows), "none failed"
     assert {"sft", "grpo", "ppo"} <= {row["part"].partition(",")[0] for row in rows} <= set(parity.PARTS)
     assert {row["steps"] for row in rows if "fp8" in row["part"]} == {300}
     assert min(row["steps"] for row in rows if "max |loss" in row["what"] and "sft" in row["part"]) >= 100
@@ -146,8 +362,8 @@ def test_the_committed_figures_hold():
     assert report["fell"][0] - report["fell"][1] > 0.3, "nothing was learnt"
     assert {len(run) for run in report["losses"]["fast-fp8"]} == {300}
     for row, backend in zip((row for row in rows if "fp8" in row["part"]), ("trl", "fast"), strict=True):
-        found = parity.pooled(row["part"], report["apart"][f"{backend}-bf16"], report["apart"]["fast-fp8"], parity.FP8,
-                              steps=300, whose=f"against bf16 on {backend}")
+        found = bounds.pooled(row["part"], report["apart"][f"{backend}-bf16"], report["apart"]["fast-fp8"], bounds.FP8,
+                              steps=300, what=f"{bounds.LOSS}, against bf16 on {backend}")
         assert (row["what"], row["holds"]) == (found.what, found.holds)
         assert [row["value"], row["bound"], *row["interval"]] == pytest.approx([
             found.value, found.bound, *found.interval], rel=1e-9)
@@ -163,13 +379,13 @@ def test_an_array_of_numbers_is_one_line():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["sft", "grpo,ppo", "dpo"])
+@pytest.mark.parametrize("part", ["sft", "grpo,ppo", "dpo", "sft-full,sft-nf4"])
 def test_toy_runs_end_to_end(part, tmp_path):
     """Three steps judge nothing, and their bounds are not asserted: the command runs, and one step is one step."""
     path = tmp_path / "parity.json"
     parity.main(["--device", "cpu", "--steps", "3", "--seeds", "1", "--learn-seeds", "1", "--parts", part,
                  "--json", str(path)])
     rows = json.loads(path.read_text())["rows"]
-    assert len(rows) == {"sft": 9, "grpo,ppo": 6, "dpo": 3}[part] and all(row["value"] >= 0 for row in rows)
-    if part == "sft":
-        assert rows[0]["holds"], rows[0]
+    count = {"sft": 9, "grpo,ppo": 5 + 9, "dpo": 5, "sft-full,sft-nf4": 2 * 6}[part]
+    assert len(rows) == count and all(row["value"] >= 0 for row in rows)
+    assert all(row["holds"] for row in rows if "one step" in row["what"])

@@ -27,6 +27,14 @@ def test_every_table_stands_in_a_page():
     assert found == set(tables.TABLES)
 
 
+def test_rows_that_share_a_section_are_told_apart():
+    report = json.loads((tables.RESULTS / "rl" / "dpo-1b.json").read_text())
+    other = report | {"rows": [entry | {"row": "kto-1b"} for entry in report["rows"]]}
+    lines = tables.rl_each(report, other).splitlines()
+    assert [line for line in lines if line.endswith(":")] == ["DPO, 8 pairs:", "KTO, 8 pairs:"]
+    assert sum(line.startswith("| arm |") for line in lines) == 2 == sum("`python -m" in line for line in lines)
+
+
 @pytest.mark.parametrize("name", [name for name in tables.RECIPES if name != "gspo"])
 def test_an_algorithm_s_page_has_its_speed_or_that_it_has_none(name):
     page = (tables.ROOT / "docs" / "algorithms" / f"{name}.md").read_text()
