@@ -260,6 +260,8 @@ class GraphedModel:
         """Capture the batch; False where memory ran out: then nothing is captured any more, and this never again."""
         started, key = time.perf_counter(), self._key(kind, batch)
         self._make_room(tokens_of(batch))
+        if key not in self.launched:  # the longest: with more room, or before layers were planned
+            self._warmed.discard(torch.is_grad_enabled())
         with contextlib.suppress(torch.OutOfMemoryError):  # behind it, what the pass had kept by then is let go of
             self.pairs[key] = self._capture(batch)
             self.captures += 1
@@ -341,7 +343,7 @@ class GraphedModel:
         torch.cuda.empty_cache()
 
     def _capture(self, batch: Batch) -> _Pair:
-        """Of a shape that was launched before: its kernels are there."""
+        """Of a shape whose kernels are there: it was launched before, or is run once outside of the capture."""
         inputs = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
         if torch.is_grad_enabled() not in self._warmed:
             self._warm(inputs)
@@ -360,7 +362,7 @@ class GraphedModel:
         return pair
 
     def _warm(self, inputs: Batch) -> None:
-        """Run once outside of a capture: the side stream's workspaces are there, the backward's too."""
+        """Run once outside of a capture: kernels are loaded, the side stream's workspaces made, the backward's too."""
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side):
             warm = named_outputs(self.model(**inputs, fused_lm_head=True))["log_probs"]

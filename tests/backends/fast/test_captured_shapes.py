@@ -53,10 +53,13 @@ def graphed(monkeypatch: pytest.MonkeyPatch) -> Any:
     found: Any = GraphedModel.__new__(GraphedModel)
     found.pairs, found.launched, found.filled, found.unfit = {}, set(), {}, set()
     found.captures, found.capture_seconds, found._largest, found.log = 0, 0.0, 0, []
-    found.memory = Memory()
+    found.memory, found._warmed, found.cold = Memory(), {True, False}, []
 
     def capture(inputs: Any) -> _Pair:
         found.log.append(tokens_of(inputs))
+        if torch.is_grad_enabled() not in found._warmed:
+            found.cold.append(tokens_of(inputs))
+        found._warmed.add(torch.is_grad_enabled())
         return _Pair({name: value.clone() if isinstance(value, torch.Tensor) else value
                       for name, value in inputs.items()}, {}, None, None)  # type: ignore[arg-type]
 
@@ -316,6 +319,17 @@ def test_a_batch_that_is_the_longest_itself_is_captured_once(graphed: Any) -> No
     assert launched(graphed, batch(flat, 900, 800, 600)) == 2304
     graphed.memory.scarce = False
     assert replayed(graphed, batch(flat, 900, 800, 600)) == 2304 and graphed.log == [2304]
+
+
+def test_what_was_never_launched_is_run_before_its_capture(graphed: Any) -> None:
+    """The longest, where it gets room that it did not have when it was launched: kernels cannot be loaded meanwhile."""
+    flat = RowsEndToEnd(pad_token_id=0)
+    graphed.memory.scarce = True
+    assert launched(graphed, batch(flat, 900, 800, 600)) == 2304
+    graphed.memory.scarce = False
+    for _ in range(2):
+        graphed._pair("trained", batch(flat, 300, 200, 90))
+    assert graphed.log == [3072, 768] and graphed.cold == [3072]
 
 
 @pytest.mark.parametrize("why", ["scarce", "graphs", "without gradients", "of its own"])
