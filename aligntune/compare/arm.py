@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from aligntune.core.garbage import uncollected
-from aligntune.errors import AlignTuneError, ConfigError, GpuMemoryError
+from aligntune.errors import AlignTuneError, ComparisonError, ConfigError, GpuMemoryError
 
 _TRACED = 4  # within the warm-up, after compilation; fast attests this one, and the next is traced
 RESULT, GRADIENTS, PROBE = "arm.json", "gradients.safetensors", "probe.safetensors"
+SPEC, LOG, GO = "spec.json", "log.txt", "go"
+"""What an arm is told, what it says, and the file that one which waits is waiting for."""
 
 
 @dataclass
@@ -48,6 +50,7 @@ class ArmSpec:
         hypotheses: the first step's loss under likely mistakes (the oracle's task).
         fill: train on rows of exactly max_seq_length random tokens.
         draw_adapters: start LoRA from `peers.draw_adapters`: an arm of the comparison makes its own.
+        waits: after its imports, wait for the file `GO` in the folder.
     """
 
     label: str
@@ -66,6 +69,7 @@ class ArmSpec:
     hypotheses: bool = False
     fill: bool = False
     draw_adapters: bool = False
+    waits: bool = False
 
 
 def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
@@ -85,6 +89,10 @@ def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
 
     laps.end("imports")
     folder = Path(spec.folder)
+    if spec.waits:
+        wait_for(folder / GO)
+        laps.end("waited")
+        spec.started += laps.seconds["waited"]  # whose cold start that is no part of
     set_seed(spec.seed)
     trainer = peers.build(spec, package)
     inner = trainer.trainer
@@ -123,6 +131,19 @@ def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
              **_told(spec, trainer, recorder), **extra}
     laps.end("rest")
     return {**found, "laps": laps.seconds}
+
+
+def wait_for(path: Path) -> None:
+    """Return once the file is there; whoever started this process and is gone will not make it.
+
+    Raises:
+        ComparisonError: this process's parent has ended.
+    """
+    parent = os.getppid()
+    while not path.exists():
+        if os.getppid() != parent:
+            raise ComparisonError("the process that started this arm has ended")
+        time.sleep(0.01)
 
 
 def _told(spec: ArmSpec, trainer: Any, recorder: Any) -> dict[str, Any]:
@@ -275,7 +296,7 @@ def write_spec(spec: ArmSpec) -> Path:
     """The spec as a file in its folder."""
     folder = Path(spec.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "spec.json"
+    path = folder / SPEC
     path.write_text(json.dumps(asdict(spec), indent=1), encoding="utf-8")
     return path
 

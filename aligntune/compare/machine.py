@@ -148,8 +148,19 @@ def _asked(tool: str, device: list[str], query: str) -> list[str] | None:
 
 
 def _compute_apps(tool: str, device: list[str]) -> tuple[list[str], float]:
-    """Who else computes on the card, and the MiB that this process itself holds there: asking torch for a card's name
-    can leave a context on it."""
+    """Who else computes on the card, and the MiB that this process and those it started hold there: asking torch for a
+    card's name can leave a context on it, and so can the imports of an arm that waits."""
     lines = _asked(tool, device, "--query-compute-apps=pid,process_name,used_memory") or []
-    own = [line for line in lines if line.partition(",")[0].strip() == str(os.getpid())]
+    own = [line for line in lines if _ours(line.partition(",")[0].strip())]
     return [line for line in lines if line not in own], sum(_number(line.rpartition(",")[2]) or 0.0 for line in own)
+
+
+def _ours(pid: str) -> bool:
+    """Whether a process is this one, or one that this one started."""
+    if pid == str(os.getpid()):
+        return True
+    try:
+        status = Path("/proc", pid, "stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[1] == str(os.getpid())  # "pid (its name) state parent ..."

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aligntune.compare.arm import RESULT, ArmSpec, outcome, write_spec
+from aligntune.compare.arm import GO, LOG, RESULT, ArmSpec, outcome, write_spec
 from aligntune.compare.machine import Watch, card
 from aligntune.compare.peers import PEERS
 from aligntune.compare.settings import Arm, Settings
@@ -111,43 +111,65 @@ def _put(options: dict[str, Any], name: str, value: Any) -> None:
     options[name] = value
 
 
-def in_a_fresh_process(spec: ArmSpec, arm: Arm, *, limit: float | None = None) -> dict[str, Any]:
-    """Start the arm's interpreter, watch the card, and read what the arm wrote.
+def in_a_fresh_process(spec: ArmSpec, arm: Arm, *, limit: float | None = None,
+                       process: subprocess.Popen[bytes] | None = None) -> dict[str, Any]:
+    """Run the arm in its interpreter, watch the card, and read what the arm wrote.
 
     Args:
         limit: seconds after which it is ended.
+        process: the arm's, from `start`; by default one is started now.
 
     Raises:
         ComparisonError: the process died without a result, or was not done in time; names its log.
+        ConfigError: its interpreter cannot be started.
+    """
+    folder = Path(spec.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    log, result, watch = folder / LOG, folder / RESULT, Watch(folder)
+    watch.start()
+    lines: list[str] = []
+    try:
+        process = process or start(spec, arm)
+        (folder / GO).touch()
+        code = process.wait(limit)
+    except subprocess.TimeoutExpired as error:
+        raise ComparisonError(f"arm {spec.label!r} was not done after {limit:g} s; {log}") from error
+    finally:
+        if process is not None:
+            end(process)
+        lines = watch.stop()
+    if not result.is_file():
+        tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:]
+        raise ComparisonError(f"arm {spec.label!r} ended with exit code {code} and no result; {log}:\n  "
+                              + "\n  ".join(tail))
+    found = json.loads(result.read_text(encoding="utf-8"))
+    return {**found, "machine": watch.summary(lines, found.get("train_window"))}
+
+
+def start(spec: ArmSpec, arm: Arm) -> subprocess.Popen[bytes]:
+    """The arm's process; with `spec.waits` it imports its packages, and trains once `in_a_fresh_process` has it.
+
+    Raises:
+        ConfigError: its interpreter cannot be started.
     """
     spec.started = time.time()
     path = write_spec(spec)
     folder = path.parent
-    log = folder / "log.txt"
-    watch = Watch(folder)
-    watch.start()
-    lines: list[str] = []
+    for name in (GO, RESULT):
+        (folder / name).unlink(missing_ok=True)
     try:
-        with log.open("wb") as file:
-            spec.started = time.time()
-            write_spec(spec)
-            done = subprocess.run(
-                [interpreter(arm), "-m", "aligntune.compare.arm", str(path)], stdout=file,
-                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment(arm, folder), check=False,
-                timeout=limit)
-    except subprocess.TimeoutExpired as error:
-        raise ComparisonError(f"arm {spec.label!r} was not done after {limit:g} s; {log}") from error
+        with (folder / LOG).open("wb") as file:
+            return subprocess.Popen(
+                [interpreter(arm), "-m", "aligntune.compare.arm", str(path)], stdout=file, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, env=environment(arm, folder))
     except OSError as error:
         raise ConfigError(f"arm {spec.label!r}: {arm.python!r} cannot be started: {error}") from error
-    finally:
-        lines = watch.stop()
-    result = folder / RESULT
-    if not result.is_file():
-        tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:]
-        raise ComparisonError(f"arm {spec.label!r} ended with exit code {done.returncode} and no result; {log}:\n  "
-                              + "\n  ".join(tail))
-    found = json.loads(result.read_text(encoding="utf-8"))
-    return {**found, "machine": watch.summary(lines, found.get("train_window"))}
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process, if it has not ended."""
+    process.kill()
+    process.wait()
 
 
 def in_this_process(spec: ArmSpec, arm: Arm) -> dict[str, Any]:

@@ -20,12 +20,12 @@ up to 1,024 tokens of uneven lengths, 8 micro-steps of 8 completions a step.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,10 +37,10 @@ from aligntune.compare.parity import losses
 from aligntune.compare.protocol import Run, in_a_fresh_process, spec_of
 from aligntune.compare.settings import Arm, Settings
 from aligntune.compare.stats import throughput_ratio
-from aligntune.errors import AlignTuneError
+from benchmarks.ahead import Ahead, Job
 from benchmarks.ops.__main__ import commit
 from benchmarks.rl.workloads import WHY_NOT, WORKLOADS, Workload, recipe, write_policy, write_rows
-from benchmarks.sft.__main__ import PLAIN, RECOMPUTE, Runner, missing
+from benchmarks.sft.__main__ import PLAIN, RECOMPUTE, Runner, missing, run_arms
 from benchmarks.sft.workloads import versions_of
 
 CONTINUOUS = {"trainer_options": {"use_transformers_continuous_batching": True}}
@@ -80,36 +80,15 @@ def spec_for(workload: Workload, arm: Arm, repeat: int, *, model: Path, rows: Pa
     return replace(spec, probe=False, draw_adapters=True, gradient_steps=[], role=role)
 
 
-def run_arms(workload: Workload, arms: Sequence[Arm], *, repeats: int, runner: Runner,
-             keep: Callable[[dict[str, Any]], None] = lambda found: None, **where: Any
-             ) -> dict[str, list[dict[str, Any]] | str]:
-    """Results of each arm's runs by its label, or why there are none; A B C, C B A, ...
+def jobs_of(workload: Workload, arms: Sequence[Arm], *, repeats: int, **where: Any) -> list[Job]:
+    """What is run, in order: A B C, C B A, ...; arms that have nothing to measure are left out."""
+    return [(spec_for(workload, arm, repeat, **where), arm) for repeat in range(repeats)
+            for arm in (arms if repeat % 2 == 0 else list(reversed(arms))) if unfit(workload, arm) is None]
 
-    Args:
-        keep: called with what there is after every run: a command that is cut loses the run at hand only.
-    """
-    found: dict[str, Any] = {arm.label: unfit(workload, arm) or [] for arm in arms}
-    for repeat in range(repeats):
-        for arm in (arms if repeat % 2 == 0 else list(reversed(arms))):
-            if isinstance(found[arm.label], str):
-                continue
-            spec = spec_for(workload, arm, repeat, **where)
-            begun, laps = time.monotonic(), ""
-            try:
-                result = runner(spec, arm)
-            except AlignTuneError as error:
-                found[arm.label] = f"failed: {str(error).splitlines()[-1].strip()[:300]}"
-            else:
-                laps = ", ".join(f"{part} {seconds:.1f}" for part, seconds in result.get("laps", {}).items())
-                if result["status"] == "ok":
-                    found[arm.label].append(result | {"log": logged(Path(spec.folder) / "run" / "metrics.jsonl")})
-                else:
-                    found[arm.label] = f"failed: {result['kind']}: {result['message']}"[:300]
-            said = found[arm.label] if isinstance(found[arm.label], str) else "ok"
-            print(f"  {arm.label} {repeat + 1}: {said} in {time.monotonic() - begun:.1f} s"
-                  + (f" ({laps})" if laps else ""), flush=True)
-            keep(found)
-    return found
+
+def with_log(spec: ArmSpec, result: dict[str, Any]) -> dict[str, Any]:
+    """A run's result, with what it logged."""
+    return result | {"log": logged(Path(spec.folder) / "run" / "metrics.jsonl")}
 
 
 def logged(path: Path) -> list[dict[str, Any]]:
@@ -223,11 +202,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help=f"of {', '.join(WORKLOADS)}; all but those of smoke by default")
     parser.add_argument("--arms", default=",".join(arm for arm in ARMS if arm not in ASIDE),
                         help=f"of {', '.join(ARMS)}; the first is the reference; all but {', '.join(ASIDE)}")
-    parser.add_argument("--json", type=Path, help="write versions, card, commit, command, ceilings and rows here")
+    parser.add_argument("--json", type=Path, help="write versions, card, commit, command, ceilings and rows here; a "
+                        "folder that is there gets a file a row")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each arm; with 1 no noise is measured")
     parser.add_argument("--site-unsloth", type=Path)
     parser.add_argument("--commit", help="the commit, where this tree is not a checkout")
     parser.add_argument("--limit", type=float, help="seconds a run may take; by default what the row says")
+    parser.add_argument("--ahead", action="store_true", help="the next arm imports its packages while one trains; "
+                        "takes a core more")
     parser.add_argument("--keep", type=Path, help="leave specs, logs and results of the runs here")
     args = parser.parse_args(argv)
     args.rows = args.rows or [name for name in WORKLOADS if not name.startswith("smoke")]
@@ -253,21 +235,25 @@ def of_row(name: str, arms: Sequence[Arm], folder: Path, args: argparse.Namespac
 
     workload = WORKLOADS[name]
     model, rows = folder / f"{workload.model}-{workload.stops}", folder / f"{name}.jsonl"
-    if not model.exists():
+    limit = args.limit or workload.limit
+    here = [arm for arm in arms if unfit(workload, arm) is None]
+    jobs = jobs_of(workload, arms, model=model, rows=rows, folder=(args.keep or folder) / name,
+                   precision="bf16" if gpu else "fp32", repeats=args.repeats)
+    if isinstance(runner, Ahead):
+        runner.limit = limit
+        runner.plan(jobs)
+    if not (model / "config.json").exists():
         write_policy(workload, model, load_tokenizer("builtin:tiny"), device="cuda" if gpu else "cpu")
         if gpu:
             import torch
 
             torch.cuda.empty_cache()  # while arms are measured, this process holds nothing but a context
     write_rows(workload, rows)
-    limit = args.limit or workload.limit
-    here = [arm for arm in arms if unfit(workload, arm) is None]
     print(f"{name}: {workload}\n  at most {len(here) * args.repeats * limit:.0f} s: {len(here)} arms x {args.repeats} "
           f"runs x {limit:g} s", flush=True)
-    found = run_arms(workload, arms, model=model, rows=rows, folder=(args.keep or folder) / name,
-                     precision="bf16" if gpu else "fp32", repeats=args.repeats,
-                     keep=lambda now: keep(entries_of(name, arms, now)),
-                     runner=runner or functools.partial(in_a_fresh_process, limit=limit))
+    found = run_arms(jobs, {arm.label: unfit(workload, arm) or [] for arm in arms},
+                     runner or functools.partial(in_a_fresh_process, limit=limit), read=with_log,
+                     keep=lambda now: keep(entries_of(name, arms, now)))
     entries = entries_of(name, arms, found)
     for one in entries:
         print(line(one), flush=True)
@@ -301,14 +287,21 @@ def main(argv: list[str] | None = None, runner: Runner | None = None) -> int:
 
     def write(more: list[dict[str, Any]]) -> None:
         if args.json:
-            aside = args.json.with_name(args.json.name + ".part")  # cut while writing, the one of before stays
-            aside.write_text(json.dumps({**report, "rows": [*rows, *more]}, indent=1) + "\n")
-            aside.replace(args.json)
+            path, found = args.json, [*rows, *more]
+            if path.is_dir():
+                name = found[-1]["row"]
+                path, found = path / f"{name}.json", [one for one in found if one["row"] == name]
+            aside = path.with_name(path.name + ".part")  # cut while writing, the one of before stays
+            aside.write_text(json.dumps({**report, "rows": found}, indent=1) + "\n")
+            aside.replace(path)
 
     with tempfile.TemporaryDirectory() as folder:
-        for name in args.rows:
-            rows += of_row(name, arms, Path(folder), args, gpu=gpu, runner=runner, keep=write)
-            write([])
+        if runner is None and args.ahead:
+            runner = Ahead()
+        with runner if isinstance(runner, Ahead) else contextlib.nullcontext():
+            for name in args.rows:
+                rows += of_row(name, arms, Path(folder), args, gpu=gpu, runner=runner, keep=write)
+                write([])
     return 0
 
 

@@ -16,6 +16,7 @@ skipped with a line.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import json
@@ -35,7 +36,8 @@ from aligntune.compare.peers import PEERS
 from aligntune.compare.protocol import Run, in_a_fresh_process, spec_of
 from aligntune.compare.settings import Arm, Settings
 from aligntune.compare.stats import throughput_ratio
-from aligntune.errors import ComparisonError
+from aligntune.errors import AlignTuneError
+from benchmarks.ahead import Ahead, Job
 from benchmarks.ops.__main__ import commit
 from benchmarks.sft.longest import longest
 from benchmarks.sft.workloads import MODELS, WORKLOADS, Workload, recipe, versions_of, write_model, write_rows
@@ -60,6 +62,7 @@ ARMS: dict[str, Arm] = {arm.label: arm for arm in (
     Arm("fast-fp8", "fast", {**PLAIN, "base_precision": "fp8"}),
 )}
 Runner = Callable[[ArmSpec, Arm], dict[str, Any]]
+Reader = Callable[[ArmSpec, dict[str, Any]], dict[str, Any]]
 
 
 def missing(arm: Arm) -> str | None:
@@ -69,21 +72,14 @@ def missing(arm: Arm) -> str | None:
     return f"{arm.peer} is not installed (--site-{arm.peer})"
 
 
-def run_arms(
-    workload: Workload, arms: Sequence[Arm], model: Path, rows: Path, folder: Path, *, precision: str, repeats: int,
-    runner: Runner, keep: Callable[[dict[str, Any]], None] = lambda found: None,
-) -> dict[str, list[dict[str, Any]] | str]:
-    """Results of each arm's runs by its label, or why there are none; A B C, C B A, ...
-
-    Args:
-        keep: called with what there is after every run: a command that is cut loses the run at hand only.
-    """
-    found: dict[str, Any] = {arm.label: missing(arm) or [] for arm in arms}
-    config = recipe(workload, str(model), str(rows), precision)
+def jobs_of(workload: Workload, arms: Sequence[Arm], model: Path, rows: Path, folder: Path, *, precision: str,
+            repeats: int) -> list[Job]:
+    """What is run, in order: A B C, C B A, ...; arms that are not here are left out."""
+    config, jobs = recipe(workload, str(model), str(rows), precision), []
     cold = any(arm.label == COLD for arm in arms)
     for repeat in range(repeats):
         for arm in (arms if repeat % 2 == 0 else list(reversed(arms))):
-            if isinstance(found[arm.label], str):
+            if missing(arm) is not None:
                 continue
             if arm.label == COLD or cold and arm.label == "fast":
                 cache = str(folder / COLD / f"triton-{repeat if arm.label == COLD else 0}")
@@ -93,21 +89,38 @@ def run_arms(
             # All that draw adapters draw the same, also beside arms that do not make their own. Losses tell whether
             # arms train alike; gradients and distributions would be kept for nobody.
             spec = replace(spec, probe=False, gradient_steps=[], draw_adapters=workload.mode != "full")
-            begun, laps = time.monotonic(), ""
-            try:
-                result = runner(spec, arm)
-            except ComparisonError as error:
-                result = {"status": "failed"}
-                found[arm.label] = f"failed: {str(error).splitlines()[-1].strip()[:300]}"
+            jobs.append((spec, arm))
+    return jobs
+
+
+def run_arms(jobs: Sequence[Job], found: dict[str, Any], runner: Runner, *, read: Reader = lambda spec, result: result,
+             keep: Callable[[dict[str, Any]], None] = lambda found: None) -> dict[str, list[dict[str, Any]] | str]:
+    """Results of each arm's runs by its label, or why there are none.
+
+    Args:
+        jobs: what is run, in order; an arm that failed is not run again.
+        found: by the label of every arm, a list, or why it is not run; filled, and returned.
+        read: makes of a run's result what is kept of it.
+        keep: called with what there is after every run: a command that is cut loses the run at hand only.
+    """
+    for spec, arm in jobs:
+        if isinstance(found[arm.label], str):
+            continue
+        begun, laps = time.monotonic(), ""
+        try:
+            result = runner(spec, arm)
+        except AlignTuneError as error:
+            found[arm.label] = f"failed: {str(error).splitlines()[-1].strip()}"[:300]
+        else:
+            laps = ", ".join(f"{part} {seconds:.1f}" for part, seconds in result.get("laps", {}).items())
+            if result["status"] == "ok":
+                found[arm.label].append(read(spec, result))
             else:
-                laps = ", ".join(f"{part} {seconds:.1f}" for part, seconds in result.get("laps", {}).items())
-                if result["status"] == "ok":
-                    found[arm.label].append(result)
-                else:
-                    found[arm.label] = f"failed: {result['kind']}: {result['message']}"[:300]
-            print(f"  {arm.label} {repeat + 1}: {result['status']} in {time.monotonic() - begun:.1f} s"
-                  + (f" ({laps})" if laps else ""), flush=True)
-            keep(found)
+                found[arm.label] = f"failed: {result['kind']}: {result['message']}"[:300]
+        said = found[arm.label] if isinstance(found[arm.label], str) else "ok"
+        print(f"  {arm.label} {spec.repeat + 1}: {said} in {time.monotonic() - begun:.1f} s"
+              + (f" ({laps})" if laps else ""), flush=True)
+        keep(found)
     return found
 
 
@@ -169,12 +182,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("rows", nargs="*", metavar="row", help=f"of {', '.join(WORKLOADS)}; all but smoke by default")
     parser.add_argument("--arms", default=",".join(name for name in ARMS if name != COLD),
                         help=f"of {', '.join(ARMS)}; the first is the reference; by default all but {COLD}")
-    parser.add_argument("--json", type=Path, help="write versions, card, commit, command, ceilings and rows here")
+    parser.add_argument("--json", type=Path, help="write versions, card, commit, command, ceilings and rows here; a "
+                        "folder that is there gets a file a row")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each arm; with 1 no noise is measured")
     parser.add_argument("--site-liger", type=Path)
     parser.add_argument("--site-unsloth", type=Path)
     parser.add_argument("--commit", help="the commit, where this tree is not a checkout")
     parser.add_argument("--limit", type=float, default=240, help="seconds a run may take")
+    parser.add_argument("--ahead", action="store_true", help="the next arm imports its packages while one trains; "
+                        "takes a core more")
     parser.add_argument("--longest", metavar="ROW", choices=list(WORKLOADS), help="find the longest row that fits")
     parser.add_argument("--minutes", type=float, default=25, help="of --longest: no probe begins that would end later")
     parser.add_argument("--start", type=int, default=65_536, help="of --longest: tokens of the first probe")
@@ -194,6 +210,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"unknown: {', '.join(strange)}; there are {', '.join(known)}")
     if {COLD, "fast"} <= set(args.arms) and args.arms.index("fast") < args.arms.index(COLD):
         parser.error(f"--arms: {COLD} comes before fast, which reads the cache that {COLD} filled")
+    if args.longest and args.json and args.json.is_dir():
+        parser.error("--json: of --longest, a file")
+    if args.ahead and COLD in args.arms:
+        parser.error(f"--ahead: what {COLD} is for is the time to the first step, imports included")
     return args
 
 
@@ -204,7 +224,11 @@ def of_row(name: str, arms: Sequence[Arm], folder: Path, args: argparse.Namespac
 
     workload = WORKLOADS[name]
     model, rows = folder / workload.model, folder / f"{name}.jsonl"
-    if not model.exists():
+    jobs = jobs_of(workload, arms, model, rows, (args.keep or folder) / name, precision="bf16" if gpu else "fp32",
+                   repeats=args.repeats)
+    if isinstance(runner, Ahead):
+        runner.plan(jobs)
+    if not (model / "config.json").exists():
         assert workload.model in MODELS
         write_model(workload.model, model, load_tokenizer("builtin:tiny"), device="cuda" if gpu else "cpu")
         if gpu:
@@ -213,8 +237,8 @@ def of_row(name: str, arms: Sequence[Arm], folder: Path, args: argparse.Namespac
             torch.cuda.empty_cache()  # while arms are measured, this process holds nothing but a context
     write_rows(workload, rows)
     print(f"{name}: {workload}", flush=True)
-    found = run_arms(workload, arms, model, rows, (args.keep or folder) / name, precision="bf16" if gpu else "fp32",
-                     repeats=args.repeats, runner=runner, keep=lambda now: keep(entries_of(name, arms, now)))
+    found = run_arms(jobs, {arm.label: missing(arm) or [] for arm in arms}, runner,
+                     keep=lambda now: keep(entries_of(name, arms, now)))
     entries = entries_of(name, arms, found)
     for one in entries:
         print(line(one), flush=True)
@@ -251,25 +275,31 @@ def main(argv: list[str] | None = None, runner: Runner | None = None) -> int:
     arms = [replace(ARMS[name], python=str(site) if (site := sites.get(ARMS[name].peer or "")) else None)
             for name in args.arms]
     # A probe of --longest has a limit of its own: a step over 300,000 tokens takes minutes.
-    run, runner = runner, runner or functools.partial(in_a_fresh_process, limit=args.limit)
+    given = runner
+    runner = runner or (Ahead(args.limit) if args.ahead else functools.partial(in_a_fresh_process, limit=args.limit))
     rows: list[dict[str, Any]] = []
 
     def write(more: list[dict[str, Any]]) -> None:
         if args.json:
-            aside = args.json.with_name(args.json.name + ".part")  # cut while writing, the one of before stays
-            aside.write_text(json.dumps({**report, "rows": [*rows, *more]}, indent=1) + "\n")
-            aside.replace(args.json)
+            path, found = args.json, [*rows, *more]
+            if path.is_dir():
+                name = found[-1]["row"]
+                path, found = path / f"{name}.json", [one for one in found if one["row"] == name]
+            aside = path.with_name(path.name + ".part")  # cut while writing, the one of before stays
+            aside.write_text(json.dumps({**report, "rows": found}, indent=1) + "\n")
+            aside.replace(path)
 
     with tempfile.TemporaryDirectory() as folder:
         if args.longest:
             for arm in arms:
-                entry_of = functools.partial(longest, args.longest, arm, Path(folder), args, gpu=gpu, runner=run)
+                entry_of = functools.partial(longest, args.longest, arm, Path(folder), args, gpu=gpu, runner=given)
                 rows.append(entry_of(keep=lambda now: write([now])))
                 write([])
             return 0
-        for name in args.rows:
-            rows += of_row(name, arms, Path(folder), args, gpu=gpu, runner=runner, keep=write)
-            write([])
+        with runner if isinstance(runner, Ahead) else contextlib.nullcontext():
+            for name in args.rows:
+                rows += of_row(name, arms, Path(folder), args, gpu=gpu, runner=runner, keep=write)
+                write([])
     return 0
 
 

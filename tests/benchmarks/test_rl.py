@@ -128,6 +128,17 @@ def test_what_was_measured_is_written_after_every_run(tmp_path: Path, capsys: py
     assert not list(tmp_path.glob("*.part")) and "(imports 7.2)" in capsys.readouterr().out
 
 
+def test_a_folder_gets_a_file_a_row(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    assert benchmark.main(["smoke-grpo", "smoke-dpo", "--arms", "trl,fast-gc", "--json", str(out)],
+                          runner([], tmp_path)) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["smoke-dpo.json", "smoke-grpo.json"]
+    for path in out.iterdir():
+        rows = json.loads(path.read_text())["rows"]
+        assert [(row["row"], row["arm"]) for row in rows] == [(path.stem, "trl"), (path.stem, "fast-gc")]
+
+
 def test_losses_of_pairs_are_held_side_by_side(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     run = runner([], tmp_path)

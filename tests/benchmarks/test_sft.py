@@ -76,7 +76,19 @@ def test_what_was_measured_is_on_disk_after_every_run(tmp_path: Path, capsys: py
     assert "why" in rows["fast-gc"] and rows["trl"]["laps_s"] == [{"imports": 2.0, "train": 3.5}]
     assert not list(tmp_path.glob("*.part"))
     printed = capsys.readouterr().out
-    assert "fast 1: ok in 0.0 s (imports 2.0, train 3.5)" in printed and "fast-gc 1: failed in 0.0 s\n" in printed
+    assert "fast 1: ok in 0.0 s (imports 2.0, train 3.5)" in printed
+    assert "fast-gc 1: failed: the last words in 0.0 s\n" in printed
+
+
+def test_a_folder_gets_a_file_a_row(tmp_path: Path) -> None:
+    """And what was there of other rows stays."""
+    out = tmp_path / "results"
+    out.mkdir()
+    (out / "earlier.json").write_text("{}")
+    assert benchmark.main(["smoke", "--arms", "trl,fast-gc", "--json", str(out)], runner([], tmp_path)) == 0
+    report = json.loads((out / "smoke.json").read_text())
+    assert [row["arm"] for row in report["rows"]] == ["trl", "fast-gc"] and report["command"].startswith("python -m")
+    assert sorted(path.name for path in out.iterdir()) == ["earlier.json", "smoke.json"]
 
 
 def test_unsloth_s_two_layouts_are_forced() -> None:
