@@ -8,6 +8,7 @@ in no other figure. Its imports take one core for those seconds: not for a machi
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 from collections.abc import Iterable
 from dataclasses import replace
@@ -66,6 +67,6 @@ class Ahead:
         self._waiting = None
         if self._jobs:
             spec, arm = self._jobs[0]
-            spec = replace(spec, waits=True)
+            spec = replace(spec, waits=os.getpid())
             with contextlib.suppress(ConfigError):  # what cannot be started says so when its turn comes
                 self._waiting = (spec, start(spec, arm))

@@ -50,7 +50,7 @@ class ArmSpec:
         hypotheses: the first step's loss under likely mistakes (the oracle's task).
         fill: train on rows of exactly max_seq_length random tokens.
         draw_adapters: start LoRA from `peers.draw_adapters`: an arm of the comparison makes its own.
-        waits: after its imports, wait for the file `GO` in the folder.
+        waits: after its imports, wait for the file `GO` in the folder; the process that makes it, or 0.
     """
 
     label: str
@@ -69,7 +69,7 @@ class ArmSpec:
     hypotheses: bool = False
     fill: bool = False
     draw_adapters: bool = False
-    waits: bool = False
+    waits: int = 0
 
 
 def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
     laps.end("imports")
     folder = Path(spec.folder)
     if spec.waits:
-        wait_for(folder / GO)
+        wait_for(folder / GO, spec.waits)
         laps.end("waited")
         spec.started += laps.seconds["waited"]  # whose cold start that is no part of
     set_seed(spec.seed)
@@ -133,16 +133,20 @@ def run_arm(spec: ArmSpec, package: Any = None) -> dict[str, Any]:
     return {**found, "laps": laps.seconds}
 
 
-def wait_for(path: Path) -> None:
-    """Return once the file is there; whoever started this process and is gone will not make it.
+def wait_for(path: Path, process: int) -> None:
+    """Return once the file is there.
+
+    Args:
+        process: the id of the one that makes it.
 
     Raises:
-        ComparisonError: this process's parent has ended.
+        ComparisonError: that process has ended.
     """
-    parent = os.getppid()
     while not path.exists():
-        if os.getppid() != parent:
-            raise ComparisonError("the process that started this arm has ended")
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError as error:
+            raise ComparisonError("the process that started this arm has ended") from error
         time.sleep(0.01)
 
 

@@ -47,12 +47,12 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines: list[str] = []
 
     def begin(spec: ArmSpec, arm: Arm) -> Any:
-        assert spec.waits
+        assert spec.waits == os.getpid()
         lines.append(f"start {spec.label}")
         return Process(spec.label)
 
     def run(spec: ArmSpec, arm: Arm, *, limit: float | None, process: Any) -> dict[str, Any]:
-        assert limit == 9 and spec.waits == (process is not None)
+        assert limit == 9 and bool(spec.waits) == (process is not None)
         lines.append(f"run {spec.label} in {process.name if process else 'a new one'}")
         return {"status": "ok"}
 
@@ -106,7 +106,8 @@ def test_a_waiting_arm_trains_when_its_turn_comes(tmp_path: Path) -> None:
     config = {"algorithm": "sft", "model_name": "builtin:tiny", "dataset_name": str(rows), "max_steps": 1,
               "batch_size": 2, "max_seq_length": 16, "backend": "trl", "report_to": "none", "precision": "fp32",
               "output_dir": str(tmp_path / "one" / "run")}
-    one = ArmSpec("one", "timed", 0, config, {}, str(tmp_path / "one"), 0, gradient_steps=[], probe=False, waits=True)
+    one = ArmSpec("one", "timed", 0, config, {}, str(tmp_path / "one"), 0, gradient_steps=[], probe=False,
+                  waits=os.getpid())
     process = start(one, Arm("one", "trl"))
     until_idle(process.pid)
     assert process.poll() is None and not (tmp_path / "one" / RESULT).exists()
@@ -122,11 +123,11 @@ def test_a_waiting_arm_trains_when_its_turn_comes(tmp_path: Path) -> None:
 
 def test_an_arm_whose_starter_is_gone_does_not_wait(tmp_path: Path) -> None:
     """kill -9 of the command leaves no process behind on the card."""
-    code = ("import subprocess, sys, time\n"
-            "waiter = subprocess.Popen([sys.executable, '-c', 'from pathlib import Path\\n"
-            "from aligntune.compare.arm import wait_for\\nprint(1, flush=True)\\nwait_for(Path(\"nowhere\"))'],"
-            " stdout=subprocess.PIPE)\n"
-            "waiter.stdout.readline()\nprint(waiter.pid, flush=True)\ntime.sleep(60)")
+    waiter_code = ("import sys; from pathlib import Path; from aligntune.compare.arm import wait_for; "
+                   "wait_for(Path('nowhere'), int(sys.argv[1]))")
+    code = (f"import os, subprocess, sys, time\ncode = {waiter_code!r}\n"
+            "waiter = subprocess.Popen([sys.executable, '-c', code, str(os.getpid())])\n"
+            "print(waiter.pid, flush=True)\ntime.sleep(60)")
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert parent.stdout is not None
     waiter = int(parent.stdout.readline())
