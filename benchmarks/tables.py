@@ -157,6 +157,20 @@ def sft(report: Report) -> str:
     return markdown(head, rows) + "\n" + source(report | {"versions": versions})
 
 
+def sft_earlier(*reports: Report) -> str:
+    """Rows that were measured twice: fast and the quickest arm of unsloth, then (first half of the reports) and now."""
+    half, rows = len(reports) // 2, []
+    for pair in zip(reports[:half], reports[half:], strict=True):
+        best: list[str] = []
+        for name in ("fast", "unsloth"):
+            arms = [[one["tokens_per_s"] for one in report["rows"] if "why" not in one
+                     and one["arm"].partition("-")[0] == name and "fp8" not in one["arm"]] for report in pair]
+            best += [f"{max(found):,.0f}" for found in arms]
+        rows.append([SFT_ROWS[pair[0]["rows"][0]["row"]], *best])
+    head = ["tokens/s", "fast, earlier", "now", "unsloth at its best, earlier", "now"]
+    return markdown(head, rows)
+
+
 def roofline_table(*reports: Report) -> str:
     """Where a step of fast goes: milliseconds of each part of a traced step, and how many are above the least it takes.
 
@@ -171,7 +185,7 @@ def roofline_table(*reports: Report) -> str:
     rows = [[part, *(cells[name].get(part, "-") for name in found)] for part in [*parts, *whole]]
     entries = [roofline.shown(arm, report) for (_, arm), report in columns.items()]
     sizes = [(entry.get("traced") or {}).get("tokens") for entry in entries]
-    tokens = [f"{mean:,.0f}" if traced is None else f"{traced:,} ({mean:,.0f})"
+    tokens = [f"{mean:,.0f}" if traced in (None, round(mean)) else f"{traced:,} ({mean:,.0f})"
               for traced, mean in zip(sizes, (entry["tokens_per_step"] for entry in entries), strict=True)]
     head = (SFT_ROWS[row] if arm == "fast" else f"the same, {arm}" for row, arm in found)
     return markdown(["ms / least ms (above it)", *head],
@@ -376,8 +390,9 @@ def sft_summary(*reports: Report) -> str:
         if least["peak_gib"] < fast["peak_gib"]:
             small.append(_beside(f"{SFT_ROWS[fast['row']]}, least memory", least, least_peer, None))
     head = ["SFT step", "fast, tokens/s", "peak GiB", "best peer measured", "tokens/s", "peak GiB", "fast is"]
-    cards_and_shape = f"{', '.join(sorted(cards))}; random weights; the Llama 1B shape where no other is named."
-    return markdown(head, [*quick, *small]) + f"\n{cards_and_shape}\n"
+    told = (f"{', '.join(sorted(cards))}; random weights; the Llama 1B shape where no other is named. Tokens a second "
+            "are of all measured steps together; the last column, where it has an interval, is the geometric mean over steps.")
+    return markdown(head, [*quick, *small]) + f"\n{told}\n"
 
 
 def rl_each(*reports: Report) -> str:
@@ -437,6 +452,7 @@ RECIPES = ("sft", "reward", "dpo", "ipo", "kto", "orpo", "simpo", "cpo", "ppo", 
 SFT_ROWS = {"lora-1b": "LoRA, 4 x 2048", "lora-1b-ragged": "LoRA, 16 ragged rows",
             "lora-1b-packed": "LoRA, ragged rows packed", "full-1b": "all weights, 4 x 2048",
             "qlora-8b": "QLoRA 8B, 2 x 2048", "lora-4b": "LoRA 4B, 4 x 2048", "lora-1b-16k": "LoRA, 1 x 16,384"}
+SFT_TWICE = ("lora-1b", "lora-1b-ragged", "lora-1b-packed", "qlora-8b")
 
 PARITY = ("sft", "sft-full", "sft-nf4", "grpo", "dapo", "rloo", "dr_grpo", "ppo", "dpo", "kto", "orpo")
 """What `benchmarks.parity` runs."""
@@ -461,6 +477,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "ops-decode": ("ops/decode.json", bounded(lambda entry: f"{entry['op']}: {entry['shape']}")),
     "ops-adamw": ("ops/adamw.json", bounded(lambda entry: f"{entry['numel']:,} parameters")),
     **{f"sft-{name}": (f"sft/{name}.json", sft) for name in SFT_ROWS},
+    "sft-earlier": (" ".join(f"sft/{when}{name}.json" for when in ("earlier/", "") for name in SFT_TWICE), sft_earlier),
     "sft-roofline": (" ".join(f"sft/{name}.json" for name, _ in roofline.ROWS), roofline_table),
     "sft-longest": ("sft/longest.json", longest),
     "sft-start": ("sft/start.json", sft),

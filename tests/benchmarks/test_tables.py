@@ -163,3 +163,15 @@ def test_the_plot_shows_the_committed_figures(tmp_path, monkeypatch):
     (tmp_path / "lora-1b.json").write_text(json.dumps(sft_report(measured("fast", 1000), measured("trl", 1001))))
     assert plot.figures() == [("LoRA, 4 x 2048 tokens", [("trl", 1001.0), ("fast", 1000.0)])]
     assert plot.digest() != before
+
+
+def test_rows_that_were_measured_twice() -> None:
+    def report(row: str, **speeds: float) -> dict[str, Any]:
+        arms = [{"row": row, "arm": name.replace("_", "-"), "tokens_per_s": speed} for name, speed in speeds.items()]
+        return {"rows": [*arms, {"row": row, "arm": "unsloth-gc", "why": "not here"}]}
+
+    before = [report("lora-1b", fast=90.0, fast_fp8=99.0, unsloth=50.0, unsloth_compiled=60.0, trl=80.0),
+              report("qlora-8b", fast=9.0, unsloth=5.0)]
+    now = [report("lora-1b", fast=1000.0, fast_offload=800.0, unsloth=55.0), report("qlora-8b", fast=8.0, unsloth=4.0)]
+    assert tables.sft_earlier(*before, *now).splitlines()[2:] == [
+        "| LoRA, 4 x 2048 | 90 | 1,000 | 60 | 55 |", "| QLoRA 8B, 2 x 2048 | 9 | 8 | 5 | 4 |"]
