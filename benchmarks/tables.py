@@ -391,7 +391,8 @@ def sft_summary(*reports: Report) -> str:
             small.append(_beside(f"{SFT_ROWS[fast['row']]}, least memory", least, least_peer, None))
     head = ["SFT step", "fast, tokens/s", "peak GiB", "best peer measured", "tokens/s", "peak GiB", "fast is"]
     told = (f"{', '.join(sorted(cards))}; random weights; the Llama 1B shape where no other is named. Tokens a second "
-            "are of all measured steps together; the last column, where it has an interval, is the geometric mean over steps.")
+            "are of all measured steps together; the last column, where it has an interval, is the geometric mean over "
+            "steps.")
     return markdown(head, [*quick, *small]) + f"\n{told}\n"
 
 
