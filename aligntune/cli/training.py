@@ -201,7 +201,8 @@ def _plan_to_preview(
         raise ConfigError("preview --dataset: --model is wanted too (its tokenizer decides what the model sees); "
                           "builtin:tiny needs no download")
     name = algorithm or "sft"
+    # One is wanted, and none is asked for here: it reads no column.
     needs_reward = name in ALGORITHMS and ALGORITHMS.load(name).needs_reward
     config = {"algorithm": name, "dataset_name": dataset, "model_name": model,
-              **({"reward_functions": ["exact_match"]} if needs_reward else {})}
+              **({"reward_functions": ["format"]} if needs_reward else {})}
     return load_plan(config, options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from aligntune.algorithms import ALGORITHMS
@@ -258,19 +258,26 @@ def prepare_data(job: Job, tokenizer: Any) -> PreparedData:
     Raises:
         DataError: what `data.prepare` and `rewards.check_columns` raise.
     """
-    from aligntune.core.rules import asked
     from aligntune.data import prepare
 
     data = prepare(data_request(job), tokenizer)
-    if job.spec.online:
-        from aligntune.rewards import check_columns, resolve_rewards
-
-        functions, _ = resolve_rewards(list(job.options.reward_functions or []), None, build=False)
-        kept = not asked(vars(job.options)).get("remove_unused_columns")  # TRL's default keeps what rewards read
-        for where, rows in (("the dataset", data.train), ("the evaluation data", data.eval)):
-            if rows is not None:
-                check_columns(functions, [name for name in rows.column_names if kept and name != "prompt"], where)
+    check = columns_check(job)
+    for where, rows, _ in data.parts():
+        check(rows, where)
     return data
+
+
+def columns_check(job: Job) -> Callable[[Any, str], None]:
+    """What raises DataError where prepared rows lack a column that a reward of the job asks for."""
+    if not job.spec.online:
+        return lambda rows, where: None
+    from aligntune.core.rules import asked
+    from aligntune.rewards import check_columns, resolve_rewards
+
+    functions, _ = resolve_rewards(list(job.options.reward_functions or []), None, build=False)
+    kept = not asked(vars(job.options)).get("remove_unused_columns")  # TRL's default keeps what rewards read
+    return lambda rows, where: check_columns(
+        functions, [name for name in rows.column_names if kept and name != "prompt"], where)
 
 
 def build_trainer(job: Job, callbacks: list[Any] | None = None, *, backend: Backend | None = None) -> AlignTrainer:

@@ -108,7 +108,7 @@ def check_data(plan: Plan, *, skip_first: bool = False, list_bad_rows: bool = Fa
 
     Args:
         skip_first: not that of the first stage, whose trainer reads it before it trains anyway.
-        list_bad_rows: bad rows stand in the report, where training would stop.
+        list_bad_rows: bad rows, and columns that a reward lacks, stand in the report, where training would stop.
 
     Returns:
         The data report of each stage, by number.
@@ -117,7 +117,7 @@ def check_data(plan: Plan, *, skip_first: bool = False, list_bad_rows: bool = Fa
         AlignTuneError: of every stage at once; of the first one's class where they differ.
     """
     from aligntune.backends.loading import load_tokenizer
-    from aligntune.core.backend_factory import data_request, prepare_data
+    from aligntune.core.backend_factory import columns_check, data_request, prepare_data
     from aligntune.data.preview import preview
 
     reports: dict[int, Any] = {}
@@ -130,7 +130,8 @@ def check_data(plan: Plan, *, skip_first: bool = False, list_bad_rows: bool = Fa
         try:
             job, tokenizer = stage.job, _quietly(load_tokenizer, source)
             reports[stage.number] = (
-                preview(data_request(job), tokenizer) if list_bad_rows else prepare_data(job, tokenizer).report)
+                preview(data_request(job), tokenizer, columns_check(job)) if list_bad_rows
+                else prepare_data(job, tokenizer).report)
         except AlignTuneError as error:
             errors.append((stage, error))
     if plan.probe is not None:

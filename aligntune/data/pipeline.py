@@ -46,6 +46,13 @@ class PreparedData:
     report: DataReport
     tokenizer: Any
 
+    def parts(self) -> list[tuple[str, datasets.Dataset, DataReport]]:
+        """The training data and, where there is any, that of evaluation: what a message calls it, rows, report."""
+        found = [("the dataset", self.train, self.report)]
+        if self.eval is not None and self.report.eval is not None:
+            found.append(("the evaluation data", self.eval, self.report.eval))
+        return found
+
 
 def prepare(request: DataRequest, tokenizer: Any) -> PreparedData:
     """Load, convert, template, tokenise and mask the data of `request`, and report on all of it.

@@ -144,6 +144,23 @@ def test_evaluate_of_a_dpo_run_compares_with_the_model_it_started_from(shop: Pat
     assert abs(found["eval_rewards/margins"]) > 1e-3 and found["eval_loss"] != pytest.approx(0.6931, abs=1e-4)
 
 
+def test_preview_says_what_a_reward_lacks(shop: Path) -> None:
+    rows = [{"prompt": "Say 3", "topic": "a"}, {"prompt": "Say 4", "topic": "b"}]
+    path = small_jobs.rows_file(shop / "topics.jsonl", rows)
+    (shop / "own.py").write_text("def close(completions, answer, **columns):\n    return [0.0 for _ in completions]\n")
+    about = ("preview", "--dataset", path, "--model", str(shop / "model"), "--algorithm", "grpo")
+    # Without a reward of one's own there is nothing to lack.
+    plain = run(*about)
+    assert plain.exit_code == 0 and "training would stop here" not in plain.stdout
+    mine = run(*about, f"reward_functions=[{shop / 'own.py'}:close]")
+    told = " ".join(mine.stdout.split())
+    assert mine.exit_code == 0 and told.count("training would stop here: reward 'close' needs the column 'answer'") == 1
+    assert "its columns: topic" in told
+    held_out = run(*about, f"reward_functions=[{shop / 'own.py'}:close]",
+                   "val_split_ratio=0.5")
+    assert " ".join(held_out.stdout.split()).count("training would stop here: reward 'close'") == 2
+
+
 def test_preview_shows_the_mask_and_lists_bad_rows(shop: Path) -> None:
     result = run("preview", str(shop / "sft.yaml"))
     assert result.exit_code == 0 and "16 read = 12 trained" not in result.stdout
