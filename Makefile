@@ -4,13 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help quickstart test test-full test-gpu mutation lint docs clean
+.PHONY: help quickstart test test-full test-gpu test-oldest test-newest mutation lint docs clean
 
 help:
 	@echo "make quickstart   SFT, then GRPO, on the embedded model and data (about 5 minutes on two cores)"
 	@echo "make test         the tests (no GPU, no network but the package registry)"
 	@echo "make test-full    the long tests too; writes tests/reports/full.txt (PART=compare: that part anew)"
 	@echo "make test-gpu     the tests that need an NVIDIA GPU"
+	@echo "make test-oldest  the tests with the least versions that are allowed (.venv-oldest, 4 GB of packages)"
+	@echo "make test-newest  the tests with the newest versions that there are (.venv-newest, 6 GB)"
 	@echo "make mutation     breaks losses, ops and masks on purpose; writes tests/reports/mutation.json (SAMPLE=200)"
 	@echo "make lint         ruff and mypy"
 	@echo "make docs         the documentation site, in site/"
@@ -33,6 +35,12 @@ test-full: $(STAMP)
 
 test-gpu:
 	$(PYTHON) -m pytest -q -m gpu $(PYTEST_ARGS)
+
+test-oldest test-newest: test-%:
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install -q --upgrade --upgrade-strategy eager \
+		$(if $(filter oldest,$*),-c constraints-oldest.txt) -e '.[dev]'
+	.venv-$*/bin/python -m tests.full_report --part $* --workers 2 -- $(PYTEST_ARGS)
 
 SAMPLE ?= 200
 mutation: $(STAMP)

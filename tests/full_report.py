@@ -5,6 +5,7 @@
     python -m tests.full_report --part fast -- -x    # what follows goes to pytest
     python -m tests.full_report --part gpu           # on a card: the tests that need one, only where it is named
     python -m tests.full_report --part two_gpus      # on two: those that need two, likewise
+    python -m tests.full_report --part oldest        # what `make test` runs, by `make test-oldest`; newest likewise
 
 Tests of one file run in one process, those that name an `xdist_group` in that group's.
 """
@@ -31,12 +32,16 @@ PARTS: dict[str, tuple[str, ...]] = {
 REST, GPU, TWO_GPUS = "rest", "gpu", "two_gpus"
 ON_CARDS = {GPU: [], TWO_GPUS: ["-k", TWO_GPUS]}
 """What chooses the tests that need one card, or two."""
+VERSIONS = ("oldest", "newest")
+"""What `make test` runs, with the least versions that pyproject.toml allows and with the newest ones that there are."""
+ASIDE = (*ON_CARDS, *VERSIONS)
+"""Run only where they are named."""
 _SHOWN = 60
 
 
 def paths(part: str) -> list[str]:
     """What pytest is given for a part; `rest` is all that no other part holds."""
-    if part in ON_CARDS:
+    if part in ASIDE:
         return ["tests"]
     if part != REST:
         return list(PARTS[part])
@@ -46,6 +51,7 @@ def paths(part: str) -> list[str]:
 def run(part: str, arguments: list[str], workers: int, commit: str | None = None) -> tuple[int, str]:
     """pytest's exit status, and the part's section of the report."""
     marks = "gpu" if part in ON_CARDS else "not gpu and not mutation"
+    marks += " and not slow" if part in VERSIONS else ""
     spread = "load" if part in ON_CARDS else "loadgroup"  # on a card one file's tests are a third of all the time
     command = ["-m", "pytest", "-q", "-n", str(workers), "--dist", spread, "-m", marks,
                "--durations=20", *ON_CARDS.get(part, []), *paths(part), *arguments]
@@ -74,14 +80,14 @@ def merged(report: str, part: str, section: str) -> str:
     """The report with this part's section new and the others' as they were, in the order of the parts."""
     found = re.split(r"^=== part (\w+) ===\n", report, flags=re.M)
     sections = {**dict(zip(found[1::2], found[2::2], strict=True)), part: section}
-    order = [name for name in (*PARTS, REST, *ON_CARDS) if name in sections]
+    order = [name for name in (*PARTS, REST, *ASIDE) if name in sections]
     return "\n".join(f"=== part {name} ===\n{sections[name].strip()}\n" for name in order)
 
 
 def main(argv: list[str]) -> int:
     """1 if a test of any part failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", action="append", choices=[*PARTS, REST, *ON_CARDS],
+    parser.add_argument("--part", action="append", choices=[*PARTS, REST, *ASIDE],
                         help="this part only; may be repeated")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 2, 16), help="processes of tests")
     parser.add_argument("--commit", help="the commit, where this tree is not a checkout")

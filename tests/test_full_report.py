@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from tests import full_report
 
@@ -58,3 +61,29 @@ def test_the_part_for_a_card_is_every_test_that_wants_one(monkeypatch):
     merged = full_report.merged(full_report.merged("", "two_gpus", "cards"), "gpu", "card")
     merged = full_report.merged(merged, "rest", "none")
     assert merged.index("part rest") < merged.index("part gpu") < merged.index("part two_gpus")
+
+
+def test_versions_are_parts_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def ran(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        seen.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout="2 passed in 1s\n")
+
+    monkeypatch.setattr(full_report.subprocess, "run", ran)
+    full_report.run("oldest", [], 2, commit="abc")
+    assert seen[0][seen[0].index("-m", 3) + 1] == "not gpu and not mutation and not slow" and seen[0][-1] == "tests"
+    assert "oldest" not in (*full_report.PARTS, full_report.REST), "it needs packages of its own"
+    merged = full_report.merged(full_report.merged("", "newest", "new"), "rest", "none")
+    assert merged.index("part rest") < merged.index("part newest")
+
+
+def test_the_oldest_versions_are_the_least_that_are_allowed() -> None:
+    root = Path(full_report.__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    lines = [line for line in (root / "constraints-oldest.txt").read_text().splitlines() if "==" in line]
+    pinned = {name: Version(version) for name, version in (line.split("==") for line in lines)}
+    least = {}
+    for one in map(Requirement, project["dependencies"]):
+        least[one.name] = next(Version(bound.version) for bound in one.specifier if bound.operator == ">=")
+    assert pinned == least
