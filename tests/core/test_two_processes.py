@@ -61,7 +61,8 @@ dist.destroy_process_group()
 
 
 @pytest.mark.dist
-@pytest.mark.skipif(Version(torch.__version__) < Version("2.12"), reason="torch 2.11 restores no optimizer's state on 'cpu:0'")
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.12"),
+                    reason="torch 2.11 restores no optimizer's state on 'cpu:0'")
 def test_two_processes_share_one_run(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
