@@ -111,8 +111,8 @@ def adamw_step_kernel(
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     index = program * BLOCK + tl.arange(0, BLOCK)
-    # A skipped step loads and stores nothing.
-    mask = (index < numel) & (tl.load(skipped_ptr) == 0)
+    # A skipped step loads and stores nothing. (Triton 3.9's interpreter takes no mask that a scalar was and-ed into.)
+    mask = index < tl.where(tl.load(skipped_ptr) == 0, numel, 0)
     coefficient = tl.load(scalars_ptr)
     inverse_correction1 = tl.load(scalars_ptr + 1)
     root_correction2 = tl.load(scalars_ptr + 2)

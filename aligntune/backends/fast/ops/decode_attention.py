@@ -149,7 +149,7 @@ def write_kv_kernel(
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
     h, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
-    keep = (h < HK)[:, None] & (d < D)[None, :] & (slot >= 0)
+    keep = (h < tl.where(slot >= 0, HK, 0))[:, None] & (d < D)[None, :]
     to = ((slot // PAGE * HK + h) * PAGE + slot % PAGE)[:, None] * D + d[None, :]
     k = tl.load(k_ptr + token * k_token + h[:, None] * k_head + d[None, :], keep, other=0.0)
     v = tl.load(v_ptr + token * v_token + h[:, None] * v_head + d[None, :], keep, other=0.0)
