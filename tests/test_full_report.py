@@ -10,6 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from aligntune.backends._compat import TESTED
 from tests import full_report
 
 
@@ -87,3 +88,5 @@ def test_the_oldest_versions_are_the_least_that_are_allowed() -> None:
     for one in map(Requirement, project["dependencies"]):
         least[one.name] = next(Version(bound.version) for bound in one.specifier if bound.operator == ">=")
     assert pinned == least
+    # What `aligntune doctor` calls too old is what pip would not install.
+    assert all(Version(low).release == pinned[name].release[:2] for name, (low, _) in TESTED.items())

@@ -18,6 +18,7 @@ with warnings.catch_warnings():
     from trl.experimental.cpo import CPOConfig, CPOTrainer
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
+from aligntune.backends._compat import load_top_adapter
 from aligntune.data import with_kl_completions
 
 __all__ = ["CPO", "KTO", "ORPO", "CPOConfig", "ORPOConfig", "Quiet", "Reward"]
@@ -44,6 +45,11 @@ class Quiet:
         # Without a repository TRL's card loads a model "None", and says that a local base is one.
         if self.hub_model_id is not None or not self._saves:
             super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        if not self.is_fsdp_enabled:
+            load_top_adapter(self.model if model is None else model, resume_from_checkpoint)
 
     def _issue_warnings_after_load(self: Any, load_result: Any) -> None:
         # A file holds tied weights once, under the embedding's name: transformers then calls the head missing.

@@ -18,6 +18,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from aligntune import create_rl_trainer, create_sft_trainer
 from aligntune.algorithms import ALGORITHMS as TABLE
+from aligntune.backends import _compat
 from aligntune.backends.base import Prepared, require
 from aligntune.backends.trl.build import build
 from aligntune.backends.trl.offline import Quiet
@@ -410,3 +411,33 @@ def test_overlong_filtering_leaves_truncated_completions_out(tmp_path: Any) -> N
     before = parameters(trainer.model)
     trainer.train()
     assert all(torch.equal(before[name], value) for name, value in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize(("installed", "loads"), [("5.17.0", True), ("5.22.2", True), ("5.23.0", False)])
+def test_the_adapter_at_the_top_of_a_checkpoint_of_several_is_loaded(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, installed: str, loads: bool,
+) -> None:
+    """transformers up to 5.22 loads those in subfolders alone, and the policy would train on as it was given."""
+    def adapted(seed: int) -> Any:
+        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        model = tiny.llama()
+        torch.manual_seed(seed)
+        model = get_peft_model(model, config)
+        model.add_adapter("ref", config)
+        return model
+
+    def values(model: Any, adapter: str) -> list[torch.Tensor]:
+        return [value for name, value in model.named_parameters() if f".{adapter}." in name]
+
+    saved, given = adapted(1), adapted(2)
+    saved.save_pretrained(str(tmp_path))
+    before = {name: [value.clone() for value in values(given, name)] for name in ("default", "ref")}
+    monkeypatch.setattr(_compat, "version", lambda name: installed)
+    _compat.load_top_adapter(given, str(tmp_path))
+    wanted = values(saved, "default") if loads else before["default"]
+    assert all(map(torch.equal, values(given, "default"), wanted)) and len(wanted) == 4
+    assert not any(map(torch.equal, before["default"], values(saved, "default")))
+    # The rest is transformers' own.
+    assert all(map(torch.equal, values(given, "ref"), before["ref"]))
+    assert given.active_adapters == ["default"] and all(value.requires_grad for value in values(given, "default"))
+    _compat.load_top_adapter(tiny.llama(), str(tmp_path))  # no adapters: nothing to do

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from aligntune.errors import CheckpointError
@@ -127,6 +128,8 @@ dist.destroy_process_group()
 
 
 @pytest.mark.dist
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.12"),
+                    reason="torch 2.11 restores no optimizer's state on 'cpu:0'")
 @pytest.mark.parametrize("critic", ["", pytest.param("policy", marks=pytest.mark.slow)])
 def test_two_processes_are_one_run(critic: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"

@@ -163,9 +163,9 @@ CI_CASES = {
 
 @pytest.mark.parametrize("name", list(CI_CASES))
 def test_kernels_fit_sm_90(name):
-    # Triton 3.9 spills in the class of SFT, whose 64 registers are what two programs on an SM can have: of 42 loads and
-    # stores four are in the loop.
-    spills = 64 if name == "sft" and Version(metadata.version("triton")) >= Version("3.9") else 0
+    # In the class of SFT, whose 64 registers are what two programs on an SM can have, Triton 3.6 spills one; 3.9 some,
+    # but of its 42 loads and stores four are in the loop.
+    spills = 64 if name == "sft" and not Version("3.7") <= Version(metadata.version("triton")) < Version("3.9") else 0
     found = assert_fits(CI_CASES[name], load_bits=None if name == "scale" else 128, spills=spills)
     assert found.stores.get(128, 0) > 0 or name == "scale"
 
