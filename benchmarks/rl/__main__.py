@@ -40,7 +40,7 @@ from aligntune.compare.stats import throughput_ratio
 from benchmarks.ahead import Ahead, Job
 from benchmarks.ops.__main__ import commit
 from benchmarks.rl.workloads import WHY_NOT, WORKLOADS, Workload, recipe, write_policy, write_rows
-from benchmarks.sft.__main__ import PLAIN, RECOMPUTE, Runner, missing, run_arms
+from benchmarks.sft.__main__ import PLAIN, RECOMPUTE, Runner, missing, run_arms, write_report
 from benchmarks.sft.workloads import versions_of
 
 CONTINUOUS = {"trainer_options": {"use_transformers_continuous_batching": True}}
@@ -287,13 +287,7 @@ def main(argv: list[str] | None = None, runner: Runner | None = None) -> int:
 
     def write(more: list[dict[str, Any]]) -> None:
         if args.json:
-            path, found = args.json, [*rows, *more]
-            if path.is_dir():
-                name = found[-1]["row"]
-                path, found = path / f"{name}.json", [one for one in found if one["row"] == name]
-            aside = path.with_name(path.name + ".part")  # cut while writing, the one of before stays
-            aside.write_text(json.dumps({**report, "rows": found}, indent=1) + "\n")
-            aside.replace(path)
+            write_report(args.json, report, [*rows, *more])
 
     with tempfile.TemporaryDirectory() as folder:
         if runner is None and args.ahead:

@@ -253,6 +253,16 @@ def entries_of(name: str, arms: Sequence[Arm], found: dict[str, Any]) -> list[di
         warmup=workload.steps - workload.measured) for arm in arms if found[arm.label]]
 
 
+def write_report(path: Path, report: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """The report with its rows; where `path` is a folder, the last row's file in it, with the entries of that row."""
+    if path.is_dir():
+        name = rows[-1]["row"]
+        path, rows = path / f"{name}.json", [one for one in rows if one["row"] == name]
+    aside = path.with_name(path.name + ".part")  # cut while writing, the one of before stays
+    aside.write_text(json.dumps({**report, "rows": rows}, indent=1) + "\n")
+    aside.replace(path)
+
+
 def main(argv: list[str] | None = None, runner: Runner | None = None) -> int:
     args = parse(argv)
     import torch
@@ -281,13 +291,7 @@ def main(argv: list[str] | None = None, runner: Runner | None = None) -> int:
 
     def write(more: list[dict[str, Any]]) -> None:
         if args.json:
-            path, found = args.json, [*rows, *more]
-            if path.is_dir():
-                name = found[-1]["row"]
-                path, found = path / f"{name}.json", [one for one in found if one["row"] == name]
-            aside = path.with_name(path.name + ".part")  # cut while writing, the one of before stays
-            aside.write_text(json.dumps({**report, "rows": found}, indent=1) + "\n")
-            aside.replace(path)
+            write_report(args.json, report, [*rows, *more])
 
     with tempfile.TemporaryDirectory() as folder:
         if args.longest:
