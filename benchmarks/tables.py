@@ -372,7 +372,7 @@ def learning_of(algorithm: str) -> Callable[[Report], str]:
 
 
 def sft_summary(*reports: Report) -> str:
-    """A row a workload: the quickest arm of fast with its base as loaded, and the quickest of its peers.
+    """A row a workload: the quickest arm of fast with its base as loaded, and the peer over which it gains least.
 
     Then those that need the least memory, where that is another arm of fast.
     """
@@ -383,7 +383,8 @@ def sft_summary(*reports: Report) -> str:
         if not ours or not theirs:
             continue
         cards.add(report["device"])
-        fast, peer = (max(arms, key=lambda one: one["tokens_per_s"]) for arms in (ours, theirs))
+        fast = max(ours, key=lambda one: one["tokens_per_s"])
+        peer = min(theirs, key=lambda one: _gain(fast, one))
         told = _interval(peer["over_this"]) if "over_this" in peer and measured[0] is fast else None
         quick.append(_beside(SFT_ROWS[fast["row"]], fast, peer, told))
         least, least_peer = (min(arms, key=lambda one: one["peak_gib"]) for arms in (ours, theirs))
@@ -392,7 +393,7 @@ def sft_summary(*reports: Report) -> str:
     head = ["SFT step", "fast, tokens/s", "peak GiB", "best peer measured", "tokens/s", "peak GiB", "fast is"]
     told = (f"{', '.join(sorted(cards))}; random weights; the Llama 1B shape where no other is named. Tokens a second "
             "are of all measured steps together; the last column, where it has an interval, is the geometric mean over "
-            "steps.")
+            "steps, and the best peer is the one over which it is least.")
     return markdown(head, [*quick, *small]) + f"\n{told}\n"
 
 
@@ -402,24 +403,29 @@ def rl_each(*reports: Report) -> str:
 
 
 def rl_summary(*reports: Report) -> str:
-    """A row a workload: the arm of fast and the quickest peer that ran beside it."""
+    """A row a workload: the arm of fast and, of the peers that ran beside it, that over which it gains least."""
     rows, cards = [], set()
     for report in reports:
         fast, *others = [entry for entry in report["rows"] if "why" not in entry]
         if not fast["arm"].startswith("fast") or not others:
             continue
         cards.add(report["device"])
-        peer = min(others, key=lambda one: one["step_ms"]["p50"])
+        peer = min(others, key=lambda one: _gain(fast, one))
         label = peer["arm"].partition("-")[0]
         rows.append([
             RL_ROWS[fast["row"]], f"{fast['step_ms']['p50']:,.0f}", f"{fast['peak_gib']:.1f}",
             f"{peer['arm']} {peer['versions'].get(label, '')}".strip(), f"{peer['step_ms']['p50']:,.0f}",
             f"{peer['peak_gib']:.1f}", _interval(peer["over_this"]),
         ])  # fmt: skip
-    head = ["whole step, LoRA", "fast, ms", "peak GiB", "quickest peer measured", "ms", "peak GiB", "fast is"]
+    head = ["whole step, LoRA", "fast, ms", "peak GiB", "best peer measured", "ms", "peak GiB", "fast is"]
     told = ("; random weights; the Llama 1B shape where no other is named. Milliseconds are the median of an arm's "
             "steps; the last column is of tokens a second, over steps of both arms in pairs.\n")
     return markdown(head, rows) + f"\n{', '.join(sorted(cards))}{told}"
+
+
+def _gain(fast: dict[str, Any], peer: dict[str, Any]) -> float:
+    """How many times as quick as `peer` fast is: over steps in pairs where those were compared."""
+    return peer["over_this"]["ratio"][0] if "over_this" in peer else fast["tokens_per_s"] / peer["tokens_per_s"]
 
 
 def _beside(name: str, fast: dict[str, Any], peer: dict[str, Any], ratio: str | None) -> list[str]:
