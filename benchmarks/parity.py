@@ -307,12 +307,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many steps and seeds: `steps` are those of the runs that learn, which the yardsticks are cut from."""
+    """How many steps and seeds: `steps` are those of the runs that learn, which the yardsticks are cut from.
+
+    `bf16_seeds`: of SFT's yardstick in bf16. One seed of 100 steps is 0.2 to 2.6 times as far from fp32 on fast as on
+    trl: three decide nothing.
+    """
 
     source: str
     steps: int
     seeds: int = 1
     learn_seeds: int = 1
+    bf16_seeds: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -333,11 +338,10 @@ class Plan:
             asked.append((STILL if online else STILL[1:], min(STILL_STEPS, self.steps), True))
             return [Job(part, arms, seed, steps, self.source, rows, self.options, still)
                     for seed in seeds for arms, steps, still in asked]
-        # In bf16 one seed of 100 steps is 0.2 to 2.6 times as far from fp32 on fast as on trl: three decide nothing.
-        arms, steps = (LEARNING, self.steps) if part == "sft" else (STILL[1:], self.yard_steps)
         wanted = {(name, seed): self.yard_steps for name in HELD for seed in seeds}
-        wanted |= {(name, seed): steps for name in arms for seed in range(1, self.learn_seeds + 1)}
+        wanted |= {(name, seed): self.yard_steps for name in STILL[1:] for seed in range(1, self.bf16_seeds + 1)}
         if part == "sft":
+            wanted |= {(name, seed): self.steps for name in LEARNING for seed in range(1, self.learn_seeds + 1)}
             wanted["trl-eager", 1] = self.steps
         toy = {"batch_size": 2, "max_seq_length": 48} if self.steps < 10 else {}
         return [Job(part, (name,), seed, steps, self.source, "builtin:pydoc", {**self.options, **SFT[part], **toy})
@@ -456,8 +460,7 @@ def quiet_checks(part: str, runs: Mapping[str, Sequence[Ran]]) -> list[Check]:
 
 def learning(runs: Mapping[str, Sequence[Ran]], plan: Plan) -> tuple[list[Check], dict[str, Any]]:
     """The runs that learn, in fp32, bf16 and with a base in fp8, over their seeds."""
-    lost = _of(runs, "loss")
-    learnt = {name: found[:plan.learn_seeds] for name, found in lost.items()}
+    learnt = {name: found[:plan.learn_seeds] for name, found in _of(runs, "loss").items()}
     checks = [
         distance("sft, bf16", learnt["trl"], learnt["trl-bf16"], learnt["fast-bf16"], BF16),
         *(distance("sft, fp8 base", learnt["trl"], learnt[f"{backend}-bf16"], learnt["fast-fp8"], FP8,
@@ -465,8 +468,8 @@ def learning(runs: Mapping[str, Sequence[Ran]], plan: Plan) -> tuple[list[Check]
         *quiet_checks("sft", {name: found[:1] for name, found in runs.items()}),
     ]
     tenth = max(1, plan.steps // 10)
-    fell = [float(part.mean()) for part in (lost["trl"][0][:tenth], lost["trl"][0][-tenth:])]
-    curves = {name: [[round(float(x), 6) for x in run] for run in found] for name, found in lost.items()}
+    fell = [float(part.mean()) for part in (learnt["trl"][0][:tenth], learnt["trl"][0][-tenth:])]
+    curves = {name: [[round(float(x), 6) for x in run] for run in found] for name, found in learnt.items()}
     apart = {name: [rms([run - true]) for run, true in zip(learnt[name], learnt["trl"], strict=True)]
              for name in LEARNING if name != "trl"}  # fmt: skip
     first = {name: [run.gradients for run in found[:plan.learn_seeds]] for name, found in runs.items()}
@@ -518,12 +521,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300,
                         help="of the learning run; yardsticks of SFT take 100 at most, other methods 50")
     parser.add_argument("--seeds", type=int, default=2, help="of all but the learning run, and SFT in bf16")
-    parser.add_argument("--learn-seeds", type=int, default=12, help="of the learning run, and SFT in bf16")
+    parser.add_argument("--learn-seeds", type=int, default=12, help="of the learning run")
+    parser.add_argument("--bf16-seeds", type=int, help="of SFT's yardstick in bf16; default: twice --learn-seeds")
     parser.add_argument("--workers", type=int, default=1, help="runs at once: they share the card")
     parser.add_argument("--parts", help=f"some of {','.join(PARTS)}; default: all that the device can run")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--commit", help="the commit, where this tree is not a checkout")
     args = parser.parse_args(argv)
+    args.bf16_seeds = 2 * args.learn_seeds if args.bf16_seeds is None else args.bf16_seeds
     if args.parts is not None:
         args.parts = args.parts.split(",")
         if strange := sorted(set(args.parts) - set(PARTS)):
@@ -544,7 +549,8 @@ def main(argv: list[str] | None = None) -> int:
     spawned = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(args.workers, mp_context=spawned) if args.workers > 1 else None
     try:
-        plan = Plan(write_model(folder / "model"), args.steps, args.seeds, args.learn_seeds, {"device": args.device})
+        source = write_model(folder / "model")
+        plan = Plan(source, args.steps, args.seeds, args.learn_seeds, args.bf16_seeds, {"device": args.device})
         given = begun(done, [job for part in parts for job in plan.jobs(part)], pool)
         for part in parts:
             with Attempt() as attempt:

@@ -149,18 +149,19 @@ def test_ppo_is_judged_by_both_its_losses():
 
 def test_sft_s_parts(monkeypatch):
     """All have a first loss, yardsticks and gradients; the first alone has runs that learn, and fp8."""
-    plan = parity.Plan("", 300, 2, 3)
+    plan = parity.Plan("", 300, 2, 3, 5)
     for part in parity.SFT:
         checks, more = made_up(plan, part, losses(QUIET))
         told = [(check.part.removeprefix(f"{part}, "), check.what, check.steps, check.seeds) for check in checks]
         assert told[:5] == [("fp32", "loss of one step, relative", 1, 2), ("fp32", "max |loss difference|", 100, 2),
-                            ("fp32", "|mean signed difference|", 100, 2), ("bf16", bounds.LOSS, 100, 3),
-                            ("bf16", "first-step gradient of w", 1, 3)]
+                            ("fp32", "|mean signed difference|", 100, 2), ("bf16", bounds.LOSS, 100, 5),
+                            ("bf16", "first-step gradient of w", 1, 5)]
         assert more["layouts"]["fast-bf16"] == "of fast-bf16"
         if part == "sft":
             assert [one[0] for one in told[5:]] == ["bf16", "fp8 base", "fp8 base", "two trl runs in fp32"]
             assert {one[2:] for one in told[5:8]} == {(300, 3)} and told[8][2:] == (300, 1)
-            assert len(more["losses"]["fast-fp8"]) == 3 and len(more["losses"]["fast"]) == 2
+            assert len(more["losses"]["fast-fp8"]) == len(more["losses"]["trl"]) == 3
+            assert len(more["losses"]["fast"]) == 2 and {len(run) for run in more["losses"]["trl"]} == {300}
         else:
             assert told[5:] == [("two trl runs in fp32", bounds.LOSS, 100, 2)] and set(more) == {"layouts"}
     options = {part: plan.jobs(part)[0].options for part in parity.SFT}
@@ -168,7 +169,7 @@ def test_sft_s_parts(monkeypatch):
 
 
 def test_all_seeds_have_the_same_arms_and_what_shares_rollouts_is_one_job():
-    plan = parity.Plan("", 300, 2, 3)
+    plan = parity.Plan("", 300, 2, 3, 5)
     for part in parity.PARTS:
         found = [(name, job.seed, job.steps) for job in plan.jobs(part) if not job.still for name in job.arms]
         assert len(set(found)) == len(found)
@@ -385,8 +386,8 @@ def test_an_array_of_numbers_is_one_line():
 def test_toy_runs_end_to_end(part, tmp_path):
     """Three steps judge nothing, and their bounds are not asserted: the command runs, and one step is one step."""
     path = tmp_path / "parity.json"
-    parity.main(["--device", "cpu", "--steps", "3", "--seeds", "1", "--learn-seeds", "1", "--parts", part,
-                 "--json", str(path)])
+    parity.main(["--device", "cpu", "--steps", "3", "--seeds", "1", "--learn-seeds", "1", "--bf16-seeds", "1",
+                 "--parts", part, "--json", str(path)])
     rows = json.loads(path.read_text())["rows"]
     count = {"sft": 9, "grpo,ppo": 5 + 9, "dpo": 5, "sft-full,sft-nf4": 2 * 6}[part]
     assert len(rows) == count and all(row["value"] >= 0 for row in rows)
