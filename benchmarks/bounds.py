@@ -50,6 +50,8 @@ class Check:
     seeds: int
     interval: tuple[float, float] | None = None
     """Of value over own: 95 %, over seeds."""
+    raw: float | None = None
+    """Of a yardstick: what the two runs themselves differ by, where `own` is the least that it counts as."""
 
     @property
     def holds(self) -> bool:
@@ -69,11 +71,13 @@ def within_yardstick(
     steps, seeds = len(trl[0]), len(trl)
     largest = [max(float(d.abs().max()) for d in apart) for apart in (yard, ours)]
     signed = [max(float(d.mean().abs()) for d in apart) for apart in (yard, ours)]
+    raw = largest[0], signed[0]
     rounding = ROUNDING * max(1.0, *(float(x.abs().max()) for x in trl)) if largest[0] else 0.0
     largest[0] = max(largest[0], 2 * rounding)
     signed[0] = max(signed[0], max(rms(yard), rounding) / math.sqrt(steps))
-    return [Check(part, _named(what, which), value, own, YARD * own, steps, seeds) for what, (own, value) in
-            (("max |loss difference|", largest), ("|mean signed difference|", signed))]
+    return [Check(part, _named(what, which), value, own, YARD * own, steps, seeds, raw=one if one < own else None)
+            for what, (own, value), one in (("max |loss difference|", largest, raw[0]),
+                                            ("|mean signed difference|", signed, raw[1]))]
 
 
 def _named(what: str, which: str) -> str:

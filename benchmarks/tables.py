@@ -158,16 +158,19 @@ def sft(report: Report) -> str:
 
 
 def sft_earlier(*reports: Report) -> str:
-    """Rows that were measured twice: fast and the quickest arm of unsloth, then (first half of the reports) and now."""
+    """Rows that were measured twice: fast and the quickest arm of unsloth, then (first half of the reports) and now.
+
+    And fast as it is now over the quickest that any machine has made of unsloth.
+    """
     half, rows = len(reports) // 2, []
     for pair in zip(reports[:half], reports[half:], strict=True):
-        best: list[str] = []
-        for name in ("fast", "unsloth"):
-            arms = [[one["tokens_per_s"] for one in report["rows"] if "why" not in one
-                     and one["arm"].partition("-")[0] == name and "fp8" not in one["arm"]] for report in pair]
-            best += [f"{max(found):,.0f}" for found in arms]
-        rows.append([SFT_ROWS[pair[0]["rows"][0]["row"]], *best])
-    head = ["tokens/s", "fast, earlier", "now", "unsloth at its best, earlier", "now"]
+        fast, peer = ([max(one["tokens_per_s"] for one in report["rows"] if "why" not in one
+                           and one["arm"].partition("-")[0] == name and "fp8" not in one["arm"]) for report in pair]
+                      for name in ("fast", "unsloth"))
+        rows.append([SFT_ROWS[pair[0]["rows"][0]["row"]], *(f"{rate:,.0f}" for rate in (*fast, *peer)),
+                     f"{fast[0] / peer[0]:.2f}x", f"{fast[1] / max(peer):.2f}x"])
+    head = ["tokens/s", "fast, earlier", "now", "unsloth at its best, earlier", "now", "fast then over it",
+            "fast now over its best of both"]
     return markdown(head, rows)
 
 
@@ -278,7 +281,7 @@ def parity(report: Report) -> str:
     rows = [
         [entry["part"], f"failed: {entry['failed']}", *["-"] * 6, held(entry)] if "failed" in entry else
         [entry["part"], entry["what"], str(entry["steps"]), str(entry["seeds"]), f"{entry['value']:.1e}",
-         "-" if entry["own"] is None else f"{entry['own']:.1e}", _times(entry), f"{entry['bound']:.1e}", held(entry)]
+         _own(entry), _times(entry), f"{entry['bound']:.1e}", held(entry)]
         for entry in report["rows"]
     ]  # fmt: skip
     there = [entry["part"] for entry in report["rows"]]
@@ -300,6 +303,13 @@ def held(entry: dict[str, Any]) -> str:
     told = "yes" if entry["holds"] else "**no**"
     low, high = entry.get("interval") or (None, None)
     return told if low is None or not low < entry["bound"] / entry["own"] < high else f"{told}, not settled"
+
+
+def _own(entry: dict[str, Any]) -> str:
+    """What a difference is held against; in brackets what two runs differ by that count as more."""
+    if entry["own"] is None:
+        return "-"
+    return f"{entry['own']:.1e}" + ("" if entry.get("raw") is None else f" ({entry['raw']:.1e})")
 
 
 def _times(entry: dict[str, Any]) -> str:

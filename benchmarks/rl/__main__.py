@@ -1,6 +1,6 @@
 """Preference and online methods on one GPU: backend "fast" beside trl and unsloth, whole steps, rollouts within them.
 
-python -m benchmarks.rl --json FILE                             every row
+python -m benchmarks.rl                                         every row, into benchmarks/results and the docs
 python -m benchmarks.rl dpo-1b --arms fast,fast-gc,trl-gc       one row, some arms
 python -m benchmarks.rl grpo-1b --arms fast,unsloth --site-unsloth DIR --repeats 1
 python -m benchmarks.rl smoke-grpo --arms trl,fast              toy sizes, any machine; the times mean nothing
@@ -37,10 +37,11 @@ from aligntune.compare.parity import losses
 from aligntune.compare.protocol import Run, in_a_fresh_process, spec_of
 from aligntune.compare.settings import Arm, Settings
 from aligntune.compare.stats import throughput_ratio
+from benchmarks import tables
 from benchmarks.ahead import Ahead, Job
 from benchmarks.ops.__main__ import commit
 from benchmarks.rl.workloads import WHY_NOT, WORKLOADS, Workload, recipe, write_policy, write_rows
-from benchmarks.sft.__main__ import PLAIN, RECOMPUTE, Runner, missing, run_arms, write_report
+from benchmarks.sft.__main__ import NOT_RUN, PLAIN, RECOMPUTE, Runner, into_results, missing, run_arms, write_report
 from benchmarks.sft.workloads import versions_of
 
 CONTINUOUS = {"trainer_options": {"use_transformers_continuous_batching": True}}
@@ -203,7 +204,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", default=",".join(arm for arm in ARMS if arm not in ASIDE),
                         help=f"of {', '.join(ARMS)}; the first is the reference; all but {', '.join(ASIDE)}")
     parser.add_argument("--json", type=Path, help="write versions, card, commit, command, ceilings and rows here; a "
-                        "folder that is there gets a file a row")
+                        "folder that is there gets a file a row. Where neither rows nor arms are named, that of the "
+                        "results by default, and the docs' tables are written anew")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each arm; with 1 no noise is measured")
     parser.add_argument("--site-unsloth", type=Path)
     parser.add_argument("--commit", help="the commit, where this tree is not a checkout")
@@ -212,6 +214,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         "takes a core more")
     parser.add_argument("--keep", type=Path, help="leave specs, logs and results of the runs here")
     args = parser.parse_args(argv)
+    args.all = into_results(args, args.arms == parser.get_default("arms"), "rl")
     args.rows = args.rows or [name for name in WORKLOADS if not name.startswith("smoke")]
     args.arms = args.arms.split(",")
     for given, known in ((args.rows, WORKLOADS), (args.arms, ARMS)):
@@ -221,11 +224,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def entries_of(name: str, arms: Sequence[Arm], found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The entries of the arms that ran, or will not."""
+    """An entry of every arm: what it measured, or why there is nothing."""
     reference = found[arms[0].label]
     reference = reference if isinstance(reference, list) and reference else None
-    return [{"row": name, "arm": arm.label, "why": found[arm.label]} if isinstance(found[arm.label], str) else entry(
-        name, arm, found[arm.label], reference, arms[0].label) for arm in arms if found[arm.label]]
+    return [{"row": name, "arm": arm.label, "why": runs or NOT_RUN} if not runs or isinstance(runs, str) else
+            entry(name, arm, runs, reference, arms[0].label) for arm in arms for runs in [found[arm.label]]]
 
 
 def of_row(name: str, arms: Sequence[Arm], folder: Path, args: argparse.Namespace, *, gpu: bool, runner: Runner | None,
@@ -296,7 +299,7 @@ def main(argv: list[str] | None = None, runner: Runner | None = None) -> int:
             for name in args.rows:
                 rows += of_row(name, arms, Path(folder), args, gpu=gpu, runner=runner, keep=write)
                 write([])
-    return 0
+    return tables.main() if args.all else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """SFT on one GPU: backend "fast" beside trl, trl with liger, and unsloth, each at its best setting.
 
-python -m benchmarks.sft --json FILE                        every row
+python -m benchmarks.sft                                    every row and arm, into benchmarks/results and the docs
 python -m benchmarks.sft lora-1b qlora-8b --json FILE       some
 python -m benchmarks.sft lora-1b --arms fast,fast-gc        some arms
 python -m benchmarks.sft smoke --arms trl,fast              toy sizes, any machine; the times mean nothing
@@ -37,15 +37,19 @@ from aligntune.compare.protocol import Run, in_a_fresh_process, spec_of
 from aligntune.compare.settings import Arm, Settings
 from aligntune.compare.stats import throughput_ratio
 from aligntune.errors import AlignTuneError
+from benchmarks import tables
 from benchmarks.ahead import Ahead, Job
 from benchmarks.ops.__main__ import commit
 from benchmarks.sft.longest import longest
 from benchmarks.sft.workloads import MODELS, WORKLOADS, Workload, recipe, versions_of, write_model, write_rows
 
-PLAIN, RECOMPUTE = {"gradient_checkpointing": False}, {"gradient_checkpointing": True}
+PLAIN, RECOMPUTE, AUTO = ({"gradient_checkpointing": how} for how in (False, True, "auto"))
 COLD = "fast-cold"
 """Of the time to the first step: every run compiles its kernels, into an empty Triton cache of its own. Arm "fast" then
 reads the cache that the run before it filled: what other commands left on the machine tells neither."""
+NOT_RUN = "not run: the command ended before"
+RESULTS = Path(__file__).parents[1] / "results"
+ASIDE = (COLD, "fast-6gib")
 END_TO_END = {"UNSLOTH_PADDING_CHOICE": "padding_free"}
 ARMS: dict[str, Arm] = {arm.label: arm for arm in (
     Arm("trl", "trl", PLAIN), Arm("trl-gc", "trl", RECOMPUTE),
@@ -54,8 +58,10 @@ ARMS: dict[str, Arm] = {arm.label: arm for arm in (
     Arm("unsloth", "trl", PLAIN, "unsloth", environment=END_TO_END),
     Arm("unsloth-compiled", "trl", PLAIN, "unsloth", environment={"UNSLOTH_PADDING_CHOICE": "padded"}),
     # Its offloading one.
-    Arm("unsloth-gc", "trl", {"gradient_checkpointing": "auto"}, "unsloth", environment=END_TO_END),
+    Arm("unsloth-gc", "trl", AUTO, "unsloth", environment=END_TO_END),
     Arm("fast", "fast", PLAIN), Arm("fast-gc", "fast", RECOMPUTE),
+    # What is the default, and the same with less memory than the row would take.
+    Arm("fast-auto", "fast", AUTO), Arm("fast-6gib", "fast", {**AUTO, "memory_budget_gib": 6.0}),
     Arm(COLD, "fast", PLAIN),
     Arm("fast-offload", "fast", {"gradient_checkpointing": "offload"}),
     # Of LoRA alone: on other rows it fails, and says why.
@@ -180,10 +186,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.sft", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("rows", nargs="*", metavar="row", help=f"of {', '.join(WORKLOADS)}; all but smoke by default")
-    parser.add_argument("--arms", default=",".join(name for name in ARMS if name != COLD),
-                        help=f"of {', '.join(ARMS)}; the first is the reference; by default all but {COLD}")
+    parser.add_argument("--arms", default=",".join(name for name in ARMS if name not in ASIDE),
+                        help=f"of {', '.join(ARMS)}; the first is the reference; by default all but {', '.join(ASIDE)}")
     parser.add_argument("--json", type=Path, help="write versions, card, commit, command, ceilings and rows here; a "
-                        "folder that is there gets a file a row")
+                        "folder that is there gets a file a row. Where neither rows nor arms are named, that of the "
+                        "results by default, and the docs' tables are written anew")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each arm; with 1 no noise is measured")
     parser.add_argument("--site-liger", type=Path)
     parser.add_argument("--site-unsloth", type=Path)
@@ -201,6 +208,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.longest and args.rows:
         parser.error("--longest takes its row itself")
+    args.all = into_results(args, args.arms == parser.get_default("arms"), "sft")
     args.rows = [args.longest] if args.longest else args.rows or [name for name in WORKLOADS if name != "smoke"]
     if args.longest and args.arms == parser.get_default("arms"):
         args.arms = "fast-offload"
@@ -215,6 +223,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.ahead and COLD in args.arms:
         parser.error(f"--ahead: what {COLD} is for is the time to the first step, imports included")
     return args
+
+
+def into_results(args: argparse.Namespace, every_arm: bool, name: str) -> bool:
+    """Whether a command names nothing, so that what it measures is the results; `--json` is then their folder."""
+    wanted = not args.rows and every_arm and args.json is None and getattr(args, "longest", None) is None
+    if wanted:
+        args.json = RESULTS / name
+    return wanted
 
 
 def of_row(name: str, arms: Sequence[Arm], folder: Path, args: argparse.Namespace, *, gpu: bool, runner: Runner,
@@ -246,11 +262,12 @@ def of_row(name: str, arms: Sequence[Arm], folder: Path, args: argparse.Namespac
 
 
 def entries_of(name: str, arms: Sequence[Arm], found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries of the arms that ran, or will not."""
+    """An entry of every arm: what it measured, or why there is nothing."""
     workload, reference = WORKLOADS[name], found[arms[0].label]
-    return [{"row": name, "arm": arm.label, "why": found[arm.label]} if isinstance(found[arm.label], str) else entry(
-        name, arm, found[arm.label], reference if isinstance(reference, list) and reference else None,
-        warmup=workload.steps - workload.measured) for arm in arms if found[arm.label]]
+    reference = reference if isinstance(reference, list) and reference else None
+    return [{"row": name, "arm": arm.label, "why": runs or NOT_RUN} if not runs or isinstance(runs, str) else
+            entry(name, arm, runs, reference, warmup=workload.steps - workload.measured)
+            for arm in arms for runs in [found[arm.label]]]
 
 
 def write_report(path: Path, report: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -304,7 +321,7 @@ def main(argv: list[str] | None = None, runner: Runner | None = None) -> int:
             for name in args.rows:
                 rows += of_row(name, arms, Path(folder), args, gpu=gpu, runner=runner, keep=write)
                 write([])
-    return 0
+    return tables.main() if args.all else 0
 
 
 if __name__ == "__main__":

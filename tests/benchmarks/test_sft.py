@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 from aligntune.compare.protocol import in_a_fresh_process
 from aligntune.errors import ComparisonError, ConfigError
+from benchmarks import tables
+from benchmarks.rl import __main__ as rl
 from benchmarks.sft import __main__ as benchmark
 from benchmarks.sft.workloads import WORKLOADS, recipe
 from tests.compare import made_up
@@ -70,8 +73,7 @@ def test_what_was_measured_is_on_disk_after_every_run(tmp_path: Path, capsys: py
 
     with pytest.raises(KeyboardInterrupt):
         benchmark.main(["smoke", "--arms", "fast,fast-gc,trl", "--json", str(out)], run)
-    assert seen == [[], [("fast", False)], [("fast", False), ("fast-gc", False)],
-                    [("fast", False), ("fast-gc", False), ("trl", True)]]
+    assert seen == [[], *[[("fast", False), ("fast-gc", False), ("trl", trl)] for trl in (False, False, True)]]
     rows = {row["arm"]: row for row in json.loads(out.read_text())["rows"]}
     assert "why" in rows["fast-gc"] and rows["trl"]["laps_s"] == [{"imports": 2.0, "train": 3.5}]
     assert not list(tmp_path.glob("*.part"))
@@ -150,6 +152,24 @@ def test_other_data_has_no_difference_of_losses(tmp_path: Path) -> None:
     assert "step 4" in found["data"] and "max_dloss" not in found and "over_this" in found
 
 
+def test_a_command_that_names_nothing_writes_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert benchmark.parse([]).json == tables.RESULTS / "sft" and rl.parse([]).json == tables.RESULTS / "rl"
+    for named in (["lora-1b"], ["--arms", "fast,trl"], ["--longest", "lora-1b"]):
+        args = benchmark.parse(named)
+        assert args.json is None and not args.all, "one row of some arms is not what is committed"
+    elsewhere = benchmark.parse(["--json", "x.json"])
+    assert str(elsewhere.json) == "x.json" and not elsewhere.all
+
+
+@pytest.mark.parametrize("path", sorted([*tables.RESULTS.glob("sft/**/*.json"), *tables.RESULTS.glob("rl/*.json")]),
+                         ids=lambda path: path.stem)
+def test_every_arm_that_a_committed_command_names_has_an_entry(path: Path) -> None:
+    report = json.loads(path.read_text())
+    named = re.search(r"--arms (\S+)", report["command"])
+    if named:  # several rows of one command have a file each
+        assert [row["arm"] for row in report["rows"]] == named[1].split(",")
+
+
 def test_every_arm_resolves(tmp_path: Path) -> None:
     """Options of arms and workloads are options of aligntune."""
     from aligntune.compare.protocol import Run, spec_of
@@ -167,8 +187,10 @@ def test_every_arm_resolves(tmp_path: Path) -> None:
                 continue
             job = resolve(spec.overrides, spec.config)
             assert job.options.max_steps == workload.steps and job.options.packing is workload.packing
-            checkpointing = {"unsloth-gc": "auto", "fast-offload": "offload"}.get(arm.label, arm.label.endswith("-gc"))
+            planned = dict.fromkeys(("unsloth-gc", "fast-auto", "fast-6gib"), "auto") | {"fast-offload": "offload"}
+            checkpointing = planned.get(arm.label, arm.label.endswith("-gc"))
             assert job.options.gradient_checkpointing == checkpointing
+            assert job.options.memory_budget_gib == (6.0 if arm.label == "fast-6gib" else None)
     assert job.options.padding_free == "auto"
 
 

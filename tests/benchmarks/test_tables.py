@@ -180,4 +180,5 @@ def test_rows_that_were_measured_twice() -> None:
               report("qlora-8b", fast=9.0, unsloth=5.0)]
     now = [report("lora-1b", fast=1000.0, fast_offload=800.0, unsloth=55.0), report("qlora-8b", fast=8.0, unsloth=4.0)]
     assert tables.sft_earlier(*before, *now).splitlines()[2:] == [
-        "| LoRA, 4 x 2048 | 90 | 1,000 | 60 | 55 |", "| QLoRA 8B, 2 x 2048 | 9 | 8 | 5 | 4 |"]
+        "| LoRA, 4 x 2048 | 90 | 1,000 | 60 | 55 | 1.50x | 16.67x |",
+        "| QLoRA 8B, 2 x 2048 | 9 | 8 | 5 | 4 | 1.80x | 1.60x |"]
