@@ -59,7 +59,19 @@ def attach_trainer(trainer: Trainer, *, strict: bool = False) -> Attachment:
     except AlignTuneError:
         detach_trainer(trainer)
         raise
+    modules = [cls.__module__.partition(".")[0] for cls in type(trainer).__mro__]
+    if "trl" in modules and __package__.partition(".")[0] not in modules:
+        logger.info(_theirs(trainer))
     return attachment
+
+
+def _theirs(trainer: Trainer) -> str:
+    """What stays TRL's of its own trainer, in words."""
+    from trl import SFTTrainer
+
+    ours = "FastSFTTrainer" if isinstance(trainer, SFTTrainer) else "a trainer of create_rl_trainer(backend='fast')"
+    return (f"{type(trainer).__name__}: the model runs on our kernels; batches are TRL's, padded where TRL pads, and "
+            f"its steps are launched one by one. {ours} lays rows end to end and replays steps as CUDA graphs")
 
 
 def _recompute(trainer: Trainer, attachment: Attachment) -> None:

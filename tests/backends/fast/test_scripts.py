@@ -20,6 +20,7 @@ from aligntune.backends.base import require
 from aligntune.backends.fast import FastLanguageModel, accelerate_trl, attach, attachment_of, detach, fast_train
 from aligntune.backends.fast.recompute import recompute_of
 from aligntune.backends.fast.scripts import attach_trainer
+from aligntune.backends.fast.sft_trainer import FastSFTTrainer
 from aligntune.backends.fast.support import BACKEND
 from aligntune.errors import ConfigError, UnsupportedAlgorithmError
 from tests.core import tiny
@@ -52,6 +53,19 @@ def test_trainers_built_in_the_block_are_fast_after_it_and_the_same(tmp_path):
     assert fast == pytest.approx(losses(plain_trainer), abs=1e-4) and fast[0] > 4
     detach(trainer.model)
     assert attachment_of(trainer.model) is None
+
+
+def test_what_stays_trl_s_is_said(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="aligntune"), accelerate_trl():
+        tiny.sft(tmp_path / "theirs", max_steps=1)
+    said = [line for line in caplog.messages if line.startswith("SFTTrainer: the model runs on our kernels")]
+    assert len(said) == 1 and "FastSFTTrainer lays rows end to end" in said[0]
+    caplog.clear()
+    with caplog.at_level("INFO", logger="aligntune"):
+        ours = FastSFTTrainer(tiny.llama(), tiny.sft_args(tmp_path / "ours", max_steps=1),
+                              train_dataset=tiny.text_rows(),
+                              processing_class=tiny.tokenizer())
+    assert ours.layout.startswith("rows: end to end") and "on our kernels" not in caplog.text
 
 
 def test_train_inside_the_block_is_fast_too(tmp_path):
