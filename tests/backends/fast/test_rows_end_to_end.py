@@ -15,6 +15,7 @@ from transformers.integrations.neftune import activate_neftune
 from aligntune.backends.base import Prepared
 from aligntune.backends.fast.attachment import attachment_of
 from aligntune.backends.fast.build import build as build_fast
+from aligntune.backends.fast.build import lay_rows
 from aligntune.backends.fast.ops.attention import attention, attention_reference
 from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd, bucket
 from aligntune.backends.fast.recompute import recompute_of
@@ -204,6 +205,15 @@ def test_an_evaluation_has_no_noise(tmp_path: Any) -> None:
     trainer.model.train()
     activate_neftune(trainer.model, 5.0)
     assert trainer.evaluate(rows())["eval_loss"] == quiet
+
+
+def test_a_batch_is_copied_while_the_step_before_it_runs(tmp_path: Any) -> None:
+    """From pinned memory, by a copy that nothing waits for; TRL's waits."""
+    ours, theirs = (trainer_of(backend, "llama", tmp_path).trainer for backend in ("fast", "trl"))
+    assert not ours.get_train_dataloader()._non_blocking  # memory is not pinned on a CPU
+    ours.args.dataloader_pin_memory = theirs.args.dataloader_pin_memory = True
+    lay_rows(ours, attachment_of(ours.model))
+    assert ours.get_train_dataloader()._non_blocking and not theirs.get_train_dataloader()._non_blocking
 
 
 def test_padding_free_that_cannot_be_is_an_error(tmp_path: Any) -> None:
