@@ -19,28 +19,37 @@ from benchmarks import parity
 from tests.backends.fast.minis import build
 from tests.core import tiny
 
+# Of uneven lengths: a mean of micro-batches' means is another loss.
+TEXTS = [{"text": f"{i * i}:" + "ab" * (i % 4) + "c" * (i % 2)} for i in range(8)]
 ROWS: dict[str, list[dict[str, Any]]] = {
-    "sft": [{"text": f"{i * i}:" + "ab" * (i % 4) + "c" * (i % 2)} for i in range(8)],
+    "sft": TEXTS,
+    "sft-full": TEXTS,
+    "sft-accumulated": TEXTS,
     "dpo": [{"prompt": f"say {i}", "chosen": f" {i}" * (i % 3 + 1), "rejected": " no" * (i % 2 + 1)} for i in range(8)],
     "grpo": [{"prompt": f"count to {i}:"} for i in range(8)],
 }
+LORA: dict[str, Any] = {"use_peft": True, "lora_r": 3, "lora_dropout": 0.0}
+FULL: dict[str, Any] = {"use_peft": False}
 MORE: dict[str, dict[str, Any]] = {
-    "sft": {}, "dpo": {}, "grpo": {"reward_functions": [parity.letters], "num_generations": 4,
-                                   "max_completion_length": 5, "beta": 0.1},
-}  # fmt: skip
-
+    "sft": LORA,
+    "sft-full": FULL,
+    "sft-accumulated": FULL | {"gradient_accumulation_steps": 2},
+    "dpo": LORA,
+    "grpo": LORA
+    | {"reward_functions": [parity.letters], "num_generations": 4, "max_completion_length": 5, "beta": 0.1},
+}
 
 
 def train(name: str, folder: Path, *, world: int) -> dict[str, Any]:
-    """{losses, gradients, weights, layout} of three steps of 4 rows, over `world` processes."""
+    """{losses, gradients, weights, layout, accumulation} of three steps of 4 rows, over `world` processes."""
     gradients = parity.FirstGradients()
     given = {**parity.COMMON, "backend": "fast", "precision": "fp32", "tokenizer_name": tiny.tokenizer(),
-             "batch_size": 4 // world, "max_steps": 3, "learning_rate": 1e-2, "max_seq_length": 64,
-             "output_dir": str(folder / f"{name}-{world}"), "use_peft": True, "lora_r": 3, "lora_dropout": 0.0,
-             "callbacks": [gradients], **MORE[name]}  # fmt: skip
+             "batch_size": 4 // world // MORE[name].get("gradient_accumulation_steps", 1), "max_steps": 3,
+             "learning_rate": 1e-2, "max_seq_length": 64,
+             "output_dir": str(folder / f"{name}-{world}"), "callbacks": [gradients], **MORE[name]}  # fmt: skip
     model = build("llama", vocab_size=259, max_position_embeddings=256, num_hidden_layers=1)
     with parity.no_tf32():
-        if name == "sft":
+        if name.startswith("sft"):
             run = create_sft_trainer(model, ROWS[name], **given)
         else:
             run = create_rl_trainer(model, ROWS[name], algorithm=name, **given)
@@ -49,7 +58,7 @@ def train(name: str, folder: Path, *, world: int) -> dict[str, Any]:
     weights = {key: p.detach().cpu() for key, p in run.trainer.model.named_parameters() if p.requires_grad}
     return {"losses": parity.losses_of(run), "gradients": gradients.found, "weights": weights,
             "layout": run.attestation()["layout"], "processes": run.trainer.accelerator.num_processes,
-            "device": str(run.trainer.accelerator.device)}
+            "accumulation": run.trainer.args.gradient_accumulation_steps, "device": str(run.trainer.accelerator.device)}
 
 
 def spread(weights: dict[str, torch.Tensor], device: str) -> float:
