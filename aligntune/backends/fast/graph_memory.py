@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from aligntune.backends.fast.memory import SPARE, MemoryPlan, idle_in_pools
+from aligntune.backends.fast.memory import SPARE, MemoryPlan, idle_in_pools, reachable
 
 ROOM_SHARE = 0.5
 """Of the memory that is left, what a shape may need that is longer than a batch asks for."""
@@ -51,7 +51,7 @@ class GraphMemory:
         A budget is of what is allocated, and idle blocks are not.
         """
         standing = torch.cuda.memory_allocated()
-        reach = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) * (1 - SPARE)
+        reach = reachable() * (1 - SPARE)
         budget = math.inf if self.plan is None or self.plan.budget is None else self.plan.budget
         return min(reach - idle_in_pools(), budget) - standing
 

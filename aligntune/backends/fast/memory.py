@@ -37,6 +37,13 @@ SPARE = 0.06
 """Share of the memory that is planned with and stays free: blocks of the allocator that fit nothing."""
 
 
+def reachable(device: torch.device | None = None) -> int:
+    """Bytes of the GPU that this process can have, with what it has; no more than the share that it is held to."""
+    free, total = torch.cuda.mem_get_info(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return min(free + torch.cuda.memory_reserved(device), int(share * total))
+
+
 def idle_in_pools() -> int:
     """Bytes of the pools of CUDA graphs that hold nothing now: their graphs write there, and nobody else may."""
     return sum(segment["total_size"] - segment["allocated_size"] for segment in torch.cuda.memory_snapshot()
@@ -163,8 +170,7 @@ class MemoryPlan:
         """Bytes that steps may take at their peak, with what stands."""
         if self.budget is not None:
             return self.budget
-        free, _ = torch.cuda.mem_get_info()
-        return (free + torch.cuda.memory_reserved()) * (1 - SPARE)
+        return reachable() * (1 - SPARE)
 
     def takes(self, tokens: int) -> float:
         """Bytes that a step of so many tokens takes above what stands, with as many keys a token as the one at hand."""

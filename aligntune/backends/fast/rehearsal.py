@@ -5,6 +5,10 @@ and backward, this pass says so at once, and under gradient_checkpointing="auto"
 optimizer's first step makes is not there yet, unless the run resumes. The pass leaves nothing behind: no gradient, no
 metric, no drawn number. The longest of as many batches drawn at random is taken, as the sampler's own order is its own
 affair.
+
+Under DDP each process makes the pass over the same rows, the longest of what all of them draw, through the module that
+DDP wraps. Its gradients are asked for and do not reach the parameters, where DDP's hooks wait for them: even where they
+exchange nothing they note which parameters were used, and one that the first step does not use would be given zeros.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import numpy.typing as npt
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from torch.nn.parallel import DistributedDataParallel
 
 from aligntune.backends.fast.graphs import tokens_of
 
@@ -72,16 +77,20 @@ def rehearse(trainer: Any, rows: Any, collate: Any, *, first: int) -> int | None
     lengths = lengths_of(rows)
     if lengths is None or not len(lengths):
         return None
-    batches = (trainer.state.max_steps - trainer.state.global_step) * trainer.args.gradient_accumulation_steps
+    # The classes' own: what watches steps is put around the instances' methods, and this is no step.
+    ours, accelerator = type(trainer), trainer.accelerator
+    steps = trainer.state.max_steps - trainer.state.global_step
+    batches = steps * trainer.args.gradient_accumulation_steps * accelerator.num_processes
     # transformers' own batch size: under auto_find_batch_size not the one that was asked for.
     indices = longest_batch(lengths, size=trainer._train_batch_size, batches=max(1, batches))
+    if accelerator.num_processes > 1:  # metrics are summed over processes in the pass: all make it, or none
+        first = int(accelerator.gather(torch.tensor([first], device=accelerator.device)).min())
     if lengths[indices].sum() <= LONGER * first:
         return None
     batch = collate([rows[int(index)] for index in indices])
-    tokens, model = tokens_of(batch), trainer.model_wrapped
+    tokens, wrapped = tokens_of(batch), isinstance(trainer.model_wrapped, DistributedDataParallel)
+    model = trainer.model_wrapped.module if wrapped else trainer.model_wrapped
     logger.info("the longest batch first: %d rows, %d tokens", len(indices), int(lengths[indices].sum()))
-    # The classes' own: what watches steps is put around the instances' methods, and this is no step.
-    ours, accelerator = type(trainer), trainer.accelerator
     with _leaving_nothing(trainer, model):
         model.train()
         inputs = ours._prepare_inputs(trainer, batch)
@@ -89,7 +98,10 @@ def rehearse(trainer: Any, rows: Any, collate: Any, *, first: int) -> int | None
         with planned or contextlib.nullcontext(), trainer.maybe_activation_offload_context:
             with trainer.compute_loss_context_manager():
                 loss = ours.compute_loss(trainer, model, inputs)
-            type(accelerator).backward(accelerator, loss)
+            if wrapped:
+                torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+            else:
+                type(accelerator).backward(accelerator, loss)
     return tokens
 
 
@@ -119,8 +131,14 @@ def wanted(trainer: Any) -> bool:
 def traceless(trainer: Any) -> bool:
     """Whether a backward does no more than fill gradients, of which there are none: these can be let go of again."""
     accelerator = trainer.accelerator
-    # DeepSpeed's engine makes a step of it; sharded models and several processes exchange gradients meanwhile.
-    if accelerator.distributed_type != DistributedType.NO or accelerator.has_lomo_optimizer:
+    if isinstance(trainer.model_wrapped, DistributedDataParallel):
+        # Torch's reentrant recompute has no gradients to ask for.
+        if (trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            return False
+    # DeepSpeed's engine makes a step of it; sharded models exchange weights and gradients meanwhile.
+    elif accelerator.distributed_type != DistributedType.NO:
+        return False
+    if accelerator.has_lomo_optimizer:
         return False
     # Hooks of parameters are where an optimizer works that works in the backward (layer-wise GaLore and APOLLO, LOMO).
     return not any(p.grad is not None or p._backward_hooks or p._post_accumulate_grad_hooks

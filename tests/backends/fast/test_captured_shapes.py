@@ -236,11 +236,18 @@ def test_room_is_judged_by_steps_that_ran(graphed: Any) -> None:
     assert memory.judged == ((3072, 0), (768, 0), (3072, 640)) and memory.most_tokens == 2304
 
 
-def card(monkeypatch: pytest.MonkeyPatch, *, allocated: float, peak: float, reserved: float, pool: float = 0) -> None:
-    """One of 80 GiB; `pool` of what is reserved lies idle in that of graphs. All in GiB."""
+def card(
+    monkeypatch: pytest.MonkeyPatch, *, allocated: float, peak: float, reserved: float, pool: float = 0,
+    share: float = 1.0,
+) -> None:
+    """One of 80 GiB, of which the process may have a share; `pool` of what is reserved lies idle in that of graphs.
+
+    All in GiB.
+    """
     values = {"memory_allocated": allocated, "max_memory_allocated": peak, "memory_reserved": reserved}
     for name, value in values.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: int(value * GIB))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda *_: share)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (int((80 - reserved) * GIB), 80 * GIB))
     segments = [{"total_size": int(pool * GIB), "allocated_size": 0, "segment_pool_id": (0, 1)},
                 {"total_size": 9 * GIB, "allocated_size": GIB, "segment_pool_id": (0, 0)}]
@@ -255,6 +262,8 @@ def test_what_is_left_beside_the_graphs(monkeypatch: pytest.MonkeyPatch) -> None
     assert memory.left() == pytest.approx((80 * 0.94 - 2 - 40) * GIB) and memory.takes(500) == 20 * GIB
     assert memory.suffices(829) and not memory.suffices(831)
     assert memory.plentiful(414) and not memory.plentiful(416)
+    card(monkeypatch, allocated=2, peak=42, reserved=50, pool=40, share=0.75)
+    assert memory.left() == pytest.approx((60 * 0.94 - 2 - 40) * GIB)
 
 
 def test_what_is_left_of_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,6 +401,7 @@ def test_nothing_is_captured_before_layers_are_planned(tmp_path: Any, monkeypatc
     for name, value in {"memory_allocated": GIB, "max_memory_allocated": 2 * GIB, "memory_reserved": 2 * GIB}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (70 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda *_: 1.0)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: None)
     stand_in(monkeypatch)
     monkeypatch.setattr(GraphedModel, "_make_room", lambda self, tokens: None)

@@ -278,7 +278,6 @@ def reach():
 def test_graphs_go_where_a_launched_step_needs_their_memory(reach, monkeypatch):
     """Two tensors a layer, 1 MiB a token: 1,200 tokens are captured, and 1,000 others do not fit beside their pool."""
     monkeypatch.setattr(graphs, "MOST_FILLING", 0)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (reach - torch.cuda.memory_reserved(), 80 * 2**30))
     made = Keeping()
     graphed = graphs.GraphedModel(made, list(made.parameters()))
     batches = {tokens: ragged(tokens) for tokens in (1200, 1000)}

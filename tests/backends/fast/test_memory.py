@@ -72,14 +72,16 @@ class Layer(torch.nn.Module):
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """torch.cuda's counters, by hand."""
-    now = {"allocated": 1000 * MIB, "peak": 1000 * MIB, "reserved": 2000 * MIB, "free": 3000 * MIB, "emptied": 0}
+    now = {"allocated": 1000 * MIB, "peak": 1000 * MIB, "reserved": 2000 * MIB, "free": 3000 * MIB, "emptied": 0,
+           "share": 1.0}
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: now["allocated"])
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: now["peak"])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: now.update(peak=now["allocated"]))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: now["reserved"])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (now["free"], 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda *_: now["share"])
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: now.__setitem__("emptied", now["emptied"] + 1))
     return now
 
@@ -202,6 +204,13 @@ def test_without_a_budget_what_is_free_is_planned_with(gpu: dict[str, int]) -> N
     with planned.step(1000, number=1):
         left = 2000 * MIB * (1 - memory.SPARE) - 1200 * MIB - 20 * MIB - MEMORY_BUDGET - 300 * MIB
         assert flags(planned).count(False) == max(0, int(left / (50 * MIB))) < 10
+
+
+def test_a_process_that_is_held_to_a_share_of_the_card_plans_with_that(gpu: dict[str, Any]) -> None:
+    gpu["share"] = 1 / 32
+    assert plan(None).reach() == pytest.approx(80 * GIB / 32 * (1 - memory.SPARE))
+    gpu["share"] = 1 / 2
+    assert plan(None).reach() == pytest.approx(5000 * MIB * (1 - memory.SPARE))
 
 
 def test_what_is_let_go_of_halfway_through_is_not_the_steps(gpu: dict[str, int]) -> None:

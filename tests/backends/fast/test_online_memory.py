@@ -36,6 +36,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: now.update(peak=now["allocated"]))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 2000 * MIB)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (now["free"], 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda *_: 1.0)
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: now["segments"])
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     return now

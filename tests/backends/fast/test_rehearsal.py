@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from aligntune.backends.fast import rehearsal
@@ -95,6 +100,11 @@ def test_a_backward_that_does_more_than_fill_gradients_is_not_rehearsed(
         with monkeypatch.context() as patched:
             patched.setattr(trainer.accelerator.state, "distributed_type", DistributedType[kind])
             assert not traceless(trainer), kind
+            if kind == "MULTI_GPU":  # the others' wrappers are not DDP's
+                patched.setattr(trainer, "model_wrapped", object.__new__(DistributedDataParallel))
+                assert traceless(trainer)
+                patched.setattr(trainer.args, "gradient_checkpointing_kwargs", {"use_reentrant": True})
+                assert not traceless(trainer)
     assert traceless(trainer)
     assert Accelerator().has_lomo_optimizer is False
     monkeypatch.setattr(trainer.accelerator, "has_lomo_optimizer", True)
@@ -306,3 +316,37 @@ def test_no_kernel_of_the_pass_is_attested(
     assert len(passes) == 1 and passes[0] >= 100
     monkeypatch.setattr(rehearsal, "wanted", lambda trainer: False)
     assert found == kernels() and found["rms_norm_forward"] == 5 and len(passes) == 1
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_two_processes_make_the_pass_and_exchange_nothing(tmp_path: Any) -> None:
+    """Both of them, though to one of them its first batch would be long enough; the runs are those without it."""
+    root = Path(__file__).parents[3]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
+               "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
+               str(root / "tests/backends/fast/rehearsed_processes.py"), str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+             "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    firsts = [found[True]["passes"][0]["first"] for found in ranks]
+    for found in ranks:
+        rehearsed, plain = found[True], found[False]
+        assert (rehearsed["processes"], plain["processes"], plain["passes"]) == (2, 2, [])
+        (seen,) = rehearsed["passes"]
+        assert (seen["exchanged"], seen["drew"], seen["gradients"]) == (0, False, 0)
+        assert min(firsts) < 30 < 60 <= seen["tokens"] < rehearsal.LONGER * max(firsts)
+        assert rehearsed["exchanged"] == plain["exchanged"] >= 2
+        assert rehearsed["losses"] == plain["losses"] and rehearsed["losses"][0] > 1
+        assert len(rehearsed["gradients"]) == len(plain["gradients"]) == 2
+        for ours, theirs in zip([*rehearsed["gradients"], rehearsed["weights"]],
+                                [*plain["gradients"], plain["weights"]], strict=True):
+            assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert all(float(value.norm()) > 0 for value in rehearsed["gradients"][1].values())
+        for entry, bare in zip(rehearsed["log"], plain["log"], strict=True):
+            assert {name: value for name, value in entry.items() if not name.startswith("train_")} \
+                == {name: value for name, value in bare.items() if not name.startswith("train_")}
+    assert ranks[0][True]["losses"] == ranks[1][True]["losses"]

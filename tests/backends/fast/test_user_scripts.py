@@ -12,6 +12,7 @@ import torch
 import trl
 from datasets import Dataset
 from peft import PeftModel
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -283,52 +284,76 @@ def test_packing(saved, tmp_path):
     assert losses(trainer) == [pytest.approx(expected, rel=1e-5)]  # six documents, none of which sees another
 
 
-def test_eight_bits_tensorboard_memory_resume_and_save(saved, tmp_path):
-    max_seq_length = 16
+def eight_bits_script(
+    saved: str, out: Path, data: Dataset, *, dtype: torch.dtype | None, max_seq_length: int = 16, r: int = 4,
+    max_steps: int = 4, **arguments: Any,
+) -> tuple[Any, Any]:
+    """8-bit states, TensorBoard, prints of memory, a run that goes on from a checkpoint, adapters that are saved.
 
-    def load() -> tuple[Any, Any]:
+    Returns the trainers of the whole run and of the one that went on.
+    """
+
+    def load(random_state: int) -> tuple[Any, Any]:
         model, tokenizer = FastLanguageModel.from_pretrained(
-            model_name=saved, max_seq_length=max_seq_length, dtype=torch.float32
+            model_name=saved, max_seq_length=max_seq_length, dtype=dtype
         )
-        return FastLanguageModel.get_peft_model(model, r=4, target_modules=LINEARS), tokenizer
+        return FastLanguageModel.get_peft_model(
+            model, r=r, target_modules=LINEARS, random_state=random_state), tokenizer
 
-    def make(model: Any, tokenizer: Any, out: str) -> Any:
+    def make(model: Any, tokenizer: Any, name: str) -> Any:
         return FastSFTTrainer(
-            model=model, tokenizer=tokenizer, train_dataset=rows(), dataset_text_field="story",
+            model=model, tokenizer=tokenizer, train_dataset=data, dataset_text_field="story",
             max_seq_length=max_seq_length,
-            args=TrainingArguments(
-                output_dir=str(tmp_path / out), per_device_train_batch_size=2, max_steps=4, learning_rate=2e-3,
-                logging_steps=1, save_steps=2, optim="adamw_8bit", weight_decay=0.01, lr_scheduler_type="linear",
-                seed=3407, report_to="tensorboard",
-            ),
+            args=TrainingArguments(**{
+                "output_dir": str(out / name), "per_device_train_batch_size": 2, "max_steps": max_steps,
+                "learning_rate": 2e-3, "logging_steps": 1, "save_steps": max_steps // 2, "optim": "adamw_8bit",
+                "weight_decay": 0.01, "lr_scheduler_type": "linear", "seed": 3407, "report_to": "tensorboard",
+            } | arguments),
         )  # fmt: skip
 
-    model, tokenizer = load()
+    model, tokenizer = load(3407)
     trainer = make(model, tokenizer, "run")
     if torch.cuda.is_available():
         gpu_stats = torch.cuda.get_device_properties(0)
-        print(f"GPU = {gpu_stats.name}, {torch.cuda.max_memory_reserved() / 2**30:.3f} GiB reserved.")
+        print(f"GPU = {gpu_stats.name}. Max memory = {gpu_stats.total_memory / 2**30:.3f} GiB.")
+        print(f"{torch.cuda.max_memory_reserved() / 2**30:.3f} GiB of memory reserved.")
     trainer_stats = trainer.train()
     print(f"{trainer_stats.metrics['train_runtime']} seconds used for training.")
-    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
-    assert "bitsandbytes" in type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__module__
+    if torch.cuda.is_available():
+        print(f"Peak reserved memory = {torch.cuda.max_memory_reserved() / 2**30:.3f} GiB.")
 
-    again, tokenizer = load()
+    again, tokenizer = load(1)  # adapters of its own, which are not the run's
     resumed = make(again, tokenizer, "again")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    assert resumed.state.global_step == 4 and losses(resumed) == pytest.approx(losses(trainer), rel=NEAR)
-    assert len(losses(trainer)) == 4
+    resumed.train(resume_from_checkpoint=str(out / "run" / f"checkpoint-{max_steps // 2}"))
+
+    model.save_pretrained(str(out / "lora_model"))
+    tokenizer.save_pretrained(str(out / "lora_model"))
+    FastLanguageModel.for_inference(model)
+    ids = tokenizer(["00aa"], return_tensors="pt").to(model.device)
+    assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape == (1, 7)
+    return trainer, resumed
+
+
+def assert_logged_and_resumed(trainer: Any, resumed: Any, *, steps: int, near: float) -> None:
+    """TensorBoard's file holds the losses, and the run that went on from half of its steps has the same ones."""
+    assert len(losses(trainer)) == steps == resumed.state.global_step
+    assert losses(resumed) == pytest.approx(losses(trainer), rel=near)
+    for one, logged in ((trainer, losses(trainer)), (resumed, losses(resumed)[steps // 2 :])):
+        (events,) = Path(one.args.output_dir).rglob("events.out.tfevents*")
+        scalars = EventAccumulator(str(events)).Reload().Scalars("train/loss")
+        assert [scalar.value for scalar in scalars] == pytest.approx(logged)
+        assert "bitsandbytes" in type(getattr(one.optimizer, "optimizer", one.optimizer)).__module__
+
+
+def test_eight_bits_tensorboard_memory_resume_and_save(saved, tmp_path):
+    trainer, resumed = eight_bits_script(saved, tmp_path, rows(), dtype=torch.float32)
+    assert_logged_and_resumed(trainer, resumed, steps=4, near=NEAR)
+    model, again = trainer.model, resumed.model
     trained = {name: value for name, value in model.state_dict().items() if "lora_" in name}
     assert len(trained) == 14
     for name, value in again.state_dict().items():
         assert name not in trained or torch.allclose(value, trained[name], rtol=0, atol=NEAR), name
-
-    model.save_pretrained(str(tmp_path / "lora_model"))
-    tokenizer.save_pretrained(str(tmp_path / "lora_model"))
-    FastLanguageModel.for_inference(model)
-    ids = tokenizer(["00aa"], return_tensors="pt").to(model.device)
-    text = model.generate(**ids, max_new_tokens=3, do_sample=False)
-    assert text.shape == (1, 7)
+    ids = trainer.processing_class(["00aa"], return_tensors="pt").to(model.device)
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved), str(tmp_path / "lora_model")).eval()
     reloaded, _ = FastLanguageModel.from_pretrained(str(tmp_path / "lora_model"), dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(saved).eval()

@@ -26,6 +26,7 @@ from aligntune.backends.fast.attachment import attachment_of, base_model
 from aligntune.backends.fast.capture import router_waits_because
 from aligntune.backends.fast.forwards import attention_forward
 from aligntune.backends.fast.lora import instance_forward
+from aligntune.backends.fast.memory import reachable
 from aligntune.backends.fast.ops import sample as sampler
 from aligntune.backends.fast.ops._runtime import interpreting
 from aligntune.backends.fast.rollout.cache import PagePool, pages_for
@@ -189,8 +190,7 @@ def _room_of(model: nn.Module, memory_gib: float | None) -> float | None:
     device = next(base_model(model).parameters()).device
     if device.type != "cuda":
         return None
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return SHARE_OF_FREE * (torch.cuda.mem_get_info(device)[0] + cached)
+    return SHARE_OF_FREE * (reachable(device) - torch.cuda.memory_allocated(device))
 
 
 def _size(count: float) -> str:
