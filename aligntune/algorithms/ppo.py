@@ -210,7 +210,9 @@ def ppo_loss(
     """
     import torch
 
-    each = policy_losses + vf_coef * value_losses - entropy_coef * entropies
+    each = policy_losses + vf_coef * value_losses
+    if entropy_coef:  # a gradient of zeros to the entropies would cost a head two products a token all the same
+        each = each - entropy_coef * entropies
     total = torch.where(completion_mask.bool(), each, 0.0).sum()
     return total / (completion_mask.sum().clamp(min=1) if num_items is None else num_items)
 

@@ -149,6 +149,15 @@ def test_losses_are_the_loops(lengths: list[int], dtype: torch.dtype, cliprange_
     assert whole.item() == pytest.approx(total / 50, rel=10 * tolerance(dtype), abs=tolerance(dtype))
 
 
+@pytest.mark.parametrize("bonus", [0.0, 0.05])
+def test_entropies_have_a_gradient_where_they_are_rewarded(bonus: float) -> None:
+    policy, entropies = (torch.ones(2, 3, requires_grad=True) for _ in range(2))
+    loss = ppo_loss(policy, policy.square(), entropies, torch.ones(2, 3), vf_coef=0.4, entropy_coef=bonus)
+    assert loss.item() == pytest.approx(1.4 - bonus)
+    loss.backward()
+    assert policy.grad is not None and (entropies.grad is not None) == bool(bonus)
+
+
 def test_gradients_are_finite_differences() -> None:
     """Of policy, critic and entropy at once; ratios and values lie on both sides of their clips."""
     data = batch([5, 1, 3, 7], torch.float64, seed=3)

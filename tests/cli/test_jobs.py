@@ -88,20 +88,39 @@ def test_a_run_folder_generates_like_its_model(lora_run: Path, shop: Path) -> No
     assert "generate: with transformers; the model is not on a GPU" in result.stderr
 
 
-def test_both_engines_give_the_same_answers(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What our engine has drawn since."""
     from aligntune.backends.fast.rollout.engine import RolloutEngine
 
-    drawn: list[int] = []
+    drawn: list[Any] = []
     plain = RolloutEngine.generate
     monkeypatch.setattr(RolloutEngine, "generate",
-                        lambda self, ids, **kwargs: (drawn.append(len(ids)), plain(self, ids, **kwargs))[1])
+                        lambda self, ids, **kwargs: (drawn.append(plain(self, ids, **kwargs)), drawn[-1])[1])
+    return drawn
+
+
+def test_both_engines_give_the_same_answers(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = watched(monkeypatch)
     asked = ["generate", str(shop / "model"), "Say 3", "and 4", "--max-new-tokens", "9", "--device", "cpu"]
     ours, theirs = run(*asked, "--engine", "fast"), run(*asked, "--engine", "hf")
-    assert ours.exit_code == 0 and ours.stdout == theirs.stdout and drawn == [2], ours.output
+    assert ours.exit_code == 0 and ours.stdout == theirs.stdout, ours.output
+    assert [len(rollout.completion_ids) for rollout in drawn] == [2]
     assert "generate: with" not in ours.stderr + theirs.stderr
     sampled = [run(*asked, "--engine", "fast", "--temperature", "1.5", "--top-k", "20", "--seed", seed).stdout
                for seed in ("1", "1", "2")]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["auto", "fast", "hf"])
+def test_on_a_gpu_our_engine_answers(shop: Path, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In captured steps, where it is asked for and where nothing is said; transformers where that is."""
+    drawn = watched(monkeypatch)
+    result = run("generate", str(shop / "model"), "Say 3", "and 4", "--max-new-tokens", "9", "--engine", engine)
+    assert result.exit_code == 0 and result.stdout.count("\n") >= 2, result.output
+    assert ("generate: with our engine" in result.stderr) == (engine == "auto")
+    assert [(len(rollout.completion_ids), rollout.stats.graphs) for rollout in drawn] == (
+        [] if engine == "hf" else [(2, "replayed")])
 
 
 @pytest.mark.parametrize(("arguments", "code", "told"), [
@@ -142,6 +161,31 @@ def test_evaluate_of_a_dpo_run_compares_with_the_model_it_started_from(shop: Pat
     assert result.exit_code == 0, result.output
     found = json.loads(run("evaluate", str(shop / "dpo"), "--json").stdout.splitlines()[-1])
     assert abs(found["eval_rewards/margins"]) > 1e-3 and found["eval_loss"] != pytest.approx(0.6931, abs=1e-4)
+
+
+def test_evaluate_of_a_run_of_grpo_on_backend_fast_draws_with_its_engine(
+    shop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (shop / "rewards.py").write_text(
+        "def letters(completions, **columns):\n"
+        "    return [len({*completion[0]['content']}) + i / 64 for i, completion in enumerate(completions)]\n")
+    rows = [{"prompt": [{"role": "user", "content": f"Say {i}"}]} for i in range(4)]
+    small_jobs.write(shop / "grpo.yaml", {
+        "backend": "fast", "algorithm": "grpo", "model": {"model_name": str(shop / "model")},
+        "data": {"dataset_name": small_jobs.rows_file(shop / "prompts.jsonl", rows), "max_seq_length": 64},
+        "train": {"batch_size": 4, "max_steps": 1, "learning_rate": 1e-2},
+        "rollout": {"num_generations": 4, "max_completion_length": 3}, "rewards": {
+            "reward_functions": [f"{shop / 'rewards.py'}:letters"]},
+        "evaluation": {"val_split_ratio": 0.25}, "logging": {"report_to": "none"}})
+    drawn = watched(monkeypatch)
+    trained = run("train", str(shop / "grpo.yaml"), f"output_dir={shop / 'grpo'}", "use_peft=true", "lora_r=2")
+    assert trained.exit_code == 0 and drawn, trained.output
+    drawn.clear()
+    result = run("evaluate", str(shop / "grpo"), "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert [len(rollout.completion_ids) for rollout in drawn] == [4] and found["eval_rollout/seconds"] > 0
+    assert found["eval_reward"] > 6 / 64
 
 
 def test_preview_says_what_a_reward_lacks(shop: Path) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from aligntune.backends.fast.ops import head
 from tests.backends.fast.preference_steps import assert_same_step, both_steps, built_of, step
+from tests.backends.fast.widest import ROWS, Widest
 
 OTHER_MEANS = ("logits/chosen", "logits/rejected")
 VARIANTS = [
@@ -25,31 +23,6 @@ VARIANTS = [
 
 
 QUICK = (0, 1, 6)
-ROWS = 8
-"""Rows of logits at a time: the smallest real chunk is longer than these batches."""
-
-
-class Widest(TorchDispatchMode):
-    """Looks for logits in everything that is made, backward included: the most rows of them, in one tensor."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.weight = model.get_output_embeddings().weight
-        self.rows = 0
-        model.get_output_embeddings().register_forward_pre_hook(self.called)
-
-    def called(self, *args: Any) -> None:
-        raise AssertionError("the head's own forward was called")
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = function(*args, **(kwargs or {}))
-        for one in tree_leaves(made):
-            if isinstance(one, torch.Tensor) and one.dim() and one.shape[-1] == self.weight.shape[0] and (
-                    one.untyped_storage().data_ptr() != self.weight.untyped_storage().data_ptr()):  # fmt: skip
-                self.rows = max(self.rows, one.numel() // one.shape[-1])
-        return made
-
-
 @pytest.mark.parametrize(("algorithm", "options"), [
     pytest.param(*one, marks=() if i in QUICK else pytest.mark.slow) for i, one in enumerate(VARIANTS)], ids=str)
 def test_every_option(algorithm: str, options: dict[str, Any], tmp_path: Any, monkeypatch: Any) -> None:
@@ -61,7 +34,7 @@ def test_every_option(algorithm: str, options: dict[str, Any], tmp_path: Any, mo
     theirs = step(reference.trainer)
     assert_same_step(ours, theirs, without=OTHER_MEANS)
     assert abs(theirs[2]["rewards/margins"]) > 1e-3
-    assert seen.rows == ROWS
+    assert seen.rows == seen.held == ROWS
 
 
 @pytest.mark.slow

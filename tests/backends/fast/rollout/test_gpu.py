@@ -12,10 +12,11 @@ from aligntune.backends.fast import attach, detach
 from aligntune.backends.fast.rollout import RolloutEngine, Sampling
 from aligntune.backends.fast.rollout.engine import eager_because
 from aligntune.errors import ConfigError
-from tests.backends.fast.minis import MINIS
+from tests.backends.fast.minis import MINIS, build
 from tests.backends.fast.rollout import test_rope
 from tests.backends.fast.rollout.test_attention import of_their_own
 from tests.backends.fast.rollout.test_engine import GREEDY, in_nf4, lora, mini, prompts_of, theirs
+from tests.backends.fast.rollout.test_sampling import DRAWN, assert_frequencies
 
 pytestmark = pytest.mark.gpu
 # Shapes that every kernel takes and that leave no tie to rounding.
@@ -78,9 +79,15 @@ def test_an_attention_that_is_replaced_after_the_capture_is_told():
     assert engine.generate(prompts, sampling=GREEDY).completion_ids == expected
 
 
-def test_replayed_steps_are_the_launched_ones():
-    """bf16, with LoRA; four rows that never stop, so that both run at one batch size."""
-    model = lora(wide())
+# torch's grouped product takes rows of whole 16 bytes.
+EXPERTS = {"qwen3_moe": {"moe_intermediate_size": 128}, "mixtral": {}}
+
+
+@pytest.mark.parametrize("family", ["llama", *EXPERTS])
+def test_replayed_steps_are_the_launched_ones(family):
+    """bf16, with LoRA; four rows that never stop, so that both run at one batch size. In bf16 no router is waited for:
+    steps of routed experts are captured too."""
+    model = lora(wide(family, **EXPERTS.get(family, {})))
     attach(model)
     sampling = Sampling(max_new_tokens=40, stop_token_ids=(), temperature=0.8, top_k=50, top_p=0.95, min_p=0.01,
                         repetition_penalty=1.1, seed=4)  # fmt: skip
@@ -88,8 +95,18 @@ def test_replayed_steps_are_the_launched_ones():
     runs = [RolloutEngine(model, max_batch=4, max_len=128, graphs=graphs).generate(prompts, sampling=sampling)
             for graphs in (None, False)]  # fmt: skip
     assert runs[0].stats.graphs == "replayed" and runs[1].stats.graphs.startswith("none")
+    assert (runs[0].stats.captures, runs[1].stats.captures) == (1, 0)
     assert runs[0].completion_ids == runs[1].completion_ids
     assert runs[0].log_probs == runs[1].log_probs
+
+
+@pytest.mark.parametrize("options", DRAWN, ids=str)
+def test_replayed_steps_draw_as_often_as_the_model_says(options):
+    """Sampled by our kernels in captured steps: 32,000 completions of two tokens, by which an error of 5% is told."""
+    model = build("llama", vocab_size=13).cuda()
+    attach(model)
+    rollout = assert_frequencies(model, options, count=32_000, off=0.05, max_batch=1000, stride=2)
+    assert rollout.stats.graphs == "replayed" and rollout.stats.captures == 1
 
 
 def test_replayed_steps_over_a_base_in_fp8():

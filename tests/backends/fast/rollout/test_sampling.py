@@ -87,41 +87,62 @@ DRAWN = [{}, {"temperature": 1.6, "top_k": 6}, {"top_p": 0.7},
 
 @pytest.mark.parametrize("options", DRAWN, ids=str)
 def test_drawn_frequencies_match_the_model(options):
-    """Chi-square of the second token given the first, over 4,000 completions of two tokens; the 0.1% points."""
-    model = build("llama", vocab_size=13)
+    """4,000 completions of two tokens."""
+    assert_frequencies(build("llama", vocab_size=13), options, count=4000, max_batch=500)
+
+
+def assert_frequencies(model, options, *, count, off=None, **engine):
+    """Chi-square of the first token, and of the second given the commonest first; returns the rollout.
+
+    `off`: the test of the first is to tell probabilities that are wrong by this share, up and down by turns.
+    """
     prompt = [4, 9, 5]
     sampling = Sampling(max_new_tokens=2, stop_token_ids=(), seed=17, **options)
-    rollout = RolloutEngine(model, max_batch=500, max_len=16).generate([prompt], num_generations=4000,
-                                                                       sampling=sampling)
+    rollout = RolloutEngine(model, max_len=16, **engine).generate([prompt], num_generations=count, sampling=sampling)
     model.eval()
     warp = processors(**options)
 
     def expected(ids):
+        given = torch.tensor([ids], device=model.device)
         with torch.no_grad():
-            scores = warp(torch.tensor([ids]), model(torch.tensor([ids])).logits[:, -1].float())
-        return scores.softmax(1)[0].double()
+            scores = warp(given, model(given).logits[:, -1].float())
+        return scores.softmax(1)[0].double().cpu()
 
     firsts = torch.tensor([ids[0] for ids in rollout.completion_ids])
-    assert_drawn(firsts, expected(prompt))
+    truth = expected(prompt)
+    assert_drawn(firsts, truth)
+    if off is not None:
+        kept = (truth > 0).nonzero()[:, 0]
+        wrong = truth.clone()
+        wrong[kept[::2]] *= 1 + off
+        wrong[kept[1::2]] *= 1 - off
+        chi2, _, bound = chi_square(firsts, wrong / wrong.sum())
+        assert chi2 > bound, (chi2, bound)
     commonest = int(firsts.mode().values)
     seconds = torch.tensor([ids[1] for ids in rollout.completion_ids if ids[0] == commonest])
     assert_drawn(seconds, expected([*prompt, commonest]))
+    return rollout
 
 
-def assert_drawn(tokens, probabilities):
+def chi_square(tokens, probabilities):
+    """(chi-square, that of cells which are all as likely, the 0.1% point)."""
     count = torch.bincount(tokens, minlength=len(probabilities)).double()
     wanted = probabilities * len(tokens)
-    assert not count[probabilities == 0].any()
     # Cells of under five expected draws are summed, as the approximation asks.
     rare = wanted < 5
     cells = torch.cat([count[~rare], count[rare].sum()[None]])
     means = torch.cat([wanted[~rare], wanted[rare].sum()[None]])
     cells, means = cells[means > 0], means[means > 0]
-    chi2 = float(((cells - means) ** 2 / means).sum())
     degrees = len(cells) - 1
     assert degrees >= 2
+    flat = torch.full_like(means, len(tokens) / len(means))
     # Wilson-Hilferty: the 0.1% point of chi-square.
     bound = degrees * (1 - 2 / (9 * degrees) + 3.09 * math.sqrt(2 / (9 * degrees))) ** 3
+    return *(float(((cells - each) ** 2 / each).sum()) for each in (means, flat)), bound
+
+
+def assert_drawn(tokens, probabilities):
+    assert not (torch.bincount(tokens, minlength=len(probabilities))[probabilities == 0]).any()
+    chi2, of_a_flat_one, bound = chi_square(tokens, probabilities)
     assert chi2 < bound, (chi2, bound)
-    flat = torch.full_like(means, len(tokens) / len(means))
-    assert float(((cells - flat) ** 2 / flat).sum()) > bound  # the test can fail
+    assert of_a_flat_one > bound  # the test can fail

@@ -11,12 +11,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from aligntune.backends.fast.attachment import detach
+from aligntune.backends.fast.rollout.engine import RolloutEngine
 from aligntune.backends.fast.rollout.serve import EngineGenerator, of_trainer, sampling_of
 from aligntune.core import generation
 from aligntune.core.run_dir import RunDir
 from aligntune.core.trainer import AlignTrainer
 from aligntune.errors import ConfigError, DataError
 from tests.backends.fast.rollout.test_trl import built_of
+from tests.backends.trl.test_build import longest
 from tests.core import tiny
 
 PROMPTS = ["a", "a much longer prompt than the others", "hello", "xy", "12 + 30 ="]
@@ -159,9 +161,9 @@ def test_models_that_it_cannot_run_are_refused() -> None:
         EngineGenerator(gpt2, tiny.tokenizer())
 
 
-def run_of(trainer: Any, generator: Any, path: Any) -> AlignTrainer:
+def run_of(trainer: Any, generator: Any, path: Any, algorithm: str = "grpo") -> AlignTrainer:
     return AlignTrainer(trainer, config={}, run_dir=RunDir(path), tokenizer=trainer.processing_class, backend="fast",
-                        algorithm="grpo", progress=False, generator=generator)
+                        algorithm=algorithm, progress=False, generator=generator)
 
 
 def test_a_trainer_of_backend_fast_generates_with_it(tmp_path: Any) -> None:
@@ -199,11 +201,28 @@ def test_where_it_does_not_generate_the_build_says_so(tmp_path: Any) -> None:
     assert generator is None and what == "transformers, for FSDP shards the weights"
 
 
-def test_evaluation_of_an_online_method_draws_with_the_engine(tmp_path: Any) -> None:
-    trainer = built_of("fast", "rloo", tmp_path, beta=0.0).trainer
-    detach(trainer.model)
-    trainer.rows_end_to_end = False
-    trainer.eval_dataset = tiny.prompts(4)
-    metrics = trainer.evaluate()
-    assert trainer.rollout_engine is not None and metrics["eval_rollout/seconds"] > 0
-    assert metrics["eval_sampling/sampling_logp_difference/max"] < 1e-4
+@pytest.mark.parametrize("algorithm", [
+    "grpo", "dapo", pytest.param("dr_grpo", marks=pytest.mark.slow), "rloo", "ppo"])
+def test_evaluation_of_an_online_method_draws_with_the_engine(
+    algorithm: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rewards are those of what the engine drew, and transformers draws nothing."""
+    options: dict[str, Any] = {"overlong_buffer_len": 0} if algorithm == "dapo" else {}
+    options |= {} if algorithm == "ppo" else {"beta": 0.0}
+    built = built_of("fast", algorithm, tmp_path, model_name=tiny.llama(num_hidden_layers=1), **options)
+    drawn, draw = [], RolloutEngine.generate
+
+    def recorded(self: RolloutEngine, *args: Any, **given: Any) -> Any:
+        drawn.append(draw(self, *args, **given))
+        return drawn[-1]
+
+    monkeypatch.setattr(RolloutEngine, "generate", recorded)
+    monkeypatch.setattr(type(built.trainer.model), "generate", None)
+    built.trainer.eval_dataset = tiny.prompts(2)
+    metrics = run_of(built.trainer, built.generator, tmp_path, algorithm).evaluate()
+    ids = [row for rollout in drawn for row in rollout.completion_ids]
+    rewards = longest([], built.trainer.processing_class.batch_decode(ids, skip_special_tokens=True))
+    assert len(rewards) == 2 * 4 and len(set(rewards)) > 1
+    assert metrics["eval_reward"] == pytest.approx(sum(rewards) / len(rewards))
+    assert metrics["eval_rollout/seconds"] > 0
+    assert 0 < metrics["eval_sampling/sampling_logp_difference/max"] < 1e-4
