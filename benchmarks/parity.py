@@ -1,11 +1,12 @@
 """Does backend "fast" train the same model as backend "trl"? Runs of both, and every difference beside its bound.
 
 python -m benchmarks.parity --json benchmarks/results/parity.json     on a card
+python -m benchmarks.parity --parts options --json benchmarks/results/parity-options.json
 python -m benchmarks.parity --device cpu --steps 3                    toy lengths, any machine; needs TRITON_INTERPRET=1
 
 Runs go through the factories, from one checkpoint whose weights are numbers of bf16 (what is judged is arithmetic, not
-the rounding of weights), with LoRA whose B is drawn N(0, 0.02): at 0 no gradient of A could be compared. So is PPO's
-value head, at 0 of which no gradient of a value would reach the policy.
+the rounding of weights), with LoRA whose B is drawn N(0, 0.02): at 0 no gradient of A could be compared. So are PPO's
+value head, at 0 of which no gradient of a value would reach the policy, and a reward model's, which no checkpoint has.
 
 SFT trains adapters, all weights, and adapters on a base in NF4. fp8 is held against bf16 twice: trl's, as bf16 on fast
 is, and fast's own. What the bounds are is in `benchmarks.bounds`.
@@ -28,7 +29,8 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from aligntune import create_rl_trainer, create_sft_trainer
+from aligntune import create_reward_trainer, create_rl_trainer, create_sft_trainer
 from benchmarks.bounds import (
     BF16,
     FIRST,
@@ -56,38 +58,30 @@ from benchmarks.bounds import (
 )
 from benchmarks.jobs import Attempt, begun
 from benchmarks.ops.__main__ import commit
+from benchmarks.parity_parts import (
+    ARMS,
+    JUDGED,
+    LEARNING,
+    ONLINE,
+    OPTIONS,
+    PARTS,
+    PASSES,
+    PREFERENCE,
+    SFT,
+    Arm,
+    Job,
+    Plan,
+    algorithm_of,
+    is_online,
+)
 from benchmarks.tables import held
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft")
 TWO_RUNS = "two trl runs in fp32"
 SPREAD = 0.02
 """Standard deviation of the drawn B, and of PPO's value head."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A backend with the options that make it this arm."""
-
-    backend: str
-    options: Mapping[str, Any]
-
-
-ARMS = {
-    "trl": Arm("trl", {"precision": "fp32", "attn_implementation": "sdpa"}),
-    "trl-eager": Arm("trl", {"precision": "fp32", "attn_implementation": "eager"}),
-    "fast": Arm("fast", {"precision": "fp32"}),
-    "trl-bf16": Arm("trl", {"precision": "bf16", "attn_implementation": "sdpa"}),
-    "fast-bf16": Arm("fast", {"precision": "bf16"}),
-    "fast-fp8": Arm("fast", {"precision": "bf16", "base_precision": "fp8"}),
-}
-HELD = ("fast", "trl", "trl-eager", "trl-bf16", "fast-bf16")
-"""The arms of all but `sft`, which has all; of the online methods the first draws what all are given."""
-STILL = ("fast", "trl", "trl-bf16", "fast-bf16")
-"""Those of runs that move no weight, for their gradients; the first, which draws, is of the online methods alone."""
-STILL_STEPS, PASSES = 32, 2
-"""Few of a step's tokens teach: over the first steps of two seeds the gradient of one parameter was up to 2.0 times as
-far from fp32's in one run of trl in bf16 (eager) as in another (sdpa) with GRPO, 2.2 times with KTO."""
-LEARNING = ("trl", "trl-bf16", "fast-bf16", "fast-fp8")
+SCORES = 0.2
+"""That of a reward model's head: at 0.02 scores differ so little that two trl runs are one to the last bit."""
 LORA: dict[str, Any] = {"use_peft": True, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
 COMMON: dict[str, Any] = {
     "logging_steps": 1, "report_to": "none", "progress": False, "lr_scheduler": "constant", "overwrite": True,
@@ -95,18 +89,6 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 LEARNS: dict[str, Any] = {"batch_size": 16, "max_seq_length": 128, "learning_rate": 1e-3, "max_samples": 256}
 """`builtin:tiny-instruct` on few enough rows to know them after 300 steps."""
-SFT: dict[str, dict[str, Any]] = {
-    "sft": {}, "sft-full": {"use_peft": False, "learning_rate": 1e-4}, "sft-nf4": {"quantization": "nf4"},
-}  # fmt: skip
-"""Of the last two the yardstick's steps alone."""
-ONLINE: dict[str, dict[str, Any]] = {
-    "grpo": {"num_iterations": 2}, "dapo": {"num_iterations": 2}, "rloo": {"num_iterations": 2},
-    "dr_grpo": {"num_iterations": 2, "beta": 0.04},
-    "ppo": {"num_generations": 1, "num_ppo_epochs": 2, "num_mini_batches": 1},
-}  # fmt: skip
-"""Two passes over each rollout: on the first the ratio is 1, and a loss may be near 0."""
-PREFERENCE: dict[str, dict[str, Any]] = {"dpo": {"beta": 0.1}, "kto": {"beta": 0.1}, "orpo": {"beta": 0.1}}
-"""The reference of the first two is the policy without its adapters, whose B is drawn: no loss begins at log 2."""
 RATE = 1e-4
 """Of these methods. At 1e-3 two trl runs in fp32 were 3e-3 apart with Dr. GRPO and 6e-2 with KTO (on a CPU), a bound
 that any fault passes; with PPO 2e-2 at one seed and 2e-5 at others."""
@@ -114,10 +96,6 @@ SEEDS_APART = 0.4
 """Of an online method, the standard deviation over seeds of how many times as far from fp32 as one trl run in bf16
 (sdpa) another (eager) is, over 50 steps: 0.4 to 2.8 times on a CPU, where it is 0.9 to 1.1 with DPO and KTO. A ratio of
 probabilities carries what bf16 rounds of both, and Adam's first steps go by signs. Three deviations are allowed for."""
-PROMPTS = [{"prompt": f"What is {i} plus {3 * i % 7}?"} for i in range(64)]
-PARTS = (*SFT, *ONLINE, *PREFERENCE)
-JUDGED = {"ppo": ("loss/policy_avg", "loss/value_avg")}
-"""Where it is not the loss: PPO's is the sum of these, and nearly all the second."""
 
 
 class FirstGradients(TrainerCallback):
@@ -233,15 +211,18 @@ def forced(
             draw_adapters(run.trainer.model)
             gradients.critic = getattr(run.trainer, "critic", None)
             if gradients.critic is not None:
+                draw_adapters(gradients.critic)  # of a critic that is a model of its own
                 draw_adapters(gradients.critic, named="head")
             generate = run.trainer._generate_single_turn
             rest = iter(drawn) if number else None
 
-            def turn(*args: Any, generate: Any = generate, rest: Any = rest) -> Any:
-                if rest is not None:
-                    return next(rest)
-                drawn.append(generate(*args))
-                return drawn[-1]
+            def turn(*args: Any, run: Any = run, generate: Any = generate, rest: Any = rest) -> Any:
+                if rest is None:
+                    drawn.append(generate(*args))
+                found = drawn[-1] if rest is None else next(rest)
+                # TRL then shuffles the completions into micro-batches by this generator, which drawing may have used.
+                torch.default_generator.manual_seed(1000 * seed + run.trainer.state.global_step)
+                return found
 
             run.trainer._generate_single_turn = turn
             run.train()
@@ -258,10 +239,11 @@ def preference(
     given = {**COMMON, **LORA, "batch_size": 8, "max_seq_length": 64, "learning_rate": RATE, "max_samples": 512,
              "seed": seed, "max_steps": steps, **PREFERENCE[algorithm], **arm.options, **options}  # fmt: skip
     gradients = FirstGradients(kept)
+    made = create_reward_trainer if algorithm == "reward" else partial(create_rl_trainer, algorithm=algorithm)
     with tempfile.TemporaryDirectory() as folder, no_tf32():
-        run = create_rl_trainer(source, rows, algorithm=algorithm, backend=arm.backend, output_dir=folder,
-                                callbacks=[gradients], **given)
+        run = made(source, rows, backend=arm.backend, output_dir=folder, callbacks=[gradients], **given)
         draw_adapters(run.model)
+        draw_adapters(run.model, SCORES, named="score")
         run.train()
         witnessed(run)
     return gradients.found, run
@@ -282,80 +264,14 @@ class Ran:
     """How fast laid out its steps; "" on trl."""
 
 
-@dataclass(frozen=True, eq=False)
-class Job:
-    """Runs that are made one after the other, as a process of a pool is given them."""
-
-    part: str
-    arms: tuple[str, ...]
-    seed: int
-    steps: int
-    source: str
-    rows: Any
-    options: Mapping[str, Any]
-    still: bool = False
-    """For the gradients of bf16 at weights that do not move."""
-
-    def __str__(self) -> str:
-        return f"{', '.join(self.arms)}, seed {self.seed}"
-
-    @property
-    def size(self) -> int:
-        """Making a trainer and compiling its kernels takes as long as some 50 steps."""
-        return len(self.arms) * (self.steps + 50)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How many steps and seeds: `steps` are those of the runs that learn, which the yardsticks are cut from.
-
-    `bf16_seeds`: of SFT's yardstick in bf16. One seed of 100 steps is 0.2 to 2.6 times as far from fp32 on fast as on
-    trl: three decide nothing.
-    """
-
-    source: str
-    steps: int
-    seeds: int = 1
-    learn_seeds: int = 1
-    bf16_seeds: int = 1
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def yard_steps(self) -> int:
-        return min(100, self.steps)
-
-    def jobs(self, part: str) -> list[Job]:
-        """A job an arm, but of runs on the same rollouts, and of those whose gradients are held against each other.
-
-        An arm's are in the order of seeds.
-        """
-        seeds = range(1, self.seeds + 1)
-        if part not in SFT:
-            online = part in ONLINE
-            rows = PROMPTS if online else "builtin:arithmetic-preference"
-            together: list[tuple[str, ...]] = [HELD] if online else [(name,) for name in HELD]
-            asked = [(arms, min(50, self.steps), False) for arms in together]
-            asked.append((STILL if online else STILL[1:], min(STILL_STEPS, self.steps), True))
-            return [Job(part, arms, seed, steps, self.source, rows, self.options, still)
-                    for seed in seeds for arms, steps, still in asked]
-        wanted = {(name, seed): self.yard_steps for name in HELD for seed in seeds}
-        wanted |= {(name, seed): self.yard_steps for name in STILL[1:] for seed in range(1, self.bf16_seeds + 1)}
-        if part == "sft":
-            wanted |= {(name, seed): self.steps for name in LEARNING for seed in range(1, self.learn_seeds + 1)}
-            wanted["trl-eager", 1] = self.steps
-        toy = {"batch_size": 2, "max_seq_length": 48} if self.steps < 10 else {}
-        return [Job(part, (name,), seed, steps, self.source, "builtin:pydoc", {**self.options, **SFT[part], **toy})
-                for (name, seed), steps in wanted.items()]
-
-
 def _trained(job: Job, **options: Any) -> list[tuple[list[Gradients], Any]]:
     """(the gradients that were kept, trainer) of each arm."""
     arms = [ARMS[name] for name in job.arms]
     given = {"steps": job.steps, "seed": job.seed, **job.options, **options}
-    if job.part in ONLINE:
-        return forced(job.part, job.source, job.rows, arms, **given)
-    if job.part in PREFERENCE:
-        return [preference(job.part, job.source, job.rows, arm, **given) for arm in arms]
+    if is_online(job.part):
+        return forced(algorithm_of(job.part), job.source, job.rows, arms, **given)
+    if job.part not in SFT:
+        return [preference(algorithm_of(job.part), job.source, job.rows, arm, **given) for arm in arms]
     return [sft(arm, job.source, job.rows, **given)[1:] for arm in arms]
 
 
@@ -363,7 +279,7 @@ def runs_of(job: Job) -> list[Ran]:
     """One of each arm."""
     found = []
     for first, run in _trained(job):
-        losses = {key: losses_of(run, key) for key in JUDGED.get(job.part, ("loss",))}
+        losses = {key: losses_of(run, key) for key in JUDGED.get(algorithm_of(job.part), ("loss",))}
         assert all(len(each) == job.steps for each in losses.values())
         fast = run.config["backend"] == "fast"
         found.append(Ran(losses, first[0] if first else {}, run.attestation()["layout"] if fast else ""))
@@ -372,7 +288,7 @@ def runs_of(job: Job) -> list[Ran]:
 
 def gradients_of(job: Job) -> Apart:
     """How far those in bf16 are from fp32's; of an online method's rollouts those of the first pass over each."""
-    every = PASSES if job.part in ONLINE else 1
+    every = PASSES if is_online(job.part) else 1
     kept = {name: gradients[::every] for name, (gradients, _) in
             zip(job.arms, _trained(job, kept=job.steps, learning_rate=1e-12), strict=True)}  # fmt: skip
     return Apart.of(kept["trl"], kept["trl-bf16"], kept["fast-bf16"])
@@ -420,20 +336,22 @@ def _of(runs: Mapping[str, Sequence[Ran]], key: str) -> dict[str, list[Losses]]:
 def held_checks(part: str, runs: Mapping[str, Sequence[Ran]], apart: Sequence[Apart]) -> list[Check]:
     """fast in fp32 within the yardstick, and in bf16 as near to fp32 as trl is: losses, and the gradients that are.
 
-    Each over the seeds that all its arms ran.
+    Each over the seeds that all its arms ran; of a method's options there are no losses in bf16.
     """
-    told = ", forced rollouts" if part in ONLINE else ""
-    fine, rounded = _common(runs, "trl", "trl-eager", "fast"), _common(runs, "trl", "trl-bf16", "fast-bf16")
-    chance = 1 + 3 * SEEDS_APART / math.sqrt(len(rounded["trl"])) if part in ONLINE else 1.0
+    told = ", forced rollouts" if is_online(part) else ""
+    fine = _common(runs, "trl", "trl-eager", "fast")
+    rounded = _common(runs, "trl", "trl-bf16", "fast-bf16") if "fast-bf16" in runs else {}
     exact, coarse = [], []
     for key in runs["trl"][0].losses:
-        which, lost, near = "" if key == "loss" else key, _of(fine, key), _of(rounded, key)
+        which, lost = "" if key == "loss" else key, _of(fine, key)
         assert float(lost["trl"][0].abs().max()) > 1e-4
         if part in SFT:
             exact.append(first_loss(f"{part}, fp32", lost["trl"], lost["fast"], FIRST))
         exact += within_yardstick(f"{part}, fp32{told}", lost["trl"], lost["trl-eager"], lost["fast"], which)
-        coarse.append(distance(f"{part}, bf16{told}", near["trl"], near["trl-bf16"], near["fast-bf16"], BF16 * chance,
-                               which))
+        if rounded:
+            chance, near = 3 * SEEDS_APART / math.sqrt(len(rounded["trl"])), _of(rounded, key)
+            coarse.append(distance(f"{part}, bf16{told}", near["trl"], near["trl-bf16"], near["fast-bf16"],
+                                   BF16 * (1 + chance * is_online(part)), which))
     if apart:
         coarse.append(gradient_over_batches(f"{part}, bf16{told}", apart))
     if part in SFT:
@@ -524,21 +442,22 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--learn-seeds", type=int, default=12, help="of the learning run")
     parser.add_argument("--bf16-seeds", type=int, help="of SFT's yardstick in bf16; default: twice --learn-seeds")
     parser.add_argument("--workers", type=int, default=1, help="runs at once: they share the card")
-    parser.add_argument("--parts", help=f"some of {','.join(PARTS)}; default: all that the device can run")
+    parser.add_argument("--parts", help=f"some of {','.join(PARTS)}; default: all of these that the device can run. "
+                        f"And methods with options, `options` for all of them: {','.join(OPTIONS)}")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--commit", help="the commit, where this tree is not a checkout")
     args = parser.parse_args(argv)
     args.bf16_seeds = 2 * args.learn_seeds if args.bf16_seeds is None else args.bf16_seeds
     if args.parts is not None:
-        args.parts = args.parts.split(",")
-        if strange := sorted(set(args.parts) - set(PARTS)):
-            parser.error(f"unknown: {', '.join(strange)}; there are {', '.join(PARTS)}")
+        args.parts = [name for one in args.parts.split(",") for name in (OPTIONS if one == "options" else [one])]
+        if strange := sorted(set(args.parts) - {*PARTS, *OPTIONS}):
+            parser.error(f"unknown: {', '.join(strange)}; there are {', '.join((*PARTS, 'options', *OPTIONS))}")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    parts = [name for name in PARTS if args.parts is None or name in args.parts]
+    parts = [name for name in (*PARTS, *OPTIONS) if name in (PARTS if args.parts is None else args.parts)]
     if args.parts is None and (why := no_nf4_because(args.device)):
         parts.remove("sft-nf4")
         print(f"sft-nf4 is left out: {why}")

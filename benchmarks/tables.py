@@ -7,9 +7,10 @@ file says so in the page, and no figure stands there.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from aligntune.compare.html import html
 from aligntune.compare.tables import tables as compared
 from benchmarks import plot
 from benchmarks.agreement import MOST, verdict
+from benchmarks.parity_parts import OPTIONS, PARTS
 from benchmarks.sft import roofline
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -287,7 +289,7 @@ def parity(report: Report) -> str:
     there = [entry["part"] for entry in report["rows"]]
     failed = [entry["part"] for entry in report["rows"] if "failed" in entry]
     for what in ("fp32", "bf16", "two trl runs in fp32"):
-        if missing := [name for name in PARITY if name not in failed
+        if missing := [name for name in PARTS if name not in failed
                        and not any(part.startswith(f"{name}, {what}") for part in there)]:
             rows.append([f"{', '.join(missing)}: {what}", "not measured yet", *["-"] * 7])
     head = ["run", "what", "steps", "seeds", "fast", "held against", "times it", "bound", "holds"]
@@ -296,6 +298,38 @@ def parity(report: Report) -> str:
     by_seed = f"Its rms distances from fp32 in thousandths, seed by seed: {apart}. " if apart else ""
     fell = "The learning run's loss fell from {:.2f} to {:.2f}. ".format(*report["fell"]) if "fell" in report else ""
     return markdown(head, rows) + f"\n{fell}{by_seed}{source(report)}"
+
+
+def parity_options(report: Report) -> str:
+    """A row a method with options: how many times what it is held against each difference is, of several the furthest.
+
+    Those in fp32 are held against two trl runs, the gradient in bf16 against trl's, the two runs against trl in bf16.
+    """
+    columns = {"max |loss difference|": "fp32: max |loss difference|", "|mean signed difference|": "|mean difference|",
+               "gradient of": "bf16: gradient, mean of batches", "two trl runs": "two trl runs in fp32"}
+    of_part: dict[str, list[dict[str, Any]]] = {name: [] for name in OPTIONS}
+    for entry in report["rows"]:
+        of_part[entry["part"].partition(",")[0]].append(entry)
+    rows = []
+    for name, entries in of_part.items():
+        if any("failed" in entry for entry in entries) or not entries:
+            cells = [f"failed: {entries[0]['failed']}" if entries else "not measured yet", *["-"] * 3]
+        else:
+            cells = [_furthest([entry for entry in entries if what in f"{entry['part']}: {entry['what']}"])
+                     for what in columns]
+        worst = ("**no**", "**no**, not settled", "yes, not settled", "yes")
+        rows.append([name, told(OPTIONS[name][1]), *cells, min(map(held, entries), key=worst.index, default="-")])
+    return markdown(["run", "options", *columns.values(), "holds"], rows) + "\n" + source(report)
+
+
+def _furthest(entries: list[dict[str, Any]]) -> str:
+    return _times(max(entries, key=lambda entry: entry["value"] / entry["bound"] if entry["own"] else math.inf))
+
+
+def told(options: Mapping[str, Any]) -> str:
+    """Options by name and value; TRL's own beside ours."""
+    plain = {name: value for name, value in options.items() if name != "trainer_options"}
+    return ", ".join(f"{name} {value}" for name, value in (plain | options.get("trainer_options", {})).items())
 
 
 def held(entry: dict[str, Any]) -> str:
@@ -471,8 +505,6 @@ SFT_ROWS = {"lora-1b": "LoRA, 4 x 2048", "lora-1b-ragged": "LoRA, 16 ragged rows
             "qlora-8b": "QLoRA 8B, 2 x 2048", "lora-4b": "LoRA 4B, 4 x 2048", "lora-1b-16k": "LoRA, 1 x 16,384"}
 SFT_TWICE = ("lora-1b", "lora-1b-ragged", "lora-1b-packed", "qlora-8b")
 
-PARITY = ("sft", "sft-full", "sft-nf4", "grpo", "dapo", "rloo", "dr_grpo", "ppo", "dpo", "kto", "orpo")
-"""What `benchmarks.parity` runs."""
 LEARNT = ("grpo", "ppo", "dapo", "rloo", "dr_grpo")
 RL_ROWS = {**{f"{name}-1b": f"{called}, 8 pairs" for name, called in (
                ("dpo", "DPO"), ("ipo", "IPO"), ("kto", "KTO"), ("orpo", "ORPO"), ("simpo", "SimPO"), ("cpo", "CPO"),
@@ -503,6 +535,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "rollout": ("rollout.json", rollout),
     "shared-prompts": ("shared_prompts.json", shared_prompts),
     "parity": ("parity.json", parity),
+    "parity-options": ("parity-options.json", parity_options),
     **{f"rl-{name}": (f"rl/{name}.json", rl) for name in RL_APART},
     "rl-others": (" ".join(f"rl/{name}.json" for name in RL_ROWS if name not in RL_APART), rl_each),
     "rl-grpo-1b-trl": ("rl/grpo-1b-trl.json", rl),

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bounds, jobs, parity, tables
+from aligntune.core.resolve import resolve
+from benchmarks import bounds, jobs, parity, parity_parts, tables
 
 RESULTS = tables.RESULTS / "parity.json"
 
@@ -97,7 +98,8 @@ def made_up(plan: parity.Plan, part: str, loss_of: Any, apart: Any = None) -> tu
     """`judged` of runs whose losses are `loss_of(arm, seed)`, and of gradients that are `apart`."""
     def later(job: parity.Job) -> Any:
         return lambda: apart if job.still else [ran(*loss_of(name, job.seed)[:, :job.steps],
-                                                    keys=parity.JUDGED.get(part, ("loss",)), layout=f"of {name}",
+                                                    keys=parity.JUDGED.get(parity.algorithm_of(part), ("loss",)),
+                                                    layout=f"of {name}",
                                                     gradient={"w": torch.ones(9) + 0.1 * ("bf16" in name)})
                                                 for name in job.arms]
 
@@ -181,11 +183,62 @@ def test_all_seeds_have_the_same_arms_and_what_shares_rollouts_is_one_job():
         found = [(name, job.seed, job.steps) for job in plan.jobs(part) if not job.still for name in job.arms]
         assert len(set(found)) == len(found)
         short = {(name, seed) for name, seed, _ in found if seed <= 2}
-        assert {(name, seed) for name in parity.HELD for seed in (1, 2)} <= short
+        assert {(name, seed) for name in parity_parts.HELD for seed in (1, 2)} <= short
         assert [job.seed for job in plan.jobs(part) if job.still] == ([] if part in parity.SFT else [1, 2])
         assert all(len(job.arms) == (5 if part in parity.ONLINE else 1) for job in plan.jobs(part) if not job.still)
     still = [job.arms for part in ("grpo", "dpo") for job in plan.jobs(part) if job.still]
     assert still[0][0] == "fast" and set(still[-1]) == {"trl", "trl-bf16", "fast-bf16"}
+
+
+@pytest.mark.parametrize(("part", "arms", "seeds"), [("grpo-sapo", 4, [1, 2]), ("dpo-js", 1, [1])])
+def test_of_a_method_s_options_few_runs_decide(part, arms, seeds):
+    """One seed of the yardstick and of trl in bf16, which tells that it is quiet; gradients of 32 batches."""
+    plan = parity.Plan("", 300, 3)
+    found = plan.jobs(part)
+    short = [job for job in found if not job.still]
+    assert sorted(name for job in short for name in job.arms) == ["fast", "trl", "trl-bf16", "trl-eager"]
+    assert {(job.seed, job.steps, len(job.arms)) for job in short} == {(1, 50, arms)}
+    assert [job.seed for job in found if job.still] == seeds
+    assert all(job.options == parity.OPTIONS[part][1] for job in found)
+
+    def fails(apart_: float = 0.02, **sizes: float) -> list[str]:
+        checks, _ = made_up(plan, part, losses(QUIET | sizes), apart(apart_))
+        assert [check.seeds for check in checks] == [1, 1, len(seeds), 1]
+        return [f"{check.part.partition(', ')[2]}: {check.what}" for check in checks if not check.holds]
+
+    told = ", forced rollouts" if arms > 1 else ""
+    assert not fails()
+    assert fails(fast=1e-5)[0] == f"fp32{told}: max |loss difference|"
+    assert fails(0.026) == [f"bf16{told}: gradient of b, mean of batches"]
+    assert fails(**{"trl-eager": 3e-4, "fast": 3e-4}) == ["two trl runs in fp32: rms of loss - fp32 loss"]
+
+
+def test_options_are_asked_for_by_name(monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr(parity, "write_model", str)
+    monkeypatch.setattr(parity, "judged", lambda part, *_: asked.append(part) or ([], {"layouts": {}}))
+    for parts, expected in (("options", [*parity.OPTIONS]), ("dpo-js,grpo", ["grpo", "dpo-js"]),
+                            ("dpo,options", ["dpo", *parity.OPTIONS])):
+        assert parity.main(["--device", "cpu", "--parts", parts]) == 0 and asked == expected
+        asked.clear()
+    parity.main(["--device", "cpu"])
+    assert asked == [*parity.PARTS]
+    with pytest.raises(SystemExit):
+        parity.main(["--parts", "grpo-none"])
+
+
+def test_options_are_those_of_their_method():
+    """Each gets through the checks of a job, changes something, and no two are the same."""
+    assert len({str(one) for one in parity.OPTIONS.values()}) == len(parity.OPTIONS)
+    for name, (algorithm, options) in parity.OPTIONS.items():
+        assert name.partition("-")[0] == algorithm
+        given = {"model_name": "x", "dataset_name": "y", "algorithm": algorithm, "backend": "fast",
+                 "reward_functions": ["math"] if algorithm in parity.ONLINE else None,
+                 "num_generations": 4, **(parity.ONLINE | parity.PREFERENCE)[algorithm]}
+        if algorithm not in parity.ONLINE:
+            given = {name: value for name, value in given.items() if value is not None and name != "num_generations"}
+        plain, found = (vars(resolve(one).options) for one in (given, {**given, **options}))
+        assert {name for name in found if found[name] != plain.get(name)} >= set(options), name
 
 
 def test_the_gradients_of_batches_are_a_mean_that_one_batch_does_not_decide():
@@ -309,11 +362,28 @@ def test_ppo_s_gradients_are_the_policy_s_and_the_value_head_s(source, monkeypat
         started(self, *args, **kwargs)
 
     monkeypatch.setattr(parity.FirstGradients, "on_pre_optimizer_step", read)
-    ((gradients, run),) = parity.forced("ppo", source, parity.PROMPTS[:8], [parity.ARMS["trl"]], steps=1, kept=1,
+    ((gradients, run),) = parity.forced("ppo", source, parity_parts.PROMPTS[:8], [parity.ARMS["trl"]], steps=1, kept=1,
                                         max_completion_length=4, device="cpu")
     assert 0.2 < heads[0][0] < 0.5 and heads[0][1] > 0, "256 numbers of N(0, 0.02), and one"
     assert gradients[0]["critic"].shape == (257,) and len(gradients[0]) == 43
     assert all(len(parity.losses_of(run, key)) == 1 for key in parity.JUDGED["ppo"])
+
+
+def test_arms_train_the_same_micro_batches(source):
+    """TRL shuffles a rollout into them by the generator that the first arm has sampled with."""
+    drew, given = parity.forced("grpo", source, parity_parts.PROMPTS[:8], [parity.ARMS["trl"]] * 2, steps=2,
+                                max_completion_length=4, device="cpu", **parity_parts.HALVES)
+    assert torch.equal(parity.losses_of(drew[1]), parity.losses_of(given[1]))
+
+
+def test_a_reward_model_s_head_is_drawn(source):
+    """Its scores are apart, and their loss is not log 2; the head's gradient is one of those compared."""
+    (gradients,), run = parity.preference("reward", source, "builtin:arithmetic-preference", parity.ARMS["trl"],
+                                          steps=1, kept=1, max_samples=16, device="cpu")
+    head = run.model.get_base_model().score.modules_to_save["default"].weight
+    assert float(head.detach().std()) == pytest.approx(parity.SCORES, rel=0.2)
+    assert abs(float(parity.losses_of(run)[0]) - 0.6931) > 1e-3
+    assert sum("score" in name for name in gradients) == 1 and len(gradients) == 43
 
 
 def test_the_worst_parameter_is_named():
@@ -355,6 +425,28 @@ def test_the_table_shows_what_does_not_hold():
     assert r"| max \|loss difference\| |" in tables.parity(report), "a bar within a cell would end it"
 
 
+def test_the_table_of_options_has_a_row_each():
+    def rows(name: str, fast: float = 1.0, gradient: float = 1.0, two: float = 0.01) -> list[dict[str, Any]]:
+        checks = [bounds.Check(f"{name}, fp32", "max |loss difference|", one, 1.0, 2.0, 50, 1) for one in (0.5, fast)]
+        checks += [bounds.Check(f"{name}, fp32", "|mean signed difference|", 0.25, 1.0, 2.0, 50, 1),
+                   bounds.Check(f"{name}, bf16", "gradient of a, mean of batches", gradient, 1.0, 1.25, 32, 1,
+                                (gradient - 0.1, gradient + 0.1)),
+                   bounds.Check(f"{name}, two trl runs in fp32", bounds.LOSS, two, 1.0, 0.1, 50, 1)]
+        return [{**asdict(check), "holds": check.holds} for check in checks]
+
+    report = {"device": "card", "versions": {}, "commit": "c" * 40, "command": "x", "rows": [
+        *rows("grpo-bnpo"), *rows("grpo-cispo", fast=2.5), *rows("grpo-sapo", gradient=1.2), *rows("dpo-ld", two=0.2),
+        {"part": "dpo-js", "failed": "MemoryError: no room", "holds": False}]}  # fmt: skip
+    found = {line.split(" | ")[0].removeprefix("| "): line for line in tables.parity_options(report).splitlines()[2:-2]}
+    assert [*found] == [*parity.OPTIONS]
+    assert found["grpo-bnpo"].endswith("gradient_accumulation_steps 2 | 1.00 | 0.25 | 1.00 [0.90, 1.10] | 0.01 | yes |")
+    assert "| 2.50 | 0.25 |" in found["grpo-cispo"] and found["grpo-cispo"].endswith("| **no** |")
+    assert found["grpo-sapo"].endswith("| yes, not settled |")
+    assert "| ld_alpha 0.4 |" in found["dpo-ld"] and found["dpo-ld"].endswith("| 0.20 | **no** |")
+    assert found["dpo-js"].endswith("| failed: MemoryError: no room | - | - | - | **no** |")
+    assert found["dpo-hinge"] == "| dpo-hinge | loss_type hinge | not measured yet | - | - | - | - |"
+
+
 @pytest.mark.skipif(not RESULTS.exists(), reason="not measured yet")
 def test_the_committed_figures_hold():
     report = json.loads(RESULTS.read_text())
@@ -390,13 +482,13 @@ def test_an_array_of_numbers_is_one_line():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["sft", "grpo,ppo", "dpo", "sft-full,sft-nf4"])
+@pytest.mark.parametrize("part", ["sft", "grpo,ppo", "dpo", "reward,rloo-clip", "sft-full,sft-nf4"])
 def test_toy_runs_end_to_end(part, tmp_path):
     """Three steps judge nothing, and their bounds are not asserted: the command runs, and one step is one step."""
     path = tmp_path / "parity.json"
     parity.main(["--device", "cpu", "--steps", "3", "--seeds", "1", "--learn-seeds", "1", "--bf16-seeds", "1",
                  "--parts", part, "--json", str(path)])
     rows = json.loads(path.read_text())["rows"]
-    count = {"sft": 9, "grpo,ppo": 5 + 9, "dpo": 5, "sft-full,sft-nf4": 2 * 6}[part]
+    count = {"sft": 9, "grpo,ppo": 5 + 9, "dpo": 5, "reward,rloo-clip": 5 + 4, "sft-full,sft-nf4": 2 * 6}[part]
     assert len(rows) == count and all(row["value"] >= 0 for row in rows)
     assert all(row["holds"] for row in rows if "one step" in row["what"])
