@@ -69,7 +69,8 @@ def jobs_alone(names: tuple[str, ...]) -> tuple[str, ...]:
 
 @pytest.mark.parametrize(
     "names",
-    [("sft", "sft-full", "sft-accumulated"), pytest.param(("dpo", "grpo"), marks=pytest.mark.slow)],
+    [("sft", "sft-accumulated"), *(pytest.param(names, marks=pytest.mark.slow)
+                                   for names in (("sft-full",), ("dpo", "grpo")))],
     ids="+".join,
 )
 def test_two_processes_train_like_one(names: tuple[str, ...], tmp_path: Path) -> None:
