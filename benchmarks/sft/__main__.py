@@ -48,7 +48,6 @@ COLD = "fast-cold"
 """Of the time to the first step: every run compiles its kernels, into an empty Triton cache of its own. Arm "fast" then
 reads the cache that the run before it filled: what other commands left on the machine tells neither."""
 NOT_RUN = "not run: the command ended before"
-RESULTS = Path(__file__).parents[1] / "results"
 ASIDE = (COLD, "fast-6gib")
 END_TO_END = {"UNSLOTH_PADDING_CHOICE": "padding_free"}
 ARMS: dict[str, Arm] = {arm.label: arm for arm in (
@@ -229,7 +228,7 @@ def into_results(args: argparse.Namespace, every_arm: bool, name: str) -> bool:
     """Whether a command names nothing, so that what it measures is the results; `--json` is then their folder."""
     wanted = not args.rows and every_arm and args.json is None and getattr(args, "longest", None) is None
     if wanted:
-        args.json = RESULTS / name
+        args.json = tables.RESULTS / name
     return wanted
 
 
