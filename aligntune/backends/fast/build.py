@@ -150,8 +150,7 @@ def lay_rows(trainer: Trainer, attachment: Attachment, wanted: bool | str = "aut
     why: str | None
     if isinstance(trainer, FlatPreference):
         why = _dispatched(trainer) or (padded_because(trainer, attachment) if trainer.needs_head else None)
-        eager = eager_because(trainer) if trainer.needs_head else "the score head is not captured"
-        return trainer.lay_rows(why or trainer.padded_because(attachment), wanted, eager=eager)
+        return trainer.lay_rows(why or trainer.padded_because(attachment), wanted, eager=eager_because(trainer))
     if isinstance(trainer, FlatLogProbs):
         why = padded_because(trainer, attachment)
         trainer.rows_end_to_end = why is None

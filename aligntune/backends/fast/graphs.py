@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,29 +31,33 @@ from aligntune.backends.fast import ledger
 from aligntune.backends.fast.attachment import base_model
 from aligntune.backends.fast.capture import Addresses, capturing, waits_because
 from aligntune.backends.fast.graph_memory import GraphMemory
+from aligntune.backends.fast.graph_shapes import (
+    MOST_FILLING,
+    Batch,
+    equal_rows,
+    fill,
+    fits,
+    planned_tokens,
+    tokens_of,
+    with_room,
+)
 from aligntune.backends.fast.ledger import writing_to
 from aligntune.backends.fast.lora import kind_of, read
-from aligntune.backends.fast.packing import IGNORED, quarter_of
 from aligntune.backends.fast.recompute import Recompute, recompute_of, recomputes
-from aligntune.backends.fast.shared_prompts import KEYS, NOWHERE
 from aligntune.backends.fast.steps import QuickSteps
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 MOST_GRAPHS = 32
-MOST_FILLING = 0.5
 CAPTURE_COSTS = 15_000
 """A batch that a captured shape holds is filled up to it, by half of its tokens at most, until what batches of its
 shape were filled up with comes to so many tokens: for a 1B model computing on them takes as long as launching a step
 and capturing it. So a shape costs at most twice what it would if one knew how often it comes."""
-ROOMS = ((4096, 2), (16_384, 4))
-"""Up to so many tokens a shape gets room: so many lengths an octave. Longer steps keep the GPU busy for longer than
-launching them takes: their filling would cost more than it saves."""
-_OUTPUTS = ("log_probs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs", "label_mask")
+_OUTPUTS = ("log_probs", "logits", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs", "label_mask")
 
-Batch = dict[str, Any]
-SHARED_INDEX, SHARED_OWN, SHARED_USES = KEYS
+LOG_PROBS = {"fused_lm_head": True}
+"""What asks a model for log-probs of tokens, in the place of logits."""
 
 
 def eager_because(trainer: Trainer) -> str | None:
@@ -113,27 +118,28 @@ def _unread_four_bits(model: torch.nn.Module) -> str | None:
 class _Pair:
     """A captured forward and backward, or a forward alone; the tensors are where the graphs read and write.
 
-    `recompute`: whose host memory they copy to and from; the model may get another one. `reached`: the parameters that
-    the backward has gradients of, and the buffers that it adds them to.
+    `scored`: the output with the gradient. `recompute`: whose host memory they copy to and from; the model may get
+    another one. `reached`: the parameters that the backward has gradients of, and the buffers that it adds them to.
     """
 
     inputs: Batch
     outputs: dict[str, torch.Tensor]
     forward: torch.cuda.CUDAGraph
     promises: ledger.Ledger
+    scored: str = "log_probs"
     upstream: torch.Tensor | None = None
     backward: torch.cuda.CUDAGraph | None = None
     recompute: Recompute | None = None
     reached: list[tuple[torch.nn.Parameter, torch.Tensor]] = field(default_factory=list)
 
     def replay_forward(self, batch: Batch) -> torch.Tensor:
-        """Log-probs of `batch`; a copy, as the next replay writes over the graph's own."""
+        """What is scored of `batch`; a copy, as the next replay writes over the graph's own."""
         for name, value in self.inputs.items():
             if isinstance(value, torch.Tensor):
-                _fill(name, value, batch[name], self.inputs)
+                fill(name, value, batch[name], self.inputs)
         self.forward.replay()
         ledger.replayed(self.promises)
-        return self.outputs["log_probs"][..., : tokens_of(batch)].clone()
+        return self.outputs[self.scored][..., : tokens_of(batch)].clone()
 
     def replay_backward(self, upstream: torch.Tensor) -> None:
         """Add gradients to the buffers, which become `param.grad`, with what that holds now."""
@@ -163,27 +169,30 @@ class _Pair:
         if self.inputs.keys() != batch.keys() or not 0 <= more <= tokens * MOST_FILLING:
             return None
         # Rows of one length attend as a dense batch, which no other rows fit; filling is no longer than the longest.
-        if _equal_rows(self.inputs) or more > self.inputs["max_length_q"]:
+        if equal_rows(self.inputs) or more > self.inputs["max_length_q"]:
             return None
-        spare = more > 0 and _equal_rows(batch)
-        same = all(_fits(name, self.inputs[name], value, spare=spare) for name, value in batch.items())
+        spare = more > 0 and equal_rows(batch)
+        same = all(fits(name, self.inputs[name], value, spare=spare) for name, value in batch.items())
         return more / tokens if same else None
 
 
 @dataclass
 class GraphedModel:
-    """Calls `model(**batch, fused_lm_head=True)` through graphs where the batch's shape has been captured.
+    """Calls `model(**batch, **asks)` through graphs where the batch's shape has been captured.
 
     Args:
         model: the model as the trainer calls it.
         parameters: those that train, each on the GPU; a pass with gradients sees to it where these are others.
-
         memory: what launched steps and graphs have beside each other.
+        asks: what the model is called with besides the batch.
+        scored: the one of its outputs that has a gradient, (1, T) or (1, T - 1) as all of them.
     """
 
     model: torch.nn.Module
     parameters: list[torch.nn.Parameter]
     memory: GraphMemory = field(default_factory=GraphMemory)
+    asks: Mapping[str, Any] = field(default_factory=lambda: LOG_PROBS)
+    scored: str = "log_probs"
     pairs: dict[tuple[Any, ...], _Pair] = field(default_factory=dict)
     launched: set[tuple[Any, ...]] = field(default_factory=set)
     filled: dict[tuple[Any, ...], int] = field(default_factory=dict)
@@ -205,18 +214,18 @@ class GraphedModel:
         self._anchor = torch.zeros((), device=next(self.model.parameters()).device, requires_grad=True)
 
     def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Per-token outputs of the head: `log_probs` (1, T - 1 or T) with a gradient, the others without."""
+        """Per-token outputs of the head: `scored` (1, T - 1 or T) with a gradient, the others without."""
         pair, laid = self._pair("trained", batch)
         if pair is None:
-            outputs = named_outputs(self.model(**laid, fused_lm_head=True))
+            outputs = self._asked(laid)
             return {name: value[..., : tokens_of(batch)] for name, value in outputs.items()}
-        log_probs = _Replay.apply(self._anchor, pair, batch)
+        scored = _Replay.apply(self._anchor, pair, batch)
         # Copies: the next replay writes over the graph's own outputs.
-        return {"log_probs": log_probs} | {name: value[..., : tokens_of(batch)].clone()
-                                           for name, value in pair.outputs.items() if name != "log_probs"}
+        return {self.scored: scored} | {name: value[..., : tokens_of(batch)].clone()
+                                        for name, value in pair.outputs.items() if name != self.scored}
 
     def quiet(self, batch: Batch, kind: str) -> torch.Tensor:
-        """Log-probs (1, T) of a pass under `no_grad`.
+        """What is scored, (1, T), of a pass under `no_grad`.
 
         Args:
             kind: tells passes of one shape apart, such as those with adapters on and with adapters off.
@@ -224,8 +233,11 @@ class GraphedModel:
         assert not torch.is_grad_enabled()
         pair, laid = self._pair(kind, batch)
         if pair is None:
-            return self.model(**laid, fused_lm_head=True).log_probs[..., : tokens_of(batch)]
+            return self._asked(laid)[self.scored][..., : tokens_of(batch)]
         return pair.replay_forward(batch)
+
+    def _asked(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return named_outputs(self.model(**batch, **self.asks))
 
     def _pair(self, kind: str, batch: Batch) -> tuple[_Pair | None, Batch]:
         """What was captured of this kind that holds the batch, now or before; where there is none, what to launch."""
@@ -349,13 +361,14 @@ class GraphedModel:
             self._warm(inputs)
         forward = torch.cuda.CUDAGraph()
         with ledger.writing() as promises, capturing(forward, pool=self._pool, stream=self._side):
-            outputs = named_outputs(self.model(**inputs, fused_lm_head=True))
-        pair = _Pair(inputs, {name: value.detach() for name, value in outputs.items()}, forward, promises,
+            outputs = self._asked(inputs)
+        pair = _Pair(inputs, {name: value.detach() for name, value in outputs.items()}, forward, promises, self.scored,
                      recompute=recompute_of(base_model(self.model)))
         if torch.is_grad_enabled():
-            pair.upstream, pair.backward = torch.zeros_like(outputs["log_probs"]), torch.cuda.CUDAGraph()
+            pair.upstream, pair.backward = torch.zeros_like(outputs[self.scored]), torch.cuda.CUDAGraph()
             with writing_to(promises), capturing(pair.backward, pool=self._pool, stream=self._side):
-                gradients = torch.autograd.grad(outputs["log_probs"], self.parameters, pair.upstream, allow_unused=True)
+                scored = outputs[self.scored]
+                gradients = torch.autograd.grad(scored, self.parameters, pair.upstream, allow_unused=True)
                 every = zip(self.parameters, self.buffers, gradients, strict=True)
                 pair.reached = [(p, buffer) for p, buffer, g in every if g is not None]
                 torch._foreach_add_([buffer for _, buffer in pair.reached], [g for g in gradients if g is not None])
@@ -365,7 +378,7 @@ class GraphedModel:
         """Run once outside of a capture: kernels are loaded, the side stream's workspaces made, the backward's too."""
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side):
-            warm = named_outputs(self.model(**inputs, fused_lm_head=True))["log_probs"]
+            warm = self._asked(inputs)[self.scored]
             if torch.is_grad_enabled():
                 torch.autograd.grad(warm, self.parameters, torch.zeros_like(warm), allow_unused=True)
         self._warmed.add(torch.is_grad_enabled())
@@ -381,6 +394,8 @@ class ReplayedSteps(QuickSteps):
 
     capture = False
     graphed: GraphedModel | None = None
+    asks: Mapping[str, Any] = LOG_PROBS
+    scored = "log_probs"
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers'."""
@@ -392,7 +407,8 @@ class ReplayedSteps(QuickSteps):
         if not (self.capture and self.model.training):
             return None
         if self.graphed is None or self.graphed.model is not model:
-            self.graphed = GraphedModel(model, [p for p in self.model.parameters() if p.requires_grad])
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.graphed = GraphedModel(model, trained, asks=self.asks, scored=self.scored)
         self.graphed.memory.plan = getattr(self, "memory", None)
         return self.graphed
 
@@ -409,87 +425,6 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[None, ...]:  # type: ignore[override]
         ctx.pair.replay_backward(upstream)
         return None, None, None
-
-
-def room_for(tokens: int) -> int:
-    """The flat length at which a shape of so many tokens is captured."""
-    for most, an_octave in ROOMS:
-        if tokens <= most:
-            step = max(1, (1 << max(0, (tokens - 1).bit_length() - 1)) // an_octave)
-            return -(-tokens // step) * step
-    return tokens
-
-
-def planned_tokens(batch: Batch, *, capture: bool) -> int:
-    """The flat length whose memory a step of `batch` may take, where steps are captured or where they are not."""
-    tokens = tokens_of(batch)
-    if not capture or "cu_seq_lens_q" not in batch or _equal_rows(batch):
-        return batch["input_ids"].numel()
-    return min(room_for(tokens), int(tokens * (1 + MOST_FILLING)))
-
-
-def with_room(batch: Batch, tokens: int) -> Batch:
-    """`batch`, rows of uneven lengths end to end, filled up to a flat length of `tokens`.
-
-    It has room for a filling as long as any batch needs that is replayed in its place.
-    """
-    longest_filling = math.ceil(tokens * MOST_FILLING / (1 + MOST_FILLING))
-    lengths = {name: len(batch[name]) for name in _ENDS}
-    lengths |= {name: tokens for name in (*_FLAT, SHARED_OWN) if name in batch}
-    # as many quarters of the longer row
-    lengths |= {name: max(1, round(batch[name].shape[-1] / quarter_of(tokens_of(batch)))) * quarter_of(tokens)
-                for name in ("kept", SHARED_USES) if name in batch}
-    if SHARED_USES in batch:
-        lengths[SHARED_USES] = min(lengths[SHARED_USES], tokens)
-        lengths[SHARED_INDEX] = tokens + len(batch[SHARED_USES]) * lengths[SHARED_USES]
-    found = dict(batch)
-    for name, value in batch.items():
-        if name.startswith("max_length"):
-            found[name] = max(value, 1 << (longest_filling - 1).bit_length())
-        elif name in lengths:
-            found[name] = value.new_empty((*value.shape[:-1], lengths[name]))
-    for name in lengths:
-        _fill(name, found[name], batch[name], found)
-    return found
-
-
-def tokens_of(batch: Batch) -> int:
-    """T, the flat length of a batch."""
-    return batch["input_ids"].shape[-1]
-
-
-def _equal_rows(batch: Batch) -> bool:
-    rows = batch["cu_seq_lens_q"].numel() - 1
-    return SHARED_INDEX not in batch and rows * batch["max_length_q"] == tokens_of(batch)
-
-
-_ENDS = ("cu_seq_lens_q", "cu_seq_lens_k")
-_FLAT = ("input_ids", "labels", "shift_labels", "position_ids")
-_FILLING = {"labels": IGNORED, "shift_labels": IGNORED, "kept": -1, SHARED_OWN: NOWHERE, SHARED_USES: NOWHERE}
-
-
-def _fits(name: str, captured: Any, value: Any, *, spare: bool) -> bool:
-    """Whether `value` can be filled up to what was captured under this name; `spare`: its rows leave no end to move."""
-    if not isinstance(value, torch.Tensor):
-        return captured >= value if name.startswith("max_length") else captured == value
-    if name in _ENDS:
-        return captured.numel() >= value.numel() + spare
-    return captured.ndim == value.ndim and captured.shape[-1] >= value.shape[-1]
-
-
-def _fill(name: str, captured: torch.Tensor, value: torch.Tensor, batch: Batch) -> None:
-    """Copy `value` to where the graph reads, and behind it what is no row's; of `cu_seq_lens` the filling's end.
-
-    Args:
-        batch: all that was captured, of which `captured` is one.
-    """
-    length = value.shape[-1]
-    captured[..., :length].copy_(value, non_blocking=True)
-    if name in _ENDS:
-        end = len(batch[SHARED_INDEX]) if name == "cu_seq_lens_k" and SHARED_INDEX in batch else tokens_of(batch)
-        captured[min(length, captured.numel() - 1) :].fill_(end)
-    elif length < captured.shape[-1]:
-        captured[..., length:].fill_(_FILLING.get(name, 0))
 
 
 def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:

@@ -19,7 +19,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from aligntune.algorithms.dpo import FORMS, Pairs
 from aligntune.backends.fast.attachment import attachment_of
-from aligntune.backends.fast.graphs import ReplayedSteps, drops_out, named_outputs, planned_tokens
+from aligntune.backends.fast.graph_shapes import planned_tokens
+from aligntune.backends.fast.graphs import ReplayedSteps, drops_out, named_outputs
 from aligntune.backends.fast.memory import MemoryPlan
 from aligntune.backends.fast.optim import EmbeddingRate
 from aligntune.backends.fast.packing import attention_padded_because
@@ -104,10 +105,14 @@ class FlatPreference(ReplayedSteps):
 
     def _score(self: Any, model: Any, flat: dict[str, Any]) -> Scores:
         """One pass of the policy, with gradients where they are on."""
-        inputs, graphs = model_inputs(flat), self._graphs(model)
-        found = named_outputs(model(**inputs, fused_lm_head=True)) if graphs is None else graphs(inputs)
+        found = self._answers(model, flat)
         others = {name: value for name, value in found.items() if name not in ("log_probs", "label_mask")}
         return Scores.of(flat, found["log_probs"], others)
+
+    def _answers(self: Any, model: Any, flat: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """What the model answers of each token, by name; of `scored` with the gradient."""
+        inputs, graphs = model_inputs(flat), self._graphs(model)
+        return named_outputs(model(**inputs, **self.asks)) if graphs is None else graphs(inputs)
 
     def _quiet_score(self: Any, model: Any, flat: dict[str, Any], kind: str | None = None) -> Scores:
         """One pass without gradients, for log-probs alone. `kind`: replayed as a graph of that name where passes are.

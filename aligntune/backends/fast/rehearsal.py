@@ -26,7 +26,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
 
-from aligntune.backends.fast.graphs import tokens_of
+from aligntune.backends.fast.graph_shapes import tokens_of
 
 logger = logging.getLogger(__name__)
 DRAWS = 4096

@@ -1,12 +1,13 @@
-"""Reward models over rows end to end: the backbone in one forward, the score head at each row's last token alone.
+"""Reward models over rows end to end: one forward, of whose scores each row's last one is taken.
 
-TRL's trainer pads, and transformers scores every position of it before it keeps one a row.
+TRL's trainer pads, and transformers scores every position before it keeps one a row. The product with one column costs
+as much at every position as at few: the gradient of the hidden states is as long either way.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from aligntune.backends.fast.lora import instance_forward
 from aligntune.backends.fast.optim import EmbeddingRate
 from aligntune.backends.fast.packing import attention_padded_because, noise_padded_because
 from aligntune.backends.fast.preference import FlatPreference
-from aligntune.backends.fast.preference_rows import ScoredPairsEndToEnd, model_inputs
+from aligntune.backends.fast.preference_rows import ScoredPairsEndToEnd
 from aligntune.backends.trl.offline import Reward
 
 if TYPE_CHECKING:
@@ -34,21 +35,24 @@ def _scoring_forward(cls: type[nn.Module]) -> Callable[..., Any]:
     plain_forward = cls.forward
 
     @functools.wraps(plain_forward)  # the Trainer reads the signature
-    def forward(self: nn.Module, *args: Any, last_tokens: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        if last_tokens is None:
+    def forward(self: nn.Module, *args: Any, score_tokens: bool = False, **kwargs: Any) -> Any:
+        if not score_tokens:
             return plain_forward(self, *args, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if value is not None and name != "return_dict"}
         hidden = self.base_model(*args, **kwargs).last_hidden_state
-        return SequenceClassifierOutputWithPast(logits=self.score(hidden[0, last_tokens]))
+        device = hidden.device.type
+        # A cast of the head's weight that autocast keeps would be an older step's where graphs replay what reads it.
+        with torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), False):
+            return SequenceClassifierOutputWithPast(logits=self.score(hidden).squeeze(-1))
 
     return forward
 
 
-def score_last_tokens(attachment: Attachment) -> str | None:
-    """Let `model(..., last_tokens=)` score the rows of a flat batch; returns why it cannot, or None.
+def score_every_token(attachment: Attachment) -> str | None:
+    """Let `model(..., score_tokens=True)` answer `logits` (1, T) of a flat batch; returns why it cannot, or None.
 
     Sets `forward` on the instance, through which wrappers (PEFT, DDP) see the call, until `detach`; without
-    `last_tokens` the model answers as ever.
+    `score_tokens` the model answers as ever.
     """
     model = attachment.model
     cls: Any = type(model)
@@ -61,10 +65,10 @@ def score_last_tokens(attachment: Attachment) -> str | None:
     if found is None:
         bound = MethodType(_scoring_forward(cls), model)  # type: ignore[arg-type]
         model.__dict__["forward"] = bound
-        attachment.decisions.append(("score", "scores of rows' last tokens", None))
+        attachment.decisions.append(("score", "scores of every token", None))
         attachment.undo.append(functools.partial(_take_off, model, bound))  # a copy's undo holds the copy
-        if score_last_tokens not in attachment.also:
-            attachment.also.append(score_last_tokens)
+        if score_every_token not in attachment.also:
+            attachment.also.append(score_every_token)
     return None
 
 
@@ -79,6 +83,8 @@ class FastReward(EmbeddingRate, FlatPreference, Reward):
 
     padded_collator = DataCollatorForPreference
     needs_head = False
+    asks: Mapping[str, Any] = {"score_tokens": True}
+    scored = "logits"
 
     def flat_collator(self) -> ScoredPairsEndToEnd:
         attachment = attachment_of(self.model)
@@ -92,21 +98,21 @@ class FastReward(EmbeddingRate, FlatPreference, Reward):
         if attachment.model.config.get_text_config().pad_token_id is None:
             return "the model has no padding token, by which it finds a row's last"
         return (noise_padded_because(self) or attention_padded_because(attachment)
-                or score_last_tokens(attachment))
+                or score_every_token(attachment))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if "last_tokens" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**model_inputs(inputs), last_tokens=inputs.get("once", inputs)["last_tokens"])
-        chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
+        scores = self._answers(model, inputs)["logits"][0, inputs.get("once", inputs)["last_tokens"]]
+        chosen, rejected = scores.chunk(2)
         margins = chosen - rejected
         loss = -functional.logsigmoid(margins - inputs["margin"] if "margin" in inputs else margins).mean()
         if self.args.center_rewards_coefficient is not None:
             loss = loss + self.args.center_rewards_coefficient * ((chosen + rejected) ** 2).mean()
-        self._note(inputs, outputs.logits.detach(), margins.detach())
-        return (loss, outputs) if return_outputs else loss
+        self._note(inputs, scores.detach(), margins.detach())
+        return (loss, SequenceClassifierOutputWithPast(logits=scores[:, None])) if return_outputs else loss
 
     def _note(self, inputs: dict[str, Any], scores: torch.Tensor, margins: torch.Tensor) -> None:
         """TRL's metrics, under its names."""

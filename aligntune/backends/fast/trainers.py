@@ -13,7 +13,8 @@ from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from aligntune.backends.fast import rehearsal
-from aligntune.backends.fast.graphs import ReplayedSteps, planned_tokens
+from aligntune.backends.fast.graph_shapes import planned_tokens
+from aligntune.backends.fast.graphs import ReplayedSteps
 from aligntune.backends.fast.memory import MemoryPlan
 from aligntune.backends.fast.online import FlatLogProbs
 from aligntune.backends.fast.optim import EmbeddingRate

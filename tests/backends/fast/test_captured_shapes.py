@@ -11,7 +11,8 @@ import torch
 
 from aligntune.backends.fast import graphs
 from aligntune.backends.fast.graph_memory import GraphMemory
-from aligntune.backends.fast.graphs import GraphedModel, _Pair, planned_tokens, room_for, tokens_of, with_room
+from aligntune.backends.fast.graph_shapes import planned_tokens, room_for, tokens_of, with_room
+from aligntune.backends.fast.graphs import GraphedModel, _Pair
 from aligntune.backends.fast.memory import GIB, Costs, MemoryPlan
 from aligntune.backends.fast.ops.head import MEMORY_BUDGET
 from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd, bucket

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from aligntune.backends.fast.graphs import _fill, _Pair, tokens_of
+from aligntune.backends.fast import graph_shapes
+from aligntune.backends.fast.graph_shapes import tokens_of
+from aligntune.backends.fast.graphs import _Pair
 from aligntune.backends.fast.ledger import Ledger
 from aligntune.backends.fast.ops.attention import attention_reference
 from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd
@@ -31,7 +33,7 @@ def pair(captured: dict[str, Any]) -> _Pair:
 def fill(captured: _Pair, other: dict[str, Any]) -> dict[str, Any]:
     for name, value in captured.inputs.items():
         if isinstance(value, torch.Tensor):
-            _fill(name, value, other[name], captured.inputs)
+            graph_shapes.fill(name, value, other[name], captured.inputs)
     return captured.inputs
 
 

@@ -6,6 +6,7 @@ another one ran over is gone, as memory in a shared pool would be.
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from aligntune.backends.fast.graph_memory import GraphMemory
 from aligntune.backends.fast.ledger import Ledger
 from tests.backends.fast.preference_steps import built_of, pairs
 from tests.backends.fast.test_graphs import model
+from tests.backends.fast.test_preference_reward import scored, scorer
 from tests.backends.fast.test_preference_unpaired import unpaired
 from tests.backends.fast.test_rows_end_to_end import trainer_of
 
@@ -56,24 +58,24 @@ def capture(self: graphs.GraphedModel, batch: dict[str, Any], **_: Any) -> Any:
 
     def forward() -> None:
         with torch.set_grad_enabled(trained):
-            live.update(graphs.named_outputs(self.model(**inputs, fused_lm_head=True)))
+            live.update(self._asked(inputs))
         pair.outputs.update({name: value.detach() for name, value in live.items()})
         Pool.holds = pair
         Pool.replays.append("trained" if trained else "quiet")
 
     def backward() -> None:
         assert Pool.holds is pair, "another forward ran between this one and its backward"
-        found = torch.autograd.grad(live["log_probs"], self.parameters, pair.upstream, allow_unused=True)
+        found = torch.autograd.grad(live[self.scored], self.parameters, pair.upstream, allow_unused=True)
         for buffer, gradient in zip(self.buffers, found, strict=True):
             if gradient is not None:
                 buffer.add_(gradient)
 
-    pair = graphs._Pair(inputs, {}, StandIn(forward), Ledger())
+    pair = graphs._Pair(inputs, {}, StandIn(forward), Ledger(), self.scored)
     forward()
     Pool.replays.pop()
     if trained:
-        pair.upstream, pair.backward = torch.zeros_like(live["log_probs"]), StandIn(backward)
-        found = torch.autograd.grad(live["log_probs"], self.parameters, pair.upstream, allow_unused=True)
+        pair.upstream, pair.backward = torch.zeros_like(live[self.scored]), StandIn(backward)
+        found = torch.autograd.grad(live[self.scored], self.parameters, pair.upstream, allow_unused=True)
         pair.reached = [(p, buffer) for p, buffer, gradient in zip(self.parameters, self.buffers, found, strict=True)
                         if gradient is not None]
     return pair
@@ -197,7 +199,8 @@ def test_the_most_graphs_are_of_each_kind(kinds: tuple[str, ...], monkeypatch: A
 
 
 def run(algorithm: str, path: Any, **options: Any) -> Any:
-    rows = unpaired() if algorithm == "kto" else pairs()
+    rows = {"kto": unpaired, "reward": scored}.get(algorithm, pairs)()
+    options |= {"model_name": scorer()} if algorithm == "reward" else {}
     built = built_of("fast", algorithm, path, rows, max_steps=2, gradient_accumulation_steps=2, batch_size=2,
                      use_peft=True, **options)
     built.trainer.train()
@@ -208,7 +211,7 @@ def slow(name: str) -> Any:
     return pytest.param(name, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("algorithm", [slow("dpo"), slow("kto"), slow("orpo"), slow("simpo")])
+@pytest.mark.parametrize("algorithm", [slow("dpo"), slow("kto"), slow("orpo"), slow("simpo"), slow("reward")])
 def test_replayed_steps_are_launched_ones(algorithm: str, tmp_path: Any, monkeypatch: Any) -> None:
     launched = run(algorithm, tmp_path / "launched")
     assert "launched one by one, the model is not on a GPU" in launched.attestation()["layout"]
@@ -225,25 +228,33 @@ def test_replayed_steps_are_launched_ones(algorithm: str, tmp_path: Any, monkeyp
 
 def assert_same_run(ours: Any, theirs: Any) -> None:
     found, expected = ([entry for entry in one.state.log_history if "loss" in entry] for one in (ours, theirs))
-    for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen", "logits/chosen"):
+    answers = "logps/chosen" if "logps/chosen" in expected[0] else "mean_reward"
+    others = ("rewards/margins", "logits/chosen") if answers == "logps/chosen" else ("margin", "max_reward", "accuracy")
+    for name in ("loss", "grad_norm", answers, *others):
         assert [entry[name] for entry in found] == [entry[name] for entry in expected]
-    assert expected[0]["grad_norm"] > 1e-4 and len({entry["logps/chosen"] for entry in expected}) == len(expected) > 1
+    assert expected[0]["grad_norm"] > 1e-4 and len({entry[answers] for entry in expected}) == len(expected) > 1
     weights = [dict(one.model.named_parameters()) for one in (ours, theirs)]
     assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("algorithm", ["dpo", "ipo", "kto", "orpo", "simpo"])
+@pytest.mark.parametrize("algorithm", ["dpo", "ipo", "kto", "orpo", "simpo", "reward"])
 def test_captured_steps_are_launched_ones_to_the_bit(algorithm: str, tmp_path: Any, monkeypatch: Any) -> None:
-    from aligntune import create_rl_trainer
+    from aligntune import create_reward_trainer, create_rl_trainer
     from aligntune.builtin import load_tokenizer
 
     data = [{"prompt": f"say {i % 7} " * (i % 4 + 2), "chosen": " alpha beta" * (i % 5 + 1),
              "rejected": " gamma" * (i % 3 + 1)} for i in range(64)]
 
     def train(path: Any) -> Any:
-        trainer = create_rl_trainer(
-            model(), data, algorithm=algorithm, backend="fast", tokenizer_name=load_tokenizer("builtin:tiny"),
+        if algorithm == "reward":
+            config = model().config
+            config.num_labels, config.pad_token_id = 1, 0
+            create, source = create_reward_trainer, transformers.LlamaForSequenceClassification(config).cuda()
+        else:
+            create, source = functools.partial(create_rl_trainer, algorithm=algorithm), model()
+        trainer = create(
+            source, data, backend="fast", tokenizer_name=load_tokenizer("builtin:tiny"),
             use_peft=True, lora_r=8, lora_dropout=0.0, batch_size=4, max_steps=16, learning_rate=3e-3,
             output_dir=str(path), overwrite=True, logging_steps=1, progress=False, gradient_checkpointing=False,
             lr_scheduler="constant", precision="bf16", gradient_accumulation_steps=2,

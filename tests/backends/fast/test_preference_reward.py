@@ -36,7 +36,7 @@ def test_a_step(adapters: bool, centring: float | None, margin: bool, tail: int,
                  center_rewards_coefficient=centring) for backend in ("fast", "trl")
     )  # fmt: skip
     assert ours.attestation()["layout"].startswith("rows: end to end, one forward a pass")
-    assert "score: scores of rows' last tokens (x1)" in ours.attestation()["modules"]
+    assert "score: scores of every token (x1)" in ours.attestation()["modules"]
     found = step(theirs.trainer)
     assert_same_step(step(ours.trainer), found)
     assert found[2]["max_reward"] - found[2]["min_reward"] > 0.1
@@ -65,10 +65,10 @@ def test_attaching_again_keeps_the_scores(tmp_path: Any) -> None:
 def test_copies_of_the_model_are_their_own(tmp_path: Any) -> None:
     model = scorer()
     built_of("fast", "reward", tmp_path, scored(), model_name=model)
-    flat = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "last_tokens": torch.tensor([1, 3])}
+    flat = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "score_tokens": True}
     clone = copy.deepcopy(model)
     detach(clone)
-    assert "forward" not in vars(clone) and model(**flat).logits.shape == (2, 1)
+    assert "forward" not in vars(clone) and model(**flat).logits.shape == (1, 4)
     torch.save(model, tmp_path / "model.pt")
     assert type(torch.load(tmp_path / "model.pt", weights_only=False)) is type(model)
 

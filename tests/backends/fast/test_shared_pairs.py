@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from aligntune.backends.fast.graphs import planned_tokens, tokens_of, with_room
+from aligntune.backends.fast.graph_shapes import planned_tokens, tokens_of, with_room
 from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd
 from aligntune.backends.fast.preference_rows import (
     PairsEndToEnd,
