@@ -27,12 +27,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aligntune.backends.fast import ledger
+from aligntune.backends.fast import graph_shapes, ledger
 from aligntune.backends.fast.attachment import base_model
 from aligntune.backends.fast.capture import Addresses, capturing, waits_because
 from aligntune.backends.fast.graph_memory import GraphMemory
 from aligntune.backends.fast.graph_shapes import (
-    MOST_FILLING,
     Batch,
     equal_rows,
     fill,
@@ -166,7 +165,7 @@ class _Pair:
         """
         tokens = tokens_of(batch)
         more = self.tokens - tokens
-        if self.inputs.keys() != batch.keys() or not 0 <= more <= tokens * MOST_FILLING:
+        if self.inputs.keys() != batch.keys() or not 0 <= more <= tokens * graph_shapes.MOST_FILLING:
             return None
         # Rows of one length attend as a dense batch, which no other rows fit; filling is no longer than the longest.
         if equal_rows(self.inputs) or more > self.inputs["max_length_q"]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from aligntune.backends.fast import graphs
+from aligntune.backends.fast import graph_shapes, graphs
 from aligntune.backends.fast.graph_memory import GraphMemory
 from aligntune.backends.fast.graph_shapes import planned_tokens, room_for, tokens_of, with_room
 from aligntune.backends.fast.graphs import GraphedModel, _Pair
@@ -84,7 +84,7 @@ def test_room(tokens: int, room: int) -> None:
 def test_a_shape_is_captured_again_with_less_room_than_it_may_be_filled() -> None:
     for tokens in range(64, 40_000, 64):
         room = room_for(bucket(tokens))
-        assert tokens <= room <= bucket(tokens) * (1 + graphs.MOST_FILLING)
+        assert tokens <= room <= bucket(tokens) * (1 + graph_shapes.MOST_FILLING)
 
 
 def test_a_batch_with_room_is_the_batch_and_filling() -> None:

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from aligntune import create_sft_trainer
 from aligntune.backends.base import require
-from aligntune.backends.fast import attach, detach, fp8_base, graphs, lora
+from aligntune.backends.fast import attach, detach, fp8_base, graph_shapes, lora
 from aligntune.backends.fast.fp8_base import install, quantize_base
 from aligntune.backends.fast.ops.fp8 import Fp8Weight, quantize_rows_reference
 from aligntune.backends.fast.ops.lora import LoraLinear, lora_linear_group, lora_linear_group_reference, lora_mlp
@@ -484,7 +484,7 @@ def test_outputs_and_input_gradients_on_the_gpu(tokens):
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [(60,), (3, 5, 40, 60)], ids=["equal", "ragged"])
 def test_replayed_steps_with_an_fp8_base(lengths, tmp_path, monkeypatch):
-    monkeypatch.setattr(graphs, "MOST_FILLING", 0)
+    monkeypatch.setattr(graph_shapes, "MOST_FILLING", 0)
     data = test_graphs.rows(lengths)
     captured = test_graphs.train(tmp_path / "captured", data, base_precision="fp8")
     assert captured.trainer.graphed.pairs

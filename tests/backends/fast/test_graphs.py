@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from aligntune import create_sft_trainer
-from aligntune.backends.fast import graphs
+from aligntune.backends.fast import graph_shapes, graphs
 from aligntune.backends.fast.memory import Costs
 from aligntune.builtin import load_tokenizer
 
@@ -73,7 +73,7 @@ def assert_same_run(captured: Any, launched: Any) -> None:
 @pytest.mark.parametrize(("accumulation", "precision"), [(1, "bf16"), (3, "bf16"), (1, "fp16")])
 @pytest.mark.parametrize("lengths", [(60,), (3, 5, 40, 60)], ids=["equal", "ragged"])
 def test_replayed_steps_are_launched_ones_to_the_bit(lengths, accumulation, precision, tmp_path, monkeypatch):
-    monkeypatch.setattr(graphs, "MOST_FILLING", 0)  # products over another number of rows round otherwise
+    monkeypatch.setattr(graph_shapes, "MOST_FILLING", 0)  # products over another number of rows round otherwise
     options = {"gradient_accumulation_steps": accumulation, "precision": precision}
     captured = train(tmp_path / "captured", rows(lengths), **options)
     monkeypatch.setattr("aligntune.backends.fast.build.eager_because", lambda _: "a test asked for it")
@@ -96,7 +96,7 @@ class Freezing(TrainerCallback):
 
 def test_what_no_gradient_reaches_is_passed_by_and_what_is_frozen_stays(tmp_path, monkeypatch):
     """A gradient of 0 would let weight decay and moments act on both."""
-    monkeypatch.setattr(graphs, "MOST_FILLING", 0)
+    monkeypatch.setattr(graph_shapes, "MOST_FILLING", 0)
 
     def run(name: str) -> Any:
         made = model()
@@ -117,7 +117,7 @@ def test_what_no_gradient_reaches_is_passed_by_and_what_is_frozen_stays(tmp_path
 def test_a_batch_filled_up_to_a_captured_shape_trains_the_same(tmp_path, monkeypatch):
     data = rows((3, 5, 40, 60, 90), count=96)
     filled = train(tmp_path / "filled", data, steps=24)
-    monkeypatch.setattr(graphs, "MOST_FILLING", 0)
+    monkeypatch.setattr(graph_shapes, "MOST_FILLING", 0)
     exact = train(tmp_path / "exact", data, steps=24)
     assert len(filled.trainer.graphed.pairs) < len(exact.trainer.graphed.pairs)
     assert history(filled, "loss") == pytest.approx(history(exact, "loss"), rel=1e-2)
@@ -129,7 +129,7 @@ def test_a_batch_filled_up_to_a_captured_shape_trains_the_same(tmp_path, monkeyp
 @pytest.mark.parametrize("how", [True, "offload"])
 @pytest.mark.parametrize("lengths", [(60,), (3, 5, 40, 60)], ids=["equal", "ragged"])
 def test_recomputed_steps_are_replayed_too(lengths, how, tmp_path, monkeypatch):
-    monkeypatch.setattr(graphs, "MOST_FILLING", 0)
+    monkeypatch.setattr(graph_shapes, "MOST_FILLING", 0)
     captured = train(tmp_path / "captured", rows(lengths), gradient_checkpointing=how)
     assert captured.trainer.graphed.pairs and "recomputed in every layer" in captured.attestation()["layout"]
     attested = captured.attestation()["step"]
@@ -183,7 +183,7 @@ def test_layers_are_recomputed_as_a_budget_asks(tmp_path):
         tight = Alone.run(tmp_path / f"tight-{kept}", data, memory_budget_gib=budget / 2**30)
         assert tight.most == layers - kept, (free, tight)
         assert tight.peak < budget
-        assert tight.losses == pytest.approx(free.losses, rel=1e-2)
+        assert tight.losses == pytest.approx(free.losses, rel=1e-2, abs=5e-3)  # of 10 at first
 
 
 def test_under_auto_no_graph_recomputes_what_fits(tmp_path):
@@ -207,7 +207,7 @@ def test_fp32_is_launched_and_says_why(tmp_path):
 
 def test_more_shapes_than_graphs(tmp_path, monkeypatch):
     monkeypatch.setattr(graphs, "MOST_GRAPHS", 1)
-    monkeypatch.setattr(graphs, "MOST_FILLING", 0)
+    monkeypatch.setattr(graph_shapes, "MOST_FILLING", 0)
     captured = train(tmp_path / "captured", rows((3, 5, 40, 60, 90)), steps=24)
     assert len(captured.trainer.graphed.pairs) == 1 == captured.trainer.graphed.captures
     monkeypatch.setattr("aligntune.backends.fast.build.eager_because", lambda _: "a test asked for it")
@@ -224,7 +224,7 @@ def test_evaluation_between_replays_changes_nothing(tmp_path):
 
 def test_memory_does_not_grow_with_the_number_of_graphs(tmp_path, monkeypatch):
     """Every pair lives in one pool, captured from one stream."""
-    monkeypatch.setattr(graphs, "MOST_FILLING", 0)
+    monkeypatch.setattr(graph_shapes, "MOST_FILLING", 0)
     few = train(tmp_path / "few", rows((60,)))
     torch.cuda.synchronize()
     one = torch.cuda.memory_reserved()
@@ -277,7 +277,7 @@ def reach():
 
 def test_graphs_go_where_a_launched_step_needs_their_memory(reach, monkeypatch):
     """Two tensors a layer, 1 MiB a token: 1,200 tokens are captured, and 1,000 others do not fit beside their pool."""
-    monkeypatch.setattr(graphs, "MOST_FILLING", 0)
+    monkeypatch.setattr(graph_shapes, "MOST_FILLING", 0)
     made = Keeping()
     graphed = graphs.GraphedModel(made, list(made.parameters()))
     batches = {tokens: ragged(tokens) for tokens in (1200, 1000)}

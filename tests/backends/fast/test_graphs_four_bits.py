@@ -13,7 +13,7 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
-from aligntune.backends.fast import graphs
+from aligntune.backends.fast import graph_shapes
 from aligntune.backends.fast.capture import Addresses
 from aligntune.backends.fast.graphs import GraphedModel, _numbers, _unread_four_bits
 from aligntune.backends.fast.ops.lora import Adapter, LoraLinear, lora_linear_group
@@ -189,7 +189,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def both(tmp_path: Any, monkeypatch: Any, lengths: tuple[int, ...], **options: Any) -> Any:
     """A captured run of 4 bits that a launched one equals to the bit."""
-    monkeypatch.setattr(graphs, "MOST_FILLING", 0)  # products over another number of rows round otherwise
+    monkeypatch.setattr(graph_shapes, "MOST_FILLING", 0)  # products over another number of rows round otherwise
     options = {"quantization": "nf4", "precision": "bf16"} | options
     captured = test_graphs.train(tmp_path / "captured", test_graphs.rows(lengths), **options)
     attested = captured.attestation()

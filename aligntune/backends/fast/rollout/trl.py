@@ -225,7 +225,12 @@ def share_of_budget(plan: MemoryPlan | None) -> float | None:
 
 
 def autocast_of(trainer: Any) -> torch.dtype | None:
-    """What training runs under, where the weights are of another type than it computes in."""
-    weight = trainer.model.get_input_embeddings().weight
+    """What training runs under, where the weights are of another type than it computes in.
+
+    Norms count too: TRL's CPO and ORPO keep those of a 4-bit base in fp32, whose layers have no fp32 weights to meet
+    them with. Adapters do not: they are cast as they are read.
+    """
     wanted = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else None
-    return wanted if wanted is not None and weight.dtype != wanted else None
+    read = [trainer.model.get_input_embeddings().weight]
+    read += [p for name, p in trainer.model.named_parameters() if p.ndim == 1 and "norm" in name]
+    return wanted if any(weight.dtype != wanted for weight in read) else None

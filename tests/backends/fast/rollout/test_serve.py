@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from accelerate.utils import DistributedType
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from aligntune.backends.fast.attachment import detach
 from aligntune.backends.fast.rollout.engine import RolloutEngine
 from aligntune.backends.fast.rollout.serve import EngineGenerator, of_trainer, sampling_of
+from aligntune.backends.fast.rollout.trl import autocast_of
 from aligntune.core import generation
 from aligntune.core.run_dir import RunDir
 from aligntune.core.trainer import AlignTrainer
@@ -226,3 +229,19 @@ def test_evaluation_of_an_online_method_draws_with_the_engine(
     assert metrics["eval_reward"] == pytest.approx(sum(rewards) / len(rewards))
     assert metrics["eval_rollout/seconds"] > 0
     assert 0 < metrics["eval_sampling/sampling_logp_difference/max"] < 1e-4
+
+
+def test_fp32_norms_over_bf16_weights_are_met_under_autocast() -> None:
+    """As TRL's CPO and ORPO leave a 4-bit base: its layers have no fp32 weights."""
+    made = peft.get_peft_model(tiny.llama().to(torch.bfloat16), peft.LoraConfig(target_modules=["q_proj"]))
+    for name, value in made.named_parameters():
+        if "lora_" in name:
+            value.data = value.data.float()
+    trainer = SimpleNamespace(model=made, args=SimpleNamespace(bf16=True, fp16=False))
+    assert autocast_of(trainer) is None
+    for name, module in made.named_modules():
+        if name.endswith("norm"):
+            module.float()
+    assert autocast_of(trainer) is torch.bfloat16
+    assert autocast_of(SimpleNamespace(model=made, args=SimpleNamespace(bf16=False, fp16=False))) is None
+    assert autocast_of(SimpleNamespace(model=tiny.llama(), args=trainer.args)) is torch.bfloat16
