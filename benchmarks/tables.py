@@ -372,20 +372,22 @@ def learning(report: Report) -> str:
                    for runs in by_backend.values()]
         asked = [", ".join(seconds), str(min(map(len, by_backend.values()))), str(row["at_once"])]
         if "why" in found:
-            rows.append([row["algorithm"], *["-"] * 4, found["why"], "-", *asked])
+            rows.append([row["algorithm"], *["-"] * 5, found["why"], "-", *asked])
             continue
         whole, time = found["whole"], found["by_time"]
         windows = [*found["windows"], found["last_third"]]
         held = sum(one["apart"] <= min(MOST, one["chance"]) for one in windows)
+        spread = max(one["apart"] / min(one[name][1] for name in by_backend) for one in windows)
         rows.append([
             row["algorithm"], *(f"{windows[0][name][0]:.3f} to {windows[-1][name][0]:.3f}" for name in by_backend),
             "{:+.3f} [{:+.3f}, {:+.3f}] (±{:.3f})".format(whole["difference"], *whole["interval"], whole["half_pace"]),
-            f"{held} of {len(windows)}", verdict(found) + ("" if found["learnt"] else "; nothing learnt"),
+            f"{spread:.2f}", f"{held} of {len(windows)}",
+            verdict(found) + ("" if found["learnt"] else "; nothing learnt"),
             "no" if time["not_behind"] else "yes" if time["behind"] else "not shown", *asked,
         ])  # fmt: skip
     head = ["reward, first window to last third", "trl", "fast", "fast less trl, all steps (half as fast)",
-            "windows within", "one learner?", "fast behind at equal seconds", "seconds of trl, fast", "seeds",
-            "runs at once"]  # fmt: skip
+            "most apart in a window, in deviations over seeds", "windows within", "one learner?",
+            "fast behind at equal seconds", "seconds of trl, fast", "seeds", "runs at once"]  # fmt: skip
     sources = [*dict.fromkeys(source(row) for row in report["rows"])]
     if short := [row["algorithm"] for row in report["rows"] if "changed" not in row]:
         sources.insert(0, f"Runs of {', '.join(short)}: the recipes' own steps. With the longer stages that "

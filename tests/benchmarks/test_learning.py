@@ -245,9 +245,11 @@ def test_the_table(report: dict[str, Any]) -> None:
     judgement = report["rows"][0]["judgement"]
     first, last, whole = judgement["windows"][0], judgement["last_third"], judgement["whole"]
     low, high = whole["interval"]
+    every = [*judgement["windows"], last]
+    spread = max(abs(one["fast"][0] - one["trl"][0]) / min(one["fast"][1], one["trl"][1]) for one in every)
     assert lines[2] == (f"| grpo | {first['trl'][0]:.3f} to {last['trl'][0]:.3f} | {first['fast'][0]:.3f} to "
                         f"{last['fast'][0]:.3f} | {whole['difference']:+.3f} [{low:+.3f}, {high:+.3f}] "
-                        f"(±{whole['half_pace']:.3f}) | 7 of 7 | {verdict(judgement)} | "
+                        f"(±{whole['half_pace']:.3f}) | {spread:.2f} | 7 of 7 | {verdict(judgement)} | "
                         f"{'no' if judgement['by_time']['not_behind'] else 'not shown'} | 59, 59 | 2 | 1 |")
     assert "NVIDIA H100; torch 2.11" in lines[-1]
     judgement["windows"][2] |= {"apart": 0.2}
@@ -287,6 +289,18 @@ def test_committed_images_are_those_of_the_results() -> None:
         assert path.read_text() == curves.learning_svg(row), "draw it anew: python -m benchmarks.curves"
         # The judgement is that of the curves beside it.
         assert json.loads(json.dumps(judge(curves_of(row["runs"])))) == row["judgement"]
+
+
+def test_committed_curves_lie_within_each_others_spread() -> None:
+    """By step; and at equal seconds fast is nowhere behind trl's."""
+    rows = curves.learning_rows()
+    assert {row["algorithm"] for row in rows} == {"grpo", "dapo", "rloo", "dr_grpo", "ppo"}
+    for row in rows:
+        found = row["judgement"]
+        for one in (*found["windows"], found["last_third"]):
+            assert 0 < one["apart"] <= min(one["trl"][1], one["fast"][1]) < 0.1, (row["algorithm"], one)
+        assert found["learnt"] and found["by_time"]["not_behind"], row["algorithm"]
+        assert all(len(runs) >= 3 for runs in curves_of(row["runs"]).values())
 
 
 @pytest.mark.parametrize("row", curves.learning_rows(), ids=lambda row: row["algorithm"])
