@@ -277,8 +277,7 @@ def _halves(self: nn.Module, kwargs: dict[str, Any]) -> tiles.Halves:
     down = getattr(mlp.down_proj, "base_layer", mlp.down_proj) if ours else None
     return tiles.Halves(
         self, norm, _layer, norm_and_input, _attend, _second, kwargs, width=getattr(down, "in_features", 0),
-        unpacks=hasattr(getattr(down, "weight", None), "quant_state"),
-        norm_again=isinstance(norm.__dict__.get(KEY), NormSpec) and not passing_by_is_wrong(norm, norm_forward))
+        unpacks=hasattr(getattr(down, "weight", None), "quant_state"))
 
 
 def _branch(self: nn.Module, family: Family, x: torch.Tensor, which: int) -> torch.Tensor:

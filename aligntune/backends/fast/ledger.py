@@ -37,6 +37,7 @@ PROMISES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     WITH_ITS_NEIGHBOUR: ((), ()),
     "rms_norm": (("rms_norm_forward",), ("rms_norm_backward",)),
     "rms_norm, trained": (("rms_norm_forward",), ("rms_norm_backward", "norm_weight_grad")),
+    "norm, made again": ((), ("rms_norm_again",)),
     "qk_norm_rope": (("qk_norm_rope_forward",), ("qk_norm_rope_backward",)),
     "qk_norm_rope, trained": (("qk_norm_rope_forward",), ("qk_norm_rope_backward", "norm_weight_grad")),
     "rope": (("rope_forward",), ("rope_backward",)),

@@ -18,6 +18,7 @@ from aligntune.backends.fast.ops.fp8 import Fp8Weight
 from aligntune.backends.fast.ops.glu import glu
 from aligntune.backends.fast.ops.lora import Adapter, LoraLinear, lora_linear_group, lora_mlp, side_by_side
 from aligntune.backends.fast.ops.nf4 import NF4Weight
+from aligntune.backends.fast.ops.rms_norm import source_of
 
 KEY = "_aligntune"  # where `attach` leaves a module's spec
 STEP = "_aligntune_step"  # where a rollout leaves what runs in the place of layers, for as long as a decode step runs
@@ -208,6 +209,8 @@ def _promise_linears(parent: nn.Module, linears: Sequence[LoraLinear], x: torch.
     """What the layers launch besides cuBLAS. `inner`: their input is made inside the op, so its gradient always is."""
     factors = [tensor for linear in linears for tensor in _tensors(linear)]
     to_x = [x, *factors] if inner else [x]
+    if not inner and source_of(x) is not None:
+        promise(parent, "norm, made again", *factors)
     beside = side_by_side(linears)
     if beside is not None:
         promise(parent, "fp8 base, one input gradient", *to_x)

@@ -10,7 +10,7 @@ numbers of its MLP (gate, up, and the gradient of their product) beside some 10T
 
 so nothing is computed more often than without tiles, the layer's output is not kept, and dh lies where a did. Where
 rows have one length, which the shapes tell, a group of whole sequences goes through attention too before the next one
-begins. The input's norm is made again where attention's backward wants it, for 4TH bytes to read and write.
+begins.
 
 Sums. Gradients of parameters are summed over tiles in fp32 (of fp64 parameters in fp64) and rounded once. What trains
 must be small beside what tiles save: under full fine-tuning those sums alone would take 12HF bytes, so that rows are
@@ -23,7 +23,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +31,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 from aligntune.backends.fast.lora import KEY
+from aligntune.backends.fast.ops.rms_norm import source_of
 
 FEWEST_NUMBERS = 1 << 23
 """Of the hidden states in a tile: the product down to H features then makes 256 blocks of 128 x 256, two for each of an
@@ -64,7 +64,6 @@ class Halves:
         kwargs: what attention takes beside its input.
         width: F; 0 where `second` must see all rows at once.
         unpacks: the MLP's weights are unpacked at every call.
-        norm_again: calling `norm` again is one launch, and does nothing else.
     """
 
     module: nn.Module
@@ -76,7 +75,6 @@ class Halves:
     kwargs: dict[str, Any]
     width: int
     unpacks: bool = False
-    norm_again: bool = False
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """The layer as a whole."""
@@ -311,26 +309,12 @@ def _of_tile(
 
 
 def _attended(call: Halves, x: torch.Tensor, reached: Callable[[], None]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention's branch and what stands for x; its graph keeps no normed input, and calls `reached` to make it."""
+    """Attention's branch and what stands for x; its graph calls `reached` when it makes its normed input again."""
     normed, same_x = call.with_input(call.norm, x)
-    if not call.norm_again or normed.dtype != x.dtype:
-        return call.attend(call.module, normed, **call.kwargs), same_x
-    start, numel = normed.data_ptr(), normed.numel()
-
-    def pack(saved: torch.Tensor) -> Any:
-        ours = saved.data_ptr() == start and saved.numel() == numel and saved.is_contiguous()
-        return saved.shape if ours and saved.dtype == x.dtype else saved
-
-    def unpack(kept: Any) -> torch.Tensor:
-        if isinstance(kept, torch.Tensor):
-            return kept
-        reached()
-        with torch.no_grad():
-            return call.norm(x).view(kept)
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack) if normed.is_contiguous() else nullcontext()
-    with hooks:
-        return call.attend(call.module, normed, **call.kwargs), same_x
+    source = source_of(normed)
+    if source is not None:
+        source.recipe.reached = reached
+    return call.attend(call.module, normed, **call.kwargs), same_x
 
 
 class Sums:

@@ -35,6 +35,7 @@ def test_counts_of_one_step_are_exact():
         "rms_norm_forward": norms,
         "rms_norm_backward": norms,
         "norm_weight_grad": norms,
+        "rms_norm_again": 2 * LAYERS,
         "glu_forward": LAYERS,
         "glu_backward": LAYERS,
         "LoraLinearGroup": LAYERS,

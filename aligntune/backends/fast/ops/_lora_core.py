@@ -255,7 +255,7 @@ def _mm_as(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
 
 
 def param_grads(
-    x: torch.Tensor,
+    x: torch.Tensor | None,
     douts: Sequence[torch.Tensor | None],
     linears: Sequence[LoraLinear],
     s: torch.Tensor | None,
@@ -263,7 +263,13 @@ def param_grads(
     dropout: Dropout | None,
     needed: Sequence[bool],
 ) -> list[torch.Tensor | None]:
-    """Gradients in the order of `flatten`, None where `needed` says so or the output took no part."""
+    """Gradients in the order of `flatten`, None where `needed` says so or the output took no part.
+
+    Args:
+        x: None where `needed` is False throughout.
+    """
+    if x is None:
+        return [None] * len(needed)
     sizes = [2 + 3 * len(linear.adapters) for linear in linears]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     flags = [needed[start : start + size] for start, size in zip(starts, sizes, strict=True)]

@@ -17,9 +17,10 @@ Only these two products change: adapters, dropout and every gradient but dX's ba
 is rounded once more for each product after the first.
 
 Saved for backward, bytes a token in 16 bits: a group 2H (its input, which the layer before often keeps anyway) and
-2nR; the MLP 2H + 4F + 6R, where eager keeps 2H + 8F + 6R; and the cast factors. act(gate) and the product are made
-again by the GLU's backward, which writes them and the gradients over what the forward saved. Dropout masks are never
-stored.
+2nR; the MLP 2H + 4F + 6R, where eager keeps 2H + 8F + 6R; and the cast factors. An input that `rms_norm` made is not
+kept, these 2H bytes: of what the norm keeps it is made again for dA, the same bits, in a launch that reads and writes
+4H. act(gate) and the product are made again by the GLU's backward, which writes them and the gradients over what the
+forward saved. Dropout masks are never stored.
 
 Work, T tokens, N outputs in all: 2THN flops forward, 2THN backward (a frozen weight has no dW). LoRA adds per linear
 layer 2T(H + 2N) bytes forward (X read for S, out read and written) and 2T(3H + 2N) backward. In the MLP the GLU reads
@@ -67,6 +68,7 @@ from aligntune.backends.fast.ops._runtime import as_rows, require_device
 from aligntune.backends.fast.ops.fp8 import Fp8Weight
 from aligntune.backends.fast.ops.glu import ACTIVATIONS, Update, glu_backward_, glu_forward_, glu_reference
 from aligntune.backends.fast.ops.nf4 import NF4Weight, dequantize_nf4_reference
+from aligntune.backends.fast.ops.rms_norm import Source, made_again, source_of
 from aligntune.errors import ConfigError, unknown
 
 __all__ = [
@@ -84,30 +86,34 @@ class LoraLinearGroup(torch.autograd.Function):
     """Linear layers on one input (T, H); outputs (T, N_i)."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, bare: Any, seed: torch.Tensor | None, *tensors: torch.Tensor | None) -> Any:
+    def forward(
+        ctx: Any, x: torch.Tensor, source: Source | None, bare: Any, seed: torch.Tensor | None,
+        *tensors: torch.Tensor | None,
+    ) -> Any:  # fmt: skip
         linears = bind(bare, tensors)
         factors = factors_of(linears, x.dtype)
         outs, s = forward(x, linears, dropout_of(linears, seed), factors)
         ctx.bare = bare
         ctx.set_materialize_grads(False)
         kept = _keep(ctx, factors)
-        ctx.save_for_backward(x, s, seed, *kept, *tensors)
+        ctx.save_for_backward(*_keep_input(ctx, x, source, ctx.needs_input_grad[4:]), s, seed, *kept, *tensors)
         return tuple(outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *douts: torch.Tensor | None) -> Any:
-        x, s, seed, *rest = ctx.saved_tensors
+        of_x, (s, seed, *rest) = _kept_input(ctx)
         (factors,), tensors = _kept(ctx, rest)
         if all(dout is None for dout in douts):
-            return (None,) * (3 + len(tensors))
+            return (None,) * (4 + len(tensors))
         linears = bind(ctx.bare, tensors)
         dropout = dropout_of(linears, seed)
         rows = [gradient_rows(dout) for dout in douts]
-        with torch.autocast(x.device.type, enabled=False):
+        wanted = ctx.needs_input_grad[4:]
+        with torch.autocast(next(dout for dout in douts if dout is not None).device.type, enabled=False):
             dx, ds = input_grad(rows, linears, dropout, factors, ctx.needs_input_grad[0])
-            grads = param_grads(x, rows, linears, s, ds, dropout, ctx.needs_input_grad[3:])
-        return dx, None, None, *grads
+            grads = param_grads(_input(ctx, of_x), rows, linears, s, ds, dropout, wanted)
+        return dx, None, None, None, *grads
 
 
 class LoraMLP(torch.autograd.Function):
@@ -118,8 +124,9 @@ class LoraMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, bare: Any, activation: str, seed: torch.Tensor | None, *tensors: torch.Tensor | None
-    ) -> torch.Tensor:
+        ctx: Any, x: torch.Tensor, source: Source | None, bare: Any, activation: str, seed: torch.Tensor | None,
+        *tensors: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
         *wide, down = bind(bare, tensors)
         of_wide, of_down = factors_of(wide, x.dtype), factors_of([down], x.dtype)
         fused = fusable(wide)
@@ -130,22 +137,23 @@ class LoraMLP(torch.autograd.Function):
         (y,), s_down = forward(product, [down], dropout_of([down], seed, len(adapters_of(wide))), of_down)
         ctx.bare, ctx.activation, ctx.num_outs = bare, activation, len(outs)
         kept = _keep(ctx, of_wide, of_down)
-        ctx.save_for_backward(x, s_wide, s_down, seed, *outs, *kept, *tensors)
+        trained = ctx.needs_input_grad[5 : len(tensors) + 5 - (2 + 3 * len(down.adapters))]
+        ctx.save_for_backward(*_keep_input(ctx, x, source, trained), s_wide, s_down, seed, *outs, *kept, *tensors)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        x, s_wide, s_down, seed, *rest = ctx.saved_tensors
+        of_x, (s_wide, s_down, seed, *rest) = _kept_input(ctx)
         outs = rest[: ctx.num_outs]
         (of_wide, of_down), tensors = _kept(ctx, rest[ctx.num_outs :])
         *wide, down = bind(ctx.bare, tensors)
-        wanted = ctx.needs_input_grad[4:]
+        wanted = ctx.needs_input_grad[5:]
         for_down = len(wanted) - (2 + 3 * len(down.adapters))
         dropout = dropout_of(wide, seed)
         dropout_down = dropout_of([down], seed, len(adapters_of(wide)))
         dy = gradient_rows(dy)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(dy.device.type, enabled=False):
             fused = fusable([down]) and dropout_down is None
             buffer, ds = input_grad([dy], [down], dropout_down, of_down, True, base_only=fused)
             for_gate, for_up = _updates(wide, s_wide, of_wide) if fusable(wide) else (None, None)
@@ -160,8 +168,30 @@ class LoraMLP(torch.autograd.Function):
             grads = param_grads(buffer, [dy], [down], s_down, ds, dropout_down, wanted[for_down:])
             del buffer
             dx, ds = input_grad(outs, wide, dropout, of_wide, ctx.needs_input_grad[0])
-            grads = param_grads(x, outs, wide, s_wide, ds, dropout, wanted[:for_down]) + grads
-        return dx, None, None, None, *grads
+            grads = param_grads(_input(ctx, of_x), outs, wide, s_wide, ds, dropout, wanted[:for_down]) + grads
+        return dx, None, None, None, None, *grads
+
+
+def _keep_input(
+    ctx: Any, x: torch.Tensor, source: Source | None, trained: Sequence[bool]
+) -> Sequence[torch.Tensor]:
+    """What to save of an input (T, H): what a norm made it of, or itself; nothing where nothing trains on it."""
+    kept: Sequence[torch.Tensor] = () if not any(trained) else (x,) if source is None else source.tensors
+    ctx.recipe, ctx.dtype, ctx.num_kept = None if source is None else source.recipe, x.dtype, len(kept)
+    return kept
+
+
+def _kept_input(ctx: Any) -> tuple[Sequence[torch.Tensor], Sequence[Any]]:
+    """What `_keep_input` saved, and the tensors after it."""
+    saved = ctx.saved_tensors
+    return saved[: ctx.num_kept], saved[ctx.num_kept :]
+
+
+def _input(ctx: Any, kept: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The input, which may have to be made again; None where nothing trains on it."""
+    if not kept or ctx.recipe is None:
+        return kept[0] if kept else None
+    return made_again(ctx.recipe, *kept).to(ctx.dtype)
 
 
 def _keep(ctx: Any, *groups: Factors | None) -> list[torch.Tensor]:
@@ -283,7 +313,7 @@ def lora_linear_group(
     dtype = _compute(x, linears, compute_dtype)
     if seed is None:
         seed = _draw_seed(linears, x.device)
-    outs = LoraLinearGroup.apply(as_rows(x.to(dtype)), bare, seed, *tensors)
+    outs = LoraLinearGroup.apply(as_rows(x.to(dtype)), source_of(x), bare, seed, *tensors)
     back = dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
     return tuple(out.view(*x.shape[:-1], out.shape[-1]).to(back) for out in outs)
 
@@ -298,7 +328,8 @@ def lora_mlp(
     compute_dtype: torch.dtype | None = None,
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """down(act(gate(x)) * up(x)) for x (..., H), adapters included; one autograd node that saves 2H + 4F bytes a token.
+    """down(act(gate(x)) * up(x)) for x (..., H), adapters included; one autograd node that saves 2H + 4F bytes a token,
+    4F where `rms_norm` made x.
 
     `up=None`: `gate` makes both halves, (2F, H), gate first. `activation` is "silu", "gelu" or "gelu_tanh". The rest is
     as for `lora_linear_group`. The backward overwrites what the forward saved, so it runs once: autograd refuses a
@@ -320,7 +351,7 @@ def lora_mlp(
     dtype = _compute(x, linears, compute_dtype)
     if seed is None:
         seed = _draw_seed(linears, x.device)
-    y = LoraMLP.apply(as_rows(x.to(dtype)), bare, activation, seed, *tensors)
+    y = LoraMLP.apply(as_rows(x.to(dtype)), source_of(x), bare, activation, seed, *tensors)
     back = dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
     return y.view(*x.shape[:-1], y.shape[-1]).to(back)
 

@@ -12,12 +12,15 @@ Rounding is transformers'. "llama" rounds n to h's dtype and multiplies by w aft
 dtype of h and w; "gemma" and "olmo2" multiply in fp32 and round once, to h's dtype.
 
 Bytes that must move, T rows of H elements of b bytes: forward 2bTH, backward 3bTH; with the residual 4bTH and 4bTH.
+Whoever saves y for its backward may save what `source_of(y)` holds in its place, which the norm saves anyway, and make
+y again, the same bits, for 2bTH.
 The weight gradient adds 4PH written and read again for P partial sums: P is a small multiple of the SM count, so
 they stay in L2, and their order is fixed: the gradient is the same bits on every run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +107,25 @@ def rms_norm_forward(
         n = n.to(n_dtype).to(tl.float32)
     tl.store(y_ptr + out, (n * w[None, :]).to(y_ptr.dtype.element_ty), keep)
     tl.store(rstd_ptr + rows, rstd, in_rows)
+
+
+@_runtime.kernel(do_not_specialize=["n_rows"])
+def rms_norm_again(
+    h_ptr, h_row, rstd_ptr, w_ptr, y_ptr, n_rows,
+    H: tl.constexpr, CAST_FIRST: tl.constexpr, OFFSET: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    cols = tl.arange(0, BLOCK_H)
+    in_rows = rows < n_rows
+    in_cols = cols < H
+    keep = in_rows[:, None] & in_cols[None, :]
+    h = tl.load(h_ptr + rows[:, None] * h_row + cols[None, :], keep, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + cols, in_cols, other=0.0).to(tl.float32) + OFFSET
+    n = h * tl.load(rstd_ptr + rows, in_rows, other=0.0)[:, None]
+    if CAST_FIRST:
+        n = n.to(h_ptr.dtype.element_ty).to(tl.float32)
+    y = (n * w[None, :]).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + rows[:, None] * H + cols[None, :], y, keep)
 
 
 @_runtime.kernel(do_not_specialize=["n_rows"])
@@ -219,11 +241,12 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(h, weight, rstd)
         ctx.convention = convention
         ctx.x_like, ctx.residual_dtype = (x.shape, x.dtype), None if residual is None else residual.dtype
-        return (y.view(x.shape), h.view(x.shape)) if keep or residual is not None else y.view(x.shape)
+        ctx.mark_non_differentiable(rstd)
+        return (y.view(x.shape), rstd, h.view(x.shape)) if keep or residual is not None else (y.view(x.shape), rstd)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor | None, dh: torch.Tensor | None = None) -> Any:
+    def backward(ctx: Any, dy: torch.Tensor | None, _: None, dh: torch.Tensor | None = None) -> Any:
         h, weight, rstd = ctx.saved_tensors
         shape, dtype = ctx.x_like
         need_dw = ctx.needs_input_grad[1]
@@ -236,6 +259,50 @@ class _RMSNorm(torch.autograd.Function):
             return None, dw, None, None, None, None
         residual_grad = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
         return grad.to(dtype), dw, residual_grad, None, None, None
+
+
+@dataclass
+class Recipe:
+    """How a norm's output is made again; `reached` is called when it is, before anything is made."""
+
+    convention: str
+    dtype: torch.dtype
+    reached: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a norm's output was made of: h (..., H), rstd (T,) in fp32 and the weight (H,); none of them has a graph."""
+
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    recipe: Recipe
+
+
+_SOURCE = "_made_of"
+
+
+def source_of(y: torch.Tensor) -> Source | None:
+    """Of what `rms_norm` made `y`; None where it did not, where nothing of it has a gradient, or y was written to."""
+    version, source = getattr(y, _SOURCE, (None, None))
+    return source if version == y._version else None
+
+
+def made_again(recipe: Recipe, h: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The norm's output as rows (T, H), the same bits, from `Source.tensors`."""
+    if recipe.reached is not None:
+        recipe.reached()
+    cast_first, offset = CONVENTIONS[recipe.convention]
+    rows = _runtime.as_rows(h)
+    n_rows, width = rows.shape
+    y = torch.empty(n_rows, width, dtype=recipe.dtype, device=h.device)
+    if n_rows:
+        launch = forward_launch(n_rows, width)
+        with _runtime.on_device(h):
+            rms_norm_again[(launch.programs,)](
+                rows, rows.stride(0), rstd, weight, y, n_rows, width, cast_first, offset,
+                launch.block_rows, launch.block_cols, num_warps=launch.num_warps,
+            )  # fmt: skip
+    return y
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, convention: str) -> None:
@@ -270,7 +337,12 @@ def rms_norm(
     """
     _check(x, weight, residual, convention)
     _runtime.require_device(x, weight, residual)
-    return _RMSNorm.apply(x, weight.contiguous(), residual, float(eps), convention, keep)
+    weight = weight.contiguous()
+    y, rstd, *rest = _RMSNorm.apply(x, weight, residual, float(eps), convention, keep)
+    if y.requires_grad:
+        h = (rest[0] if rest else x).detach()
+        setattr(y, _SOURCE, (y._version, Source((h, rstd, weight.detach()), Recipe(convention, y.dtype))))
+    return (y, rest[0]) if rest else y
 
 
 def rms_norm_reference(

@@ -11,8 +11,10 @@ from aligntune.backends.fast.ops.lora import (
     LoraLinear,
     lora_linear_group,
     lora_linear_group_reference,
+    lora_mlp,
 )
 from aligntune.backends.fast.ops.nf4 import NF4Weight
+from aligntune.backends.fast.ops.rms_norm import rms_norm
 from aligntune.errors import ConfigError
 from tests.backends.fast.ops.harness import assert_close_to_truth
 from tests.backends.fast.ops.lora_cases import TOLERANCE, Maker, assert_same, gradients, run, saved_bytes
@@ -172,6 +174,50 @@ def test_saves_its_input_and_three_ranks(device):
     # The input is saved, and by one reference: without it in the list its bytes appear once.
     assert saved_bytes(lambda: lora_linear_group(x, layers), not_counting=leaves[:-1]) == (
         64 * (3 * 16 + 40) + 40 * 3 * 16) * 4
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("what", ["group", "mlp"])
+def test_an_input_that_a_norm_made_is_not_kept_but_made_again(what, autocast, device):
+    """Of what the norm keeps; the same bits as with the input kept."""
+    rows, hidden = 64, 40
+
+    def call(maker, y):
+        layers = ([maker.linear("q", 48, hidden), maker.linear("k", 16, hidden)] if what == "group" else
+                  [maker.linear("gate", 56, hidden), maker.linear("up", 56, hidden), maker.linear("down", hidden, 56)])
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+            return lora_linear_group(y, layers) if what == "group" else (lora_mlp(y, *layers),)
+
+    def once(kept):
+        maker, weight = Maker(device), torch.full((hidden,), 1.25, device=device)
+        x = torch.randn(rows, hidden, generator=torch.Generator().manual_seed(3)).to(device).requires_grad_()
+        y, h = rms_norm(x, weight, eps=1e-5, keep=True)
+        y = y.view_as(y) if kept else y
+        outs = []
+        known = [y, h, weight]
+        size = saved_bytes(lambda: outs.extend(call(maker, y)), not_counting=known)
+        return gradients((*(out.float() for out in outs), h), maker, x), size
+
+    (again, size), (kept, wanted) = once(False), once(True)
+    assert_same(again, kept, zero=("q.weight", "k.weight"), tolerance={"rtol": 0, "atol": 0})
+    assert all(g.norm() > 0 for name, g in again.items() if name == "x" or name.endswith((".a", ".b")))
+    # rstd, 4 bytes a row, which the norm keeps too, in the place of what autocast made of y.
+    assert size - wanted == rows * (4 - (hidden * 2 if autocast else 0)), (size, wanted)
+
+
+def test_what_nothing_trains_on_is_not_kept(device):
+    maker = Maker(device)
+    frozen, x = maker.linear("q", 48, 40, ranks=()), torch.randn(64, 40, device=device, requires_grad=True)
+    assert saved_bytes(lambda: lora_linear_group(x, [frozen]), not_counting=maker.leaves.values()) == 0
+    (out,) = lora_linear_group(x, [frozen])
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, frozen.weight.sum(0).expand(64, 40))
+    # Of an MLP the input alone: what its down layer learns from is made of gate and up.
+    gate, up, down = (maker.linear(n, *shape, ranks=r) for n, shape, r in (
+        ("gate", (56, 40), ()), ("up", (56, 40), ()), ("down", (40, 56), (4,))))
+    known = [*maker.leaves.values()]
+    size = saved_bytes(lambda: lora_mlp(x, gate, up, down), not_counting=known)
+    assert size == (64 * (2 * 56 + 16) + 56 * 16) * 4
 
 
 # --------------------------------------------------------------------------------------------------------------- PEFT

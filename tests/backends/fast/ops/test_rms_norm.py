@@ -9,7 +9,7 @@ import torch
 
 from aligntune.backends.fast.ops import _runtime
 from aligntune.backends.fast.ops import rms_norm as op
-from aligntune.backends.fast.ops.rms_norm import rms_norm, rms_norm_reference
+from aligntune.backends.fast.ops.rms_norm import made_again, rms_norm, rms_norm_reference, source_of
 from tests.backends.fast.ops.harness import assert_close_to_truth, assert_fits, far_rows, launches, sm90_case
 
 EPS = 1e-5
@@ -203,6 +203,46 @@ def test_a_frozen_weight_costs_nothing(device):
     torch.testing.assert_close(x.grad, want)
 
 
+def assert_made_again(x, weight, *, convention="llama", **options):
+    out = rms_norm(x, weight, eps=EPS, convention=convention, **options)
+    y = out[0] if isinstance(out, tuple) else out
+    source = source_of(y)
+    assert not any(tensor.requires_grad for tensor in source.tensors)
+    again = made_again(source.recipe, *source.tensors)
+    assert again.dtype == y.dtype and again.data_ptr() != y.data_ptr() and again.norm() > 0
+    assert torch.equal(again.view_as(y), y)
+
+
+@pytest.mark.parametrize("convention", list(op.CONVENTIONS))
+@pytest.mark.parametrize(("dtype", "weight_dtype"), [
+    (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_its_output_is_made_again_to_the_bit(dtype, weight_dtype, convention, device):
+    for shape in ((3, 7, 255), (300, 12), (2, 2048)):
+        x, weight, residual = make(shape, dtype, device, weight_dtype=weight_dtype)
+        for options in ({}, {"keep": True}, {"residual": residual}):
+            assert_made_again(x, weight, convention=convention, **options)
+    far = far_rows(5, 32, dtype, device)
+    far.copy_(torch.randn(5, 32))
+    assert_made_again(far.requires_grad_(), torch.randn(32, device=device, dtype=weight_dtype), convention=convention)
+
+
+def test_what_it_was_made_of_is_told_of_no_other_tensor(device):
+    x, weight, _ = make((5, 64), torch.float32, device)
+    y = rms_norm(x, weight, eps=EPS)
+    assert source_of(y) is not None and source_of(y.clone()) is source_of(y.view_as(y)) is source_of(x) is None
+    with torch.no_grad():
+        y.mul_(2)
+        assert source_of(y) is None, "it was written to"
+        assert source_of(rms_norm(x, weight, eps=EPS)) is None
+    assert source_of(rms_norm(x.detach(), weight.detach(), eps=EPS)) is None
+    empty = source_of(rms_norm(x[:0], weight, eps=EPS))
+    assert made_again(empty.recipe, *empty.tensors).shape == (0, 64)
+    reached = []
+    source = source_of(rms_norm(x, weight, eps=EPS))
+    source.recipe.reached = lambda: reached.append(1)
+    assert launches(lambda: made_again(source.recipe, *source.tensors)) == {"rms_norm_again": 1} and reached == [1]
+
+
 def test_a_persistent_program_takes_many_tiles(monkeypatch, device):
     monkeypatch.setattr(_runtime, "num_sms", lambda _=None: 3)
     launch = op.weight_grad_launch(101, 255, sms=3)
@@ -273,8 +313,18 @@ def backward_case(width, dtype="*bf16", convention="llama", train_weight=True, r
     return sm90_case(op.rms_norm_backward, signature, constants, launch.num_warps)
 
 
+def again_case(width, dtype="*bf16", convention="llama", residual=True):
+    cast_first, offset = op.CONVENTIONS[convention]
+    launch = op.forward_launch(8192, width)
+    signature = {"h_ptr": dtype, "h_row": width, "rstd_ptr": "*fp32", "w_ptr": dtype, "y_ptr": dtype, "n_rows": "i32"}
+    constants = {"H": width, "CAST_FIRST": cast_first, "OFFSET": offset, "BLOCK_R": launch.block_rows,
+                 "BLOCK_H": launch.block_cols}  # fmt: skip
+    return sm90_case(op.rms_norm_again, signature, constants, launch.num_warps)
+
+
 LARGEST = {
     "forward": forward_case(8192),
+    "again": again_case(8192),
     "backward": backward_case(8192),
     "backward, frozen": backward_case(8192, train_weight=False),
     "partial sums": sm90_case(
@@ -296,6 +346,7 @@ def test_every_class_compiles_for_sm90():
         (kind, width, dtype, convention, residual): make_case(width, dtype, convention, residual=residual, **options)
         for kind, make_case, options in [
             ("forward", forward_case, {}),
+            ("again", again_case, {}),
             ("backward", backward_case, {}),
             ("frozen", backward_case, {"train_weight": False}),
         ]
@@ -332,6 +383,17 @@ def test_gpu_against_the_truth(convention, width, dtype):
 @pytest.mark.parametrize("convention", list(op.CONVENTIONS))
 def test_gpu_rounds_where_transformers_does(convention, dtype):
     assert_rounds_as_transformers(convention, *make((1000, 2048), dtype, "cuda")[:2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("width", [64, 255, 2048, 2560, 16384])
+def test_gpu_makes_its_output_again_to_the_bit(width, dtype):
+    """Another kernel than the one that made it."""
+    for convention in op.CONVENTIONS:
+        x, weight, residual = make((3, 341, width), dtype, "cuda", seed=int(torch.randint(2**31, ())))
+        for options in ({}, {"residual": residual}):
+            assert_made_again(x, weight, convention=convention, **options)
 
 
 @pytest.mark.gpu
