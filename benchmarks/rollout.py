@@ -182,15 +182,16 @@ def step_ms(engine: Any, rows: int, context: int, profile: bool) -> Any:
         if not profile:
             return taken
         set_out()
+        traced = min(10, steps)
         from torch.profiler import ProfilerActivity
         from torch.profiler import profile as profiler
 
         with profiler(activities=[ProfilerActivity.CUDA]) as trace:
-            decoder.steps(min(10, steps), rows, sampling.form)
+            decoder.steps(traced, rows, sampling.form)
             torch.cuda.synchronize()
     kernels = sorted(trace.key_averages(), key=lambda event: -event.self_device_time_total)[:30]
     return {"step_ms": taken,
-            "kernels": {event.key[:90]: [event.count / min(10, steps), event.self_device_time_total / min(10, steps) / 1e3]
+            "kernels": {event.key[:90]: [event.count / traced, event.self_device_time_total / traced / 1e3]
                         for event in kernels}}
 
 
