@@ -96,7 +96,8 @@ def measure_ours(model: Any, prompts: list[list[int]], args: Any, *, rows: int, 
 
     from aligntune.backends.fast.rollout import RolloutEngine, Sampling
 
-    if torch.cuda.is_available():
+    on_gpu = next(model.parameters()).is_cuda
+    if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     engine = RolloutEngine(model, max_batch=slots or rows, max_len=len(prompts[0]) + new, memory_gib=args.memory_gib)
@@ -112,7 +113,7 @@ def measure_ours(model: Any, prompts: list[list[int]], args: Any, *, rows: int, 
              "capture_seconds": first.stats.capture_seconds,
              "later_captures": sum(run.stats.captures for run in runs)}  # fmt: skip
     entry |= forced_difference(model, prompts, best)
-    if torch.cuda.is_available():
+    if on_gpu:
         entry["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         entry["step_ms"] = step_ms(engine, min(rows, engine.max_batch), len(prompts[0]) + new // 2, args.profile)
         if isinstance(entry["step_ms"], dict):
@@ -155,7 +156,8 @@ def step_ms(engine: Any, rows: int, context: int, profile: bool) -> Any:
     from aligntune.backends.fast.rollout import Sampling
     from aligntune.backends.fast.rollout.cache import pages_for
 
-    decoder, steps = engine._decoder, 50
+    decoder = engine._decoder
+    steps = min(50, decoder.outputs.tokens.shape[1])  # a row's line has room for no more
     sampling = Sampling(max_new_tokens=engine.max_len, stop_token_ids=())
     need = min(pages_for(context + steps), decoder.table.shape[1])
     free = list(range(1, decoder.pool.capacity + 1))
@@ -169,7 +171,7 @@ def step_ms(engine: Any, rows: int, context: int, profile: bool) -> Any:
             decoder.state[:rows].copy_(torch.tensor(lines, dtype=torch.int32))
 
         set_out()
-        decoder.steps(5, rows, sampling.form)
+        decoder.steps(min(5, steps), rows, sampling.form)
         set_out()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -180,15 +182,17 @@ def step_ms(engine: Any, rows: int, context: int, profile: bool) -> Any:
         if not profile:
             return taken
         set_out()
+        traced = min(10, steps)
         from torch.profiler import ProfilerActivity
         from torch.profiler import profile as profiler
 
         with profiler(activities=[ProfilerActivity.CUDA]) as trace:
-            decoder.steps(10, rows, sampling.form)
+            decoder.steps(traced, rows, sampling.form)
             torch.cuda.synchronize()
     kernels = sorted(trace.key_averages(), key=lambda event: -event.self_device_time_total)[:30]
     return {"step_ms": taken,
-            "kernels": {event.key[:90]: [event.count / 10, event.self_device_time_total / 1e4] for event in kernels}}
+            "kernels": {event.key[:90]: [event.count / traced, event.self_device_time_total / traced / 1e3]
+                        for event in kernels}}
 
 
 def measure_theirs(model: Any, prompts: list[list[int]], *, rows: int, new: int) -> dict[str, Any]:

@@ -147,8 +147,10 @@ class FlatLogProbs(QuickSteps):
                     share=not self._drops_out) for start in range(0, len(input_ids), size))
         self._plan_pass(sum(flat.inputs["input_ids"].numel() for flat in self.flats),
                         keys=sum(keys_in(flat.inputs) for flat in self.flats))
+        ruled = self._rule is not None and compute_entropy
+        assert not ruled or len(self.flats) == 1, "a loss that the head makes is of the whole batch"
         for flat in self.flats:
-            rule = {} if self._rule is None or not compute_entropy else {"token_rule": self._rule.laid(flat)}
+            rule = {"token_rule": self._rule.laid(flat)} if ruled else {}
             with self.accelerator.autocast():
                 outputs = model(**flat.inputs, fused_lm_head=True, **rule)
             log_probs.append(flat.padded(outputs.log_probs))

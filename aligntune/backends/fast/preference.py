@@ -27,6 +27,7 @@ from aligntune.backends.fast.packing import attention_padded_because
 from aligntune.backends.fast.preference_rows import PairsEndToEnd, Scores, model_inputs
 from aligntune.backends.fast.reference import ReferenceFlags
 from aligntune.backends.fast.shared_prompts import keys_in
+from aligntune.backends.fast.token_count import TokenCount
 from aligntune.backends.trl.trainers import DPO
 from aligntune.errors import ConfigError
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 _LISTS = ("_metrics", "_stored_metrics")
 
 
-class FlatPreference(ReplayedSteps):
+class FlatPreference(TokenCount, ReplayedSteps):
     """Mixin before a TRL trainer of preferences: with `rows_end_to_end`, its batches are flat, in evaluation too."""
 
     rows_end_to_end = False
@@ -45,8 +46,6 @@ class FlatPreference(ReplayedSteps):
     _theirs: Any = None
     _flags: ReferenceFlags | None = None
     memory: MemoryPlan | None = None
-    _counted = 0
-    _uncounted: torch.Tensor | None = None
 
     @property
     def theirs(self: Any) -> Any:
@@ -180,30 +179,6 @@ class FlatPreference(ReplayedSteps):
     def _note_means(self: Any, sums: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         for name, mean in self._means(sums).items():
             self._metrics[self._mode][name].append(mean)
-
-    def _number(self: Any, value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """A number on the device, by a launch: a copy from the CPU would be waited for."""
-        return torch.full((), float(value), device=self.accelerator.device, dtype=dtype)
-
-    @property
-    def _total_train_tokens(self) -> int:
-        """Tokens trained on so far, as TRL counts them; read from the GPU where several processes counted."""
-        if self._uncounted is not None:
-            self._counted, self._uncounted = self._counted + int(self._uncounted), None
-        return self._counted
-
-    @_total_train_tokens.setter
-    def _total_train_tokens(self, value: int) -> None:
-        self._counted, self._uncounted = value, None
-
-    def _note_tokens(self: Any, num_tokens: int) -> None:
-        if self._mode == "train" and self.accelerator.num_processes == 1:
-            self._counted += num_tokens
-        elif self._mode == "train":
-            every = self.accelerator.reduce(self._number(num_tokens, torch.float64), reduction="sum")
-            self._uncounted = every if self._uncounted is None else self._uncounted + every
-        waiting = 0 if self._uncounted is None else self._uncounted
-        self._metrics[self._mode]["num_tokens"] = [self._counted + waiting]
 
     @property
     def _mode(self: Any) -> str:

@@ -108,19 +108,15 @@ def rehearse(trainer: Any, rows: Any, collate: Any, *, first: int) -> int | None
 @contextlib.contextmanager
 def _leaving_nothing(trainer: Any, model: Any) -> Iterator[None]:
     """No gradient, metric or drawn number of what is done within is there afterwards."""
-    kept = {name: copy.copy(value) if isinstance(value, torch.Tensor) else copy.deepcopy(value)
-            for name in ("_metrics", "_flat_tokens", "_total_train_tokens")
-            if (value := trainer.__dict__.get(name)) is not None}
-    gone = {"_flat_tokens"} - kept.keys()
+    kept = {"_metrics": copy.deepcopy(trainer._metrics), "_total_train_tokens": trainer._total_train_tokens}
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
         model.zero_grad(set_to_none=True)
-        trainer.__dict__.update(kept)
-        for name in gone:
-            trainer.__dict__.pop(name, None)
+        for name, value in kept.items():
+            setattr(trainer, name, value)
 
 
 def wanted(trainer: Any) -> bool:

@@ -90,7 +90,7 @@ def segments_of(input_ids: torch.Tensor, attention_mask: torch.Tensor, columns: 
         return None
     heads = torch.nonzero_static(leads, size=count).view(-1)
     ids = torch.cat((input_ids[heads], input_ids))
-    mask = torch.cat((attention_mask[heads], attention_mask)).clone()
+    mask = torch.cat((attention_mask[heads], attention_mask))
     mask[:count, edge - 1 :] = 0
     mask[count:, : edge - 1].masked_fill_(sharing[:, None] > 1, 0)
     nothing = torch.zeros(count, dtype=torch.long, device=ids.device)

@@ -25,6 +25,7 @@ from aligntune.backends.fast.preference_free import FastCPO, FastORPO
 from aligntune.backends.fast.preference_unpaired import FastKTO
 from aligntune.backends.fast.reward import FastReward
 from aligntune.backends.fast.rollout.trl import FastRollouts, ScoredRollouts
+from aligntune.backends.fast.token_count import TokenCount
 from aligntune.backends.fast.token_gradients import GRPOTokenGradients
 from aligntune.backends.trl.trainers import DAPO, GRPO, RLOO, SFT, TRAINERS
 
@@ -58,7 +59,7 @@ def _as_arrays(rows: Any) -> Any:
     return rows.with_format("numpy", columns=[name for name in _COLUMNS if name in shown])
 
 
-class FastSFT(EmbeddingRate, ReplayedSteps, SFT):
+class FastSFT(TokenCount, EmbeddingRate, ReplayedSteps, SFT):
     """TRL's SFTTrainer; training batches are rows end to end where the model allows it."""
 
     rows_end_to_end = False
@@ -139,22 +140,19 @@ class FastSFT(EmbeddingRate, ReplayedSteps, SFT):
 
     def _note(self, outputs: Any, num_valid: torch.Tensor, num_tokens: int) -> None:
         sums = torch.stack([num_valid.float(), outputs.entropy.detach().sum().float(), outputs.is_top1.sum().float(),
-                            torch.full((), float(num_tokens), device=num_valid.device)])
+                            self._number(num_tokens)])
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums, reduction="sum")
         count = sums[0].clamp(min=1)
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["entropy"].append(sums[1] / count)
         metrics["mean_token_accuracy"].append(sums[2] / count)
-        self._flat_tokens = getattr(self, "_flat_tokens", 0) + sums[3].double()
-        metrics["num_tokens"] = [self._flat_tokens]
+        self._note_tokens(num_tokens, sums[3].double())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The one place that reads metrics from the GPU."""
         for values in self._metrics["train" if self.model.training else "eval"].values():
             values[:] = [value.item() if isinstance(value, torch.Tensor) else value for value in values]
-        if "num_tokens" in (metrics := self._metrics["train"]):
-            self._total_train_tokens = metrics["num_tokens"][0]
         super().log(logs, start_time)
 
 

@@ -213,6 +213,8 @@ def resume(optimizer: str, tmp_path: Path, **size: Any) -> Any:
     assert rates == [(row["learning_rate"], row["embedding_learning_rate"])
                      for row in whole.trainer.state.log_history[:4]]  # fmt: skip
     assert all(embedding == pytest.approx(other * RATE / OTHERS) for other, embedding in rates) and rates[2][0] > 0
+    counted = [row["num_tokens"] for row in whole.trainer.state.log_history[:4]]
+    assert counted == [row["num_tokens"] for row in resumed.trainer.state.log_history[:4]] == sorted({*counted})
     there, here = weights(whole.trainer), weights(resumed.trainer)
     for name in there:
         assert torch.allclose(there[name], here[name], rtol=0, atol=NEAR), name

@@ -107,7 +107,7 @@ def factors_of(linears: Sequence[LoraLinear], dtype: torch.dtype) -> Factors | N
     rank = padded_rank(max(adapter.a.shape[0] for adapter in adapters))
     first = adapters[0].a
     padded = any(adapter.a.shape[0] != rank for adapter in adapters)
-    if len(adapters) == 1 and not padded and first.dtype == dtype:
+    if len(adapters) == 1 and not padded and first.dtype == dtype and first.is_contiguous():  # kernels read rows
         stack, copies = first, []
     else:
         # A padding of anything but zeros would meet the zeros of dS as NaN sooner or later.

@@ -11,8 +11,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-PER_CALL = 8
-
 
 @triton.jit
 def random_u16(seed, c0, c1, c2):

@@ -26,7 +26,7 @@ around the backward of `token_log_probs` with a trained weight, which reads it a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -101,7 +101,6 @@ class _Job:
     ignore_index: int
     outputs: tuple[str, ...]
     needs: tuple[bool, bool, bool] = (False, False, False)
-    options: dict[str, Any] = field(default_factory=dict)
 
     def sweep(
         self,

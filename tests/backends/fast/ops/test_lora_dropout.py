@@ -98,7 +98,16 @@ def one_of_two(maker):
     return [layer._replace(adapters=(layer.adapters[0], layer.adapters[1]._replace(dropout=0.0)))]
 
 
+def columns_in_a_row(maker):
+    """A of a rank that is not padded, and so read where it is, with its columns one after the other."""
+    layer = maker.linear("o", 24, 40, ranks=(16,), p=0.3)
+    a = layer.adapters[0].a.detach().t().contiguous().t().requires_grad_()
+    maker.leaves["o.0.a"] = a
+    return [layer._replace(adapters=(layer.adapters[0]._replace(a=a),))]
+
+
 GROUPS = {
+    "A by columns": columns_in_a_row,
     "one": lambda m: [m.linear("o", 24, 40, p=0.3)],
     "qkv": lambda m: [m.linear(n, w, 255, p=0.1, ranks=(7,)) for n, w in (("q", 24), ("k", 8), ("v", 8))],
     "rank 65": lambda m: [m.linear("o", 24, 40, ranks=(65,), p=0.3)],
