@@ -13,7 +13,7 @@ place, and where they come to lie elsewhere, or others train, all is captured an
 the graph, each into the block of the pool that the one before it gave back. Gradients are added to one set of buffers,
 which `param.grad` names while it holds a gradient; where none reaches a parameter it stays None, as without graphs: an
 optimizer passes it by. A pass without gradients (a reference's) is a forward alone; it has to come before the forward
-whose backward is still to run.
+whose backward is still to run. A backward that comes later, or again, is refused, as it is without graphs.
 """
 
 from __future__ import annotations
@@ -185,6 +185,7 @@ class GraphedModel:
         memory: what launched steps and graphs have beside each other.
         asks: what the model is called with besides the batch.
         scored: the one of its outputs that has a gradient, (1, T) or (1, T - 1) as all of them.
+        turn: replays so far, by which a backward knows that it is its forward's first, and that no other came between.
     """
 
     model: torch.nn.Module
@@ -198,6 +199,7 @@ class GraphedModel:
     captures: int = 0
     capture_seconds: float = 0.0
     unfit: set[tuple[Any, ...]] = field(default_factory=set)
+    turn: int = 0
     _largest: int = 0
     _warmed: set[bool] = field(default_factory=set)
 
@@ -218,7 +220,7 @@ class GraphedModel:
         if pair is None:
             outputs = self._asked(laid)
             return {name: value[..., : tokens_of(batch)] for name, value in outputs.items()}
-        scored = _Replay.apply(self._anchor, pair, batch)
+        scored = _Replay.apply(self._anchor, self, pair, batch)
         # Copies: the next replay writes over the graph's own outputs.
         return {self.scored: scored} | {name: value[..., : tokens_of(batch)].clone()
                                         for name, value in pair.outputs.items() if name != self.scored}
@@ -233,6 +235,7 @@ class GraphedModel:
         pair, laid = self._pair(kind, batch)
         if pair is None:
             return self._asked(laid)[self.scored][..., : tokens_of(batch)]
+        self.turn += 1
         return pair.replay_forward(batch)
 
     def _asked(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -416,14 +419,19 @@ class _Replay(torch.autograd.Function):
     """Replays a pair; the gradients go to the parameters' buffers, not through autograd."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, pair: _Pair, batch: Batch) -> torch.Tensor:
-        ctx.pair = pair
+    def forward(ctx: Any, anchor: torch.Tensor, model: GraphedModel, pair: _Pair, batch: Batch) -> torch.Tensor:
+        model.turn += 1
+        ctx.model, ctx.pair, ctx.turn = model, pair, model.turn
         return pair.replay_forward(batch)
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[None, ...]:  # type: ignore[override]
+        if ctx.turn != ctx.model.turn:
+            raise RuntimeError("a replayed pass has one backward, and before the next replayed pass: what it kept for "
+                               "it was written over")
+        ctx.model.turn += 1
         ctx.pair.replay_backward(upstream)
-        return None, None, None
+        return None, None, None, None
 
 
 def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:

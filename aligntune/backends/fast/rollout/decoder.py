@@ -24,7 +24,7 @@ from torch import nn
 
 from aligntune.backends.fast import ledger, lora
 from aligntune.backends.fast.attachment import base_model
-from aligntune.backends.fast.capture import capturing
+from aligntune.backends.fast.capture import Addresses, capturing
 from aligntune.backends.fast.ops import decode_attention as paged
 from aligntune.backends.fast.ops import sample as sampler
 from aligntune.backends.fast.ops.attention import attention, attention_reference
@@ -149,7 +149,7 @@ class Decoder:
 
     def _keep_graphs(self) -> None:
         """Drop the graphs if the model is not, address for address, the one they were captured of; cast the factors."""
-        state = [tensor.data_ptr() for tensor in itertools.chain(self.model.parameters(), self.model.buffers())]
+        state: list[Any] = [*Addresses(self.model).now()]
         for module in self.model.modules():
             state += [id(module.__dict__.get("forward")), id(type(module).forward)]
             if hasattr(module, "lora_A"):

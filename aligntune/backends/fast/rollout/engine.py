@@ -28,7 +28,7 @@ from aligntune.backends.fast.forwards import attention_forward
 from aligntune.backends.fast.lora import instance_forward
 from aligntune.backends.fast.memory import reachable
 from aligntune.backends.fast.ops import sample as sampler
-from aligntune.backends.fast.ops._runtime import interpreting
+from aligntune.backends.fast.ops._runtime import interpreting, on_device
 from aligntune.backends.fast.rollout.cache import PagePool, pages_for
 from aligntune.backends.fast.rollout.decoder import CAPPED, Decoder
 from aligntune.backends.fast.rollout.rope import length_limit
@@ -292,7 +292,7 @@ class RolloutEngine:
         decoder = self._ready()
         captures, seconds = decoder.capture.count, decoder.capture.seconds
         run = _Run(self, decoder, sampling)
-        with decoder.rollout(sampling, self._stops(sampling)):
+        with on_device(decoder.state), decoder.rollout(sampling, self._stops(sampling)):
             rows = run.run(prompts, counts)
         stats = run.stats
         stats.captures = decoder.capture.count - captures
