@@ -20,7 +20,12 @@ from aligntune.backends.fast.preference import FlatPreference
 from aligntune.backends.fast.recompute import install, recompute_asked, recompute_of, recomputes, remove
 from aligntune.backends.fast.rollout.engine import described
 from aligntune.backends.fast.rollout.serve import of_trainer
-from aligntune.backends.fast.rollout.trl import FastRollouts, cache_cannot_because, engine_cannot_because
+from aligntune.backends.fast.rollout.trl import (
+    FastRollouts,
+    cache_cannot_because,
+    engine_cannot_because,
+    stops_given,
+)
 from aligntune.backends.fast.scripts import attach_trainer, detach_trainer
 from aligntune.backends.fast.token_gradients import TokenGradients
 from aligntune.backends.fast.trainers import FAST_TRAINERS, FastSFT, padded_because
@@ -208,7 +213,7 @@ def _rollouts(job: Job, built: Built) -> str:
         return "vllm, as was asked for"
     cache = {"max_len": job.options.max_seq_length, "memory_gib": job.options.rollout_memory_gib}
     why = engine_cannot_because(trainer, max_len=cache["max_len"]) or cache_cannot_because(trainer, **cache)
-    if wanted == "auto" and why is not None:
+    if wanted == "auto" and why is not None and not stops_given(trainer):
         built.notices.append(f"rollouts: hf, {why}")
         return f"hf, {why}"
     trainer.rollouts_on(**cache)
