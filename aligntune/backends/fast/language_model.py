@@ -11,7 +11,7 @@ from torch import nn
 
 from aligntune.backends.fast.attachment import attach, base_model
 from aligntune.backends.fast.recompute import install
-from aligntune.backends.loading import keep_tied, must_have
+from aligntune.backends.loading import ADAPTERS, differences, keep_tied, must_have
 from aligntune.builtin import is_builtin, model_path
 from aligntune.errors import ConfigError
 
@@ -23,7 +23,7 @@ LINEARS = (
 _OFFLOAD = ("offload", "unsloth")
 _WHOLE = ("embed_tokens", "lm_head")
 _SOURCE = ("revision", "token", "cache_dir", "local_files_only")
-_SHAPE = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora", "target_modules", "modules_to_save")
+_SHAPE = [field for field in ADAPTERS.values() if field != "init_lora_weights"]
 
 
 class FastLanguageModel:
@@ -206,21 +206,12 @@ def _load(name: str, source: dict[str, Any], *, whole: bool, **kwargs: Any) -> A
 
 
 def _must_be_of_shape(model: Any, wanted: Any) -> None:
-    """That the adapters on a model are those that a config describes: peft would draw them anew under their name."""
-    held = next(iter(model.peft_config.values()))
-    faults = []
-    for name in _SHAPE:
-        ours, theirs = (_names(getattr(config, name, None)) for config in (wanted, held))
-        tied = name == "modules_to_save" and ours and theirs and set(ours) < set(theirs)  # peft adds the other's name
-        if ours not in (theirs, "all-linear") and not tied:  # which peft has turned into names
-            faults.append(f"{name}={ours!r}, but the model has adapters of {theirs!r}: train on these without "
-                          "get_peft_model, or merge them first (model.merge_and_unload())")
+    """That the adapters on a model are those that a config describes."""
+    faults = [f"{name}={ours!r}, but the model has adapters of {theirs!r}: train on these without get_peft_model, or "
+              "merge them first (model.merge_and_unload())"
+              for name, ours, theirs in differences(model, {name: getattr(wanted, name) for name in _SHAPE})]
     if faults:
         raise ConfigError.from_faults(faults, "the adapters")
-
-
-def _names(value: Any) -> Any:
-    return sorted(value) if isinstance(value, (list, tuple, set)) else value
 
 
 def _default_dtype() -> torch.dtype:
