@@ -174,7 +174,9 @@ def lay_rows(trainer: Trainer, attachment: Attachment, wanted: bool | str = "aut
         return f"rows: end to end, one attention launch; step: {how}"
     if wanted is True:
         raise ConfigError(f"data.padding_free = True: {why}")
-    return f"rows: padded, {why}"
+    # TRL takes the attention mask away from packed rows, whatever padding_free is.
+    packed = getattr(trainer.data_collator, "padding_free", False)
+    return f"rows: {'end to end, as TRL lays packed ones and not by ours' if packed else 'padded'}, {why}"
 
 
 def _dispatched(trainer: Trainer) -> str | None:

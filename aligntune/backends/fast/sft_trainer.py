@@ -81,7 +81,7 @@ class FastSFTTrainer(FastSFT):
         tokenizer: `processing_class` under its older name.
         dataset_text_field, max_seq_length, packing, eval_packing, dataset_num_proc: fields of the config that TRL's
             trainer once took itself (`max_seq_length` is `max_length` there).
-        strict: anything that would run eager is an error.
+        strict: a module that no kernel covers is an error.
 
     Raises:
         ConfigError: a setting is given twice, with two values; `embedding_learning_rate` where no embedding trains;
