@@ -111,6 +111,11 @@ def _backend(values: Values, faults: list[str]) -> None:
 
 
 def _lora(values: Values, origin: Origin, faults: list[str], notices: list[str]) -> None:
+    if hasattr(values["model_name"], "peft_config"):
+        if not values["use_peft"] and origin["use_peft"] in ("argument", "config"):
+            faults.append("lora.use_peft = False, but the model object has adapters, and they alone would train: merge "
+                          "them first (model.merge_and_unload()), or leave the option out")
+        values["use_peft"] = True
     if values["quantization"] == "nf4" and not values["use_peft"]:
         if origin["use_peft"] in ("argument", "config"):
             faults.append("lora.use_peft = False with quantization = 'nf4': a 4-bit base cannot be trained whole; "
@@ -129,6 +134,7 @@ def _lora(values: Values, origin: Origin, faults: list[str], notices: list[str])
     if values["use_peft"] and whole:
         values["lora_target_modules"] = [name for name in targets if name not in whole]
         values["modules_to_save"] = [*(values["modules_to_save"] or []), *whole]
+        origin["modules_to_save"] = origin["lora_target_modules"]
         notices.append(f"{' and '.join(whole)} in lora_target_modules: trained whole, as modules_to_save")
     idle = [name for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora",
                               "lora_init", "lora_bias", "modules_to_save")
@@ -151,8 +157,7 @@ def _loss(values: Values, spec: AlgorithmSpec, faults: list[str], notices: list[
     def path(name: str) -> str:
         return f"train.trainer_options.{name}" if name in fields else f"loss.{name}"
 
-    adapters = values["use_peft"] or hasattr(values["model_name"], "peft_config")
-    if given.get("sync_ref_model") is True and adapters:
+    if given.get("sync_ref_model") is True and values["use_peft"]:
         faults.append(f"{path('sync_ref_model')} = True with LoRA: the reference is the base with adapters off, which "
                       "no copy follows; use_peft=False trains and follows the whole model")
     forms = given.get("loss_type")
