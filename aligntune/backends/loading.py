@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aligntune.builtin import is_builtin
 from aligntune.core.inference import locate, looked_up
+from aligntune.core.resolve import option_table
 from aligntune.errors import AlignTuneError, BackendUnavailableError, ConfigError, unknown
 
 if TYPE_CHECKING:
@@ -246,6 +247,8 @@ _LOADED_WITH: dict[str, tuple[Callable[[Any, str], str | None], Callable[[str], 
 def check_model_object(job: Job) -> None:
     """That a model object, which is taken as it is, already has what the options for loading one ask for.
 
+    Options of adapters become those of the adapters that it has.
+
     Raises:
         ConfigError: names every option that asks for something else; or it is no model of transformers or PEFT.
     """
@@ -261,8 +264,79 @@ def check_model_object(job: Job) -> None:
             continue
         faults.append(f"model.{name} = {wanted!r}, but the model object has {held!r}: {instead(wanted)}, or leave the "
                       "option out")
+    if hasattr(model, "peft_config"):
+        faults += _take_adapters(job)
     if faults:
         raise ConfigError.from_faults(faults, "the model object")
+
+
+ADAPTERS = {
+    "lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "lora_bias": "bias",
+    "use_rslora": "use_rslora", "use_dora": "use_dora", "lora_target_modules": "target_modules",
+    "modules_to_save": "modules_to_save", "lora_init": "init_lora_weights",
+}
+"""Options of adapters, and the fields of peft's configuration that they are."""
+
+
+def _take_adapters(job: Job) -> list[str]:
+    """Has the job's options say what the adapters of its model object are; returns the faults of those that differ."""
+    config, options = _held(job.options.model_name), vars(job.options)
+    asked = {field: options[option] for option, field in ADAPTERS.items() if job.given(option)}
+    if asked.get("init_lora_weights") == "default":
+        asked["init_lora_weights"] = True
+    names = {field: option for option, field in ADAPTERS.items()}
+    faults = [f"lora.{names[field]} = {ours!r}, but the adapters of the model object have {theirs!r}: leave the option "
+              "out, or merge them first (model.merge_and_unload())"
+              for field, ours, theirs in differences(job.options.model_name, asked)]
+    table = option_table(job.spec.name)
+    for option, field in ADAPTERS.items():
+        value = names_of(getattr(config, field, None))
+        value, fault = table[option].check("default" if option == "lora_init" and value is True else value)
+        if not fault:  # adapters of another kind have no rank
+            job.set(option, value)
+    return faults
+
+
+def differences(model: Any, wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(field, ours, theirs) of each field of peft's configuration in which a model's adapters are not those wanted.
+
+    They stay as they are: peft would draw them anew under their name.
+    """
+    config, found = _held(model), []
+    for field, value in wanted.items():
+        ours, theirs = names_of(value), names_of(getattr(config, field, None))
+        if ours == "all-linear":  # which peft has turned into names
+            same = ours == theirs or not _without_adapters(model)
+        elif field == "modules_to_save" and ours and theirs:  # peft adds the other name of a tied one, and a new head
+            same = set(ours) <= set(theirs)
+        else:
+            same = ours == theirs
+        if not same:
+            found.append((field, ours, theirs))
+    return found
+
+
+def _held(model: Any) -> Any:
+    """peft's configuration of the adapters that a model has: of those that are active."""
+    return getattr(model, "active_peft_config", None) or next(iter(model.peft_config.values()))
+
+
+def names_of(value: Any) -> Any:
+    """Names in their order, for peft makes sets of them; another value as it is."""
+    return (sorted(value) or None) if isinstance(value, (list, tuple, set)) else value
+
+
+def _without_adapters(model: Any) -> bool:
+    """Whether there are linears that carry no adapters, the head apart."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+    from torch.nn import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    wrapped = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))]
+    apart = {id(part) for module in [*wrapped, model.get_output_embeddings()] if module is not None
+             for part in module.modules()}
+    return any(isinstance(module, (Linear, Conv1D)) and id(module) not in apart for module in model.modules())
 
 
 def _must_score(model: Any) -> None:
@@ -294,7 +368,7 @@ def _settle_quantization(job: Job, checkpoint: Any) -> str | None:
         raise ConfigError(f"model.quantization = None: the checkpoint is quantised ({label}); leave it at 'auto'")
     if options.quantization == "nf4" and not _is_nf4(checkpoint):
         raise ConfigError(f"model.quantization = 'nf4': the checkpoint is stored as {label}; leave it at 'auto'")
-    if not options.use_peft and not hasattr(options.model_name, "peft_config"):
+    if not options.use_peft:
         if job.given("use_peft"):
             raise ConfigError(f"lora.use_peft = False: the checkpoint is quantised ({label}) and cannot be trained "
                               "whole; use_peft=True trains adapters on it")

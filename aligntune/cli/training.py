@@ -42,11 +42,13 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     main = os.environ.get("RANK", "0") == "0"
     if not main:
         _hush()
+    given = parse(overrides or [])
     try:
-        results = run_recipe(recipe, parse(overrides or []))
+        results = run_recipe(recipe, given)
     except KeyboardInterrupt as stop:
         where = str(stop).partition(";")[0]
-        raise KeyboardInterrupt(f"{where}; the same command with resume=true goes on" if where else "") from stop
+        how = "resume=true for overwrite=true" if given.get("overwrite") else "resume=true"
+        raise KeyboardInterrupt(f"{where}; the same command with {how} goes on" if where else "") from stop
     if main:
         _report(results)
     _leave_group()

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aligntune.core.resolve import OLD_VALUES
 from aligntune.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -199,12 +200,30 @@ def fingerprint(trainer: Trainer, algorithm: str) -> dict[str, Any]:
     rows = None
     with contextlib.suppress(TypeError):
         rows = len(trainer.train_dataset)
+    optimizer = str(getattr(args.optim, "value", args.optim))
     return {
         "algorithm": algorithm,
+        "optimizer": OLD_VALUES["optimizer"].get(optimizer, optimizer),
         "rows_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "seed": args.seed if args.data_seed is None else f"{args.seed} with data_seed {args.data_seed}",
         "train_rows": rows,
+        "rows_digest": _some_rows(trainer.train_dataset),
         **_base_weights(trainer.model),
     }
+
+
+def _some_rows(rows: Any) -> str | None:
+    """A digest of a few rows as they are trained: the place in the data means nothing in others of the same number."""
+    from datasets import Dataset
+
+    if not isinstance(rows, Dataset):
+        return None
+    # TRL adds the reference's log-probs, which a GPU rounds otherwise another time.
+    names = sorted(name for name in rows.column_names if not name.startswith("ref_"))
+    plain = rows.with_format(None, columns=names)
+    chosen = [plain[index] for index in range(0, len(plain), max(1, len(plain) // 16))]
+    text = json.dumps(chosen, sort_keys=True, default=lambda value: type(value).__name__)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _base_weights(model: Any) -> dict[str, Any]:
@@ -231,9 +250,13 @@ def _bytes() -> Any:
 
 
 _WORDS = {
-    "algorithm": "algorithm", "rows_per_step": "rows a step (batch x accumulation x processes)",
-    "train_rows": "rows in the training set", "base_weights": "weights under the adapters",
+    "algorithm": "algorithm", "optimizer": "optimizer",
+    "rows_per_step": "rows a step (batch x accumulation x processes)", "seed": "seed",
+    "train_rows": "rows in the training set", "rows_digest": "content of the training rows (digest)",
+    "base_weights": "weights under the adapters",
 }
+_SAME_STATE = {"adamw_fused": "adamw", "paged_adamw_8bit": "adamw_8bit"}
+"""Optimizers that go on from the state of another."""
 
 
 def check_fits(path: Path, trainer: Trainer, mine: Mapping[str, Any]) -> None:
@@ -247,8 +270,12 @@ def check_fits(path: Path, trainer: Trainer, mine: Mapping[str, Any]) -> None:
     for key, words in _WORDS.items():
         if key == "base_weights" and theirs.get("base_dtypes") != mine.get("base_dtypes"):
             continue  # the same base in another precision has other bytes
+        if key == "rows_digest" and theirs.get("train_rows") != mine.get("train_rows"):
+            continue  # said already
         there, here = theirs.get(key), mine.get(key)
-        if there is not None and here is not None and there != here:
+        if there is None or here is None:
+            continue  # not known of checkpoints of plain TRL, or of earlier versions
+        if _SAME_STATE.get(there, there) != _SAME_STATE.get(here, here):
             faults.append(f"{words}: {there} in the checkpoint, {here} now")
     faults += _adapter_faults(path, trainer.model)
     if not faults:

@@ -139,7 +139,8 @@ class TrainSection:
         None, "Own peak rate of embed_tokens and lm_head where they train; null is learning_rate.", ge=0
     )
     lr_scheduler: str = option(
-        "linear", "Shape of the learning rate over the run.",
+        "linear", "Shape of the learning rate over the run; cosine_with_min_lr (min_lr_rate or min_lr) and "
+        "warmup_stable_decay (num_decay_steps) want trainer_options={'lr_scheduler_kwargs': {...}}.",
         choices=("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt",
                  "cosine_with_min_lr", "warmup_stable_decay", "reduce_lr_on_plateau"),
     )

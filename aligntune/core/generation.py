@@ -34,7 +34,7 @@ _NUMBERS: Mapping[str, tuple[type, Callable[[Any], bool], str]] = {
     "no_repeat_ngram_size": (int, lambda n: n >= 0, "a whole number >= 0"),
     "num_beams": (int, lambda n: n >= 1, "a whole number >= 1"),
     "temperature": (float, lambda x: x >= 0, "a number >= 0"),
-    "top_p": (float, lambda x: 0 <= x <= 1, "a number >= 0 and <= 1"),
+    "top_p": (float, lambda x: 0 < x <= 1, "a number > 0 and <= 1"),
     "min_p": (float, lambda x: 0 <= x <= 1, "a number >= 0 and <= 1"),
     "typical_p": (float, lambda x: 0 < x <= 1, "a number > 0 and <= 1"),
     "repetition_penalty": (float, lambda x: x > 0, "a number > 0"),
@@ -57,6 +57,14 @@ _FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         value[0], int) and _is_number(value[1], float), "a pair of a whole number and a number"),
 }
 """What transformers takes, some of it without a look, and its processors then fail on."""
+
+OTHER_NAMES: Mapping[str, str] = {
+    **dict.fromkeys(("stop", "stop_sequences", "stop_words"), "stop_strings"), "stop_token_ids": "eos_token_id",
+    **dict.fromkeys(("max_length", "max_tokens", "max_completion_length"), "max_new_tokens"),
+    **dict.fromkeys(("min_length", "min_tokens"), "min_new_tokens"), "system": "system_prompt",
+}
+"""What other libraries call these options; by spelling `stop` is closest to `top_p`."""
+_COUNTS = ("n", "num_return_sequences", "num_generations")
 
 _SAMPLES = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
@@ -105,21 +113,17 @@ def check_options(sampling: Mapping[str, Any]) -> dict[str, Any]:
     faults = []
     for name in sampling:
         if name not in OPTIONS:
-            close = nearest(name, (*OPTIONS, "raw", "system_prompt", "batch_size", "seed"))
+            close = OTHER_NAMES.get(name) or nearest(name, (*OPTIONS, "raw", "system_prompt", "batch_size", "seed"))
             hint = f"; did you mean {close!r}?" if close else f"; valid: {', '.join(OPTIONS)}"
+            if name in _COUNTS:
+                hint = ": a prompt has one completion; give it several times for more"
             faults.append(f"unknown sampling option {name!r}{hint}")
     options = dict(sampling)
     for name, value in sampling.items():
-        if value is None:
-            continue
-        if name in _NUMBERS:
-            kind, holds, wanted = _NUMBERS[name]
-            if _is_number(value, kind) and holds(value):
-                options[name] = kind(value)  # transformers refuses an int as temperature
-            else:
-                faults.append(f"{name} = {value!r}: {wanted} is wanted")
-        elif name in _FORMS and not _FORMS[name][0](value):
-            faults.append(f"{name} = {value!r}: {_FORMS[name][1]} is wanted")
+        if (fault := fault_of(name, value)) is not None:
+            faults.append(fault)
+        elif value is not None and name in _NUMBERS:
+            options[name] = _NUMBERS[name][0](value)  # transformers refuses an int as temperature
     if faults:
         raise ConfigError.from_faults(faults, "generate()")
     if "stop_strings" in options and not options["stop_strings"]:
@@ -132,6 +136,20 @@ def check_options(sampling: Mapping[str, Any]) -> dict[str, Any]:
         for name in _SAMPLES:
             options.pop(name, None)
     return options
+
+
+def fault_of(name: str, value: Any) -> str | None:
+    """What is wrong with the value of an option of `OPTIONS`, or None where nothing is; None asks for nothing."""
+    if value is None:
+        return None
+    if name in _NUMBERS:
+        kind, holds, wanted = _NUMBERS[name]
+        fits = _is_number(value, kind) and holds(value)
+    elif name in _FORMS:
+        fits, wanted = _FORMS[name][0](value), _FORMS[name][1]
+    else:
+        return None
+    return None if fits else f"{name} = {value!r}: {wanted} is wanted"
 
 
 def _is_number(value: Any, kind: type) -> bool:

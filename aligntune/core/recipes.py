@@ -30,6 +30,7 @@ from aligntune.core.config import SECTIONS
 from aligntune.core.options import UNSET
 from aligntune.core.probe import Probe, read_probe
 from aligntune.core.resolve import OLD_NAMES, Job, option_table, read_config, resolve
+from aligntune.core.rules import NOT_BOTH
 from aligntune.errors import ConfigError, nearest, unknown
 
 PREVIOUS = "previous"
@@ -289,6 +290,8 @@ def _check_whole(whole: dict[str, Any], faults: list[str]) -> None:
     for name in ("output_dir", "overwrite"):
         _, fault = option_table(None)[name].check(whole[name])
         faults += [fault] if fault else []
+    if whole["resume"] and whole["overwrite"]:
+        faults.append(NOT_BOTH)
 
 
 def _scopes(

@@ -14,11 +14,18 @@ Origin = dict[str, str]
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 """TRL's values of `f_divergence_type`, which it looks at in the first step."""
+NOT_BOTH = "resume and overwrite: give one of the two; overwrite removes what resume continues from"
 NO_EVALUATION = (
     "Give eval_dataset_name (with eval_split, max_eval_samples), eval_split of the training dataset, or "
     "val_split_ratio to hold out a part of it"
 )
 _SORTING = ("aot", "aot_unpaired")
+_SMOOTHED = {"dpo": ("robust", "exo_pair", *_SORTING), "cpo": ("sigmoid",)}
+"""The forms of a loss that read label_smoothing."""
+_SCHEDULES: dict[str, dict[str, float]] = {
+    "cosine_with_min_lr": {"min_lr_rate": 0.1, "min_lr": 1e-6}, "warmup_stable_decay": {"num_decay_steps": 100},
+}
+"""What transformers' schedules want one of, with examples: it says so when training begins."""
 VLLM_CHOICES = {
     "vllm_mode": ("colocate", "server"),
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
@@ -63,8 +70,12 @@ def check(values: Values, origin: Origin, spec: AlgorithmSpec, faults: list[str]
     if faults:  # values may have the wrong types; what is wrong already is told first
         return
     _required(values, spec, faults)
+    if values["resume"] and values["overwrite"] and (origin["overwrite"], origin["resume"]) != ("config", "argument"):
+        # A run's own config.yaml keeps its `overwrite`; who resumes that run says so beside it.
+        faults.append(NOT_BOTH)
     _lora(values, origin, faults, notices)
-    _loss(values, faults)
+    _loss(values, spec, faults, notices)
+    _schedule(values, origin, faults)
     _evaluation(values, faults)
     if spec.online:
         _lengths(values, origin, faults, notices)
@@ -76,10 +87,6 @@ def check(values: Values, origin: Origin, spec: AlgorithmSpec, faults: list[str]
         _vllm(values, origin, faults, notices)
         if values["rollout_memory_gib"] is not None and values["rollout_engine"] in ("hf", "vllm"):
             notices.append(f"rollout_engine is {values['rollout_engine']!r}: nothing reads rollout_memory_gib")
-    # A ratio of 0 is no second wish: a run's own config.yaml has every option.
-    given = origin["warmup_ratio"] in ("argument", "config") and values["warmup_ratio"] > 0
-    if values["warmup_steps"] is not None and given:
-        faults.append("train.warmup_steps and train.warmup_ratio: give one of the two")
 
 
 def _required(values: Values, spec: AlgorithmSpec, faults: list[str]) -> None:
@@ -104,6 +111,11 @@ def _backend(values: Values, faults: list[str]) -> None:
 
 
 def _lora(values: Values, origin: Origin, faults: list[str], notices: list[str]) -> None:
+    if hasattr(values["model_name"], "peft_config"):
+        if not values["use_peft"] and origin["use_peft"] in ("argument", "config"):
+            faults.append("lora.use_peft = False, but the model object has adapters, and they alone would train: merge "
+                          "them first (model.merge_and_unload()), or leave the option out")
+        values["use_peft"] = True
     if values["quantization"] == "nf4" and not values["use_peft"]:
         if origin["use_peft"] in ("argument", "config"):
             faults.append("lora.use_peft = False with quantization = 'nf4': a 4-bit base cannot be trained whole; "
@@ -122,20 +134,21 @@ def _lora(values: Values, origin: Origin, faults: list[str], notices: list[str])
     if values["use_peft"] and whole:
         values["lora_target_modules"] = [name for name in targets if name not in whole]
         values["modules_to_save"] = [*(values["modules_to_save"] or []), *whole]
+        origin["modules_to_save"] = origin["lora_target_modules"]
         notices.append(f"{' and '.join(whole)} in lora_target_modules: trained whole, as modules_to_save")
     idle = [name for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora",
                               "lora_init", "lora_bias", "modules_to_save")
             if origin.get(name) in ("argument", "config")]
     if idle and not values["use_peft"]:
         if origin["use_peft"] in ("argument", "config"):
-            notices.append(f"use_peft is false: {', '.join(idle)} are not used")
+            notices.append(f"use_peft is false: {', '.join(idle)} {'is' if len(idle) == 1 else 'are'} not used")
         else:
             faults.append(f"lora.{idle[0]} is given and lora.use_peft is not: pass use_peft=True for LoRA, or "
                           "use_peft=False for full training")
 
 
-def _loss(values: Values, faults: list[str]) -> None:
-    """What TRL finds out when its trainer is made, or in the first step."""
+def _loss(values: Values, spec: AlgorithmSpec, faults: list[str], notices: list[str]) -> None:
+    """What TRL finds out when its trainer is made, in the first step, or never."""
     if not isinstance(values["trainer_options"], Mapping):
         faults.append(f"train.trainer_options: a mapping is wanted, not a {type(values['trainer_options']).__name__}")
         return
@@ -144,20 +157,40 @@ def _loss(values: Values, faults: list[str]) -> None:
     def path(name: str) -> str:
         return f"train.trainer_options.{name}" if name in fields else f"loss.{name}"
 
-    adapters = values["use_peft"] or hasattr(values["model_name"], "peft_config")
-    if given.get("sync_ref_model") is True and adapters:
+    if given.get("sync_ref_model") is True and values["use_peft"]:
         faults.append(f"{path('sync_ref_model')} = True with LoRA: the reference is the base with adapters off, which "
                       "no copy follows; use_peft=False trains and follows the whole model")
     forms = given.get("loss_type")
     if isinstance(forms, list | tuple) and not forms:
         faults.append(f"{path('loss_type')} = {forms!r}: at least one form is wanted")
-    sorting = [form for form in (forms if isinstance(forms, list | tuple) else [forms]) if form in _SORTING]
+    forms = forms if isinstance(forms, list | tuple) else [forms]
+    sorting = [form for form in forms if form in _SORTING]
     if given.get("use_weighting") is True and sorting:
         faults.append(f"{path('use_weighting')} = True with loss_type {sorting[0]!r}: it sorts what is weighted by "
                       "pair; leave one out")
+    readers = _SMOOTHED.get(spec.name, ())
+    if readers and given.get("label_smoothing") and not any(form in readers for form in forms):
+        notices.append(f"loss_type is {', '.join(map(repr, forms))}: label_smoothing is not used (it is by "
+                       f"{', '.join(map(repr, readers))})")
     kind = given.get("f_divergence_type")
     if kind is not None:
         _one_of(path("f_divergence_type"), kind, DIVERGENCES, faults)
+
+
+def _schedule(values: Values, origin: Origin, faults: list[str]) -> None:
+    # A ratio of 0 is no second wish: a run's own config.yaml has every option.
+    given = origin["warmup_ratio"] in ("argument", "config") and values["warmup_ratio"] > 0
+    if values["warmup_steps"] is not None and given:
+        faults.append("train.warmup_steps and train.warmup_ratio: give one of the two")
+    numbers = asked(values).get("lr_scheduler_kwargs")
+    wanted = _SCHEDULES.get(values["lr_scheduler"])
+    if wanted is None or isinstance(numbers, str):  # JSON, which transformers reads
+        return
+    numbers = numbers if isinstance(numbers, Mapping) else {}
+    if sum(numbers.get(name) is not None for name in wanted) != 1:
+        ways = " or ".join(f"{{'lr_scheduler_kwargs': {{{name!r}: {number:g}}}}}" for name, number in wanted.items())
+        faults.append(f"train.lr_scheduler = {values['lr_scheduler']!r}: it wants {' or '.join(wanted)}, and one of "
+                      f"them alone: pass trainer_options={ways}")
 
 
 def _one_of(path: str, value: Any, choices: tuple[str, ...], faults: list[str]) -> None:

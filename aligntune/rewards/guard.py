@@ -146,7 +146,7 @@ def column_faults(guarded: RewardFunction, columns: Collection[str], where: str)
     faults = []
     for name, required in named.items():
         if required and name not in columns and name not in _HANDED:
-            close = nearest(name, [*columns, *_HANDED])
+            close = nearest(name, columns)
             faults.append(f"reward {label!r} needs the column {name!r}, which {where} does not hand to rewards; {there}"
                           + (f"; did you mean {close!r}?" if close else ""))
     refused = [] if any_other else sorted(name for name in columns if name not in named)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, BitsAndBytesConfig
 
@@ -143,6 +143,55 @@ def test_an_object_that_has_what_is_asked_for_is_taken() -> None:
         check(model, attn_implementation="flash_attention_2")
         with pytest.raises(ConfigError, match="the model object has 'kernels"):
             check(model, attn_implementation="flash_attention_3")
+
+
+def with_adapters(**config: Any) -> Any:
+    return get_peft_model(tiny.llama(), LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]} | config))
+
+
+@pytest.mark.parametrize("backend", ["trl", "fast"])
+def test_adapters_of_an_object_stay_and_an_option_that_differs_is_told(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FastBackend, "available", lambda self: Support("supported", "a GPU"))
+    with pytest.raises(ConfigError) as caught:
+        create_sft_trainer(with_adapters(), "/no/such/data", backend=backend, use_peft=True, lora_r=8, lora_alpha=64,
+                           lora_dropout=0.0, lora_target_modules=["lm_head", "q_proj"])
+    assert [fault.partition(": leave the option out")[0] for fault in caught.value.faults] == [
+        "lora.lora_r = 8, but the adapters of the model object have 4",
+        "lora.lora_alpha = 64.0, but the adapters of the model object have 8",
+        "lora.modules_to_save = ['lm_head'], but the adapters of the model object have None"]
+    with pytest.raises(ConfigError, match="use_peft = False, but the model object has adapters.*merge_and_unload"):
+        create_sft_trainer(with_adapters(), "/no/such/data", backend=backend, use_peft=False)
+
+
+@pytest.mark.parametrize(("adapters", "asked", "told"), [
+    ({}, {"lora_target_modules": "all-linear"}, r"'all-linear', but .* have \['q_proj'\]"),
+    ({"target_modules": "all-linear", "modules_to_save": ["lm_head"]}, {"lora_target_modules": "all-linear"}, None),
+    ({}, {"lora_init": "pissa"}, "'pissa', but .* have True"),
+    ({"init_lora_weights": "gaussian"}, {"lora_init": "gaussian"}, None),
+    ({}, {"lora_init": "default", "modules_to_save": []}, None),
+])
+def test_options_of_adapters_are_held_against_those_of_an_object(
+    adapters: dict[str, Any], asked: dict[str, Any], told: str | None
+) -> None:
+    with pytest.raises(ConfigError, match=told) if told else contextlib.nullcontext():
+        check(with_adapters(**adapters), **asked)
+
+
+def test_the_configuration_tells_the_adapters_of_an_object() -> None:
+    model = with_adapters(target_modules=["v_proj", "q_proj"], use_rslora=True, lora_dropout=0.1)
+    job = resolve({"model_name": model, "dataset_name": "d", "algorithm": "sft"})
+    check_model_object(job)
+    found = dict(job.config.lora)
+    assert found == {
+        "use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1,
+        "lora_target_modules": ["q_proj", "v_proj"], "lora_bias": "none",
+        "modules_to_save": None, "use_dora": False, "use_rslora": True, "lora_init": "default"}
+    other = get_peft_model(tiny.llama(), IA3Config(target_modules=["v_proj"], feedforward_modules=[]))
+    job = resolve({"model_name": other, "dataset_name": "d", "algorithm": "sft"})
+    check_model_object(job)
+    assert (job.config.lora.use_peft, job.config.lora.lora_target_modules) == (True, ["v_proj"])
 
 
 @pytest.mark.parametrize(("tokenizer", "revision"), [(None, "v2"), ("a/model", "v2"), ("a/tokenizer", None)])

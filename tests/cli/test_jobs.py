@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from aligntune.cli import training
 from aligntune.cli.app import app
 from tests import small_jobs
 
@@ -230,6 +231,17 @@ def test_an_unforeseen_error_is_a_line_and_exit_code_1(tmp_path: Path) -> None:
     done = process("-c", code, "train", "sft-builtin", "--debug", cwd=tmp_path)
     _, err = done.communicate(timeout=120)
     assert done.returncode == 1 and "Traceback" in err
+
+
+@pytest.mark.parametrize(("given", "how"), [
+    ([], "resume=true"), (["overwrite=true"], "resume=true for overwrite=true")])
+def test_what_goes_on_after_ctrl_c(given: list[str], how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt("stopped at step 3; call it again")
+
+    monkeypatch.setattr("aligntune.core.recipe_run.run_recipe", stopped)
+    with pytest.raises(KeyboardInterrupt, match=f"^stopped at step 3; the same command with {how} goes on$"):
+        training.train("sft-builtin", given)
 
 
 def test_ctrl_c_leaves_a_checkpoint_exits_130_and_resume_goes_on(shop: Path) -> None:

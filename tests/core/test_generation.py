@@ -114,6 +114,9 @@ def test_messages_without_a_template(model):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"max_tokens": 3}, "unknown sampling option 'max_tokens'; did you mean 'max_new_tokens'"),
+    ({"stop": "x"}, "unknown sampling option 'stop'; did you mean 'stop_strings'"),
+    ({"max_length": 3}, "unknown sampling option 'max_length'; did you mean 'max_new_tokens'"),
+    ({"n": 2}, "unknown sampling option 'n': a prompt has one completion"), ({"top_p": 0}, "top_p = 0: a number > 0"),
     ({"temprature": 1.0}, "'temperature'"), ({"top_p": 1.5}, "top_p = 1.5"), ({"temperature": -1}, "temperature = -1"),
     ({"max_new_tokens": 0}, "max_new_tokens = 0"), ({"temperature": float("nan")}, "temperature"),
     ({"top_k": True}, "top_k = True"), ({"batch_size": 0}, "batch_size = 0"), ({"streamer": 1}, "streamer"),
@@ -136,6 +139,11 @@ def test_messages_without_a_template(model):
 def test_options_that_cannot_be(model, tokens, options, message):
     with pytest.raises(ConfigError, match=message):
         generation.generate(model, tokens, "hi", **options)
+
+
+def test_names_of_other_libraries_are_no_options_and_mean_some():
+    own = {*generation.OPTIONS, "system_prompt"}
+    assert set(generation.OTHER_NAMES.values()) <= own and not own & generation.OTHER_NAMES.keys()
 
 
 @pytest.mark.parametrize("options", [

@@ -197,6 +197,7 @@ def test_a_stage_may_not_have_what_its_algorithm_does_not_take() -> None:
     (staged(), {"resume": "runs/x"}, "resume = 'runs/x': a recipe with stages resumes with resume=true"),
     (staged(), {"output_dir": 3}, "output_dir = 3: must be"),
     (staged(), {"overwrite": "yes"}, "overwrite = 'yes': must be"),
+    ({**staged(), "overwrite": True}, {"resume": True}, "resume and overwrite: give one of the two"),
     ({**SFT, "model_name": "m"}, {"stages.1.max_steps": 1}, "stages.1.max_steps: this recipe has no stages"),
 ])
 def test_what_a_recipe_may_not_be(recipe: dict, overrides: dict, told: str) -> None:

@@ -284,7 +284,9 @@ def test_four_bit_turns_lora_on_and_says_so_but_never_against_the_user() -> None
 def test_lora_options_without_lora_are_a_fault() -> None:
     with pytest.raises(ConfigError, match="pass use_peft=True"):
         resolve({**BASE, "algorithm": "sft", "lora_r": 4})
-    assert resolve({**BASE, "algorithm": "sft", "lora_r": 4, "use_peft": False}).notices
+    for given, names in (({"lora_r": 4}, "lora_r is"), ({"lora_r": 4, "lora_alpha": 8}, "lora_r, lora_alpha are")):
+        told = resolve({**BASE, "algorithm": "sft", "use_peft": False, **given}).notices
+        assert told == [f"use_peft is false: {names} not used"]
 
 
 def test_embeddings_among_the_targets_become_modules_to_save() -> None:
@@ -302,11 +304,31 @@ def test_embeddings_among_the_targets_become_modules_to_save() -> None:
     ({"stop_value": 5.0, "stop_metric": "loss"}, "give eval_steps"),
     ({"val_split_ratio": 0.1, "eval_split": "test"}, "one source of evaluation data"),
     ({"warmup_steps": 5, "warmup_ratio": 0.1}, "one of the two"),
+    ({"resume": True, "overwrite": True}, "resume and overwrite: give one of the two"),
+    ({"resume": "runs/a/checkpoint-3", "overwrite": True}, "resume and overwrite: give one of the two"),
+    *(({"lr_scheduler": "warmup_stable_decay", "trainer_options": given}, "wants num_decay_steps.*trainer_options="
+       "{'lr_scheduler_kwargs': {'num_decay_steps': 100}}") for given in ({}, {"lr_scheduler_kwargs": {"min_lr": 0}})),
+    *(({"lr_scheduler": "cosine_with_min_lr", "trainer_options": given}, "wants min_lr_rate or min_lr, and one of them")
+      for given in ({}, {"lr_scheduler_kwargs": {"min_lr_rate": 0.1, "min_lr": 1e-6}})),
     ({"model_name": ""}, "model_name: none given"),
 ])
 def test_contradictions(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve({**BASE, "algorithm": "sft", **options})
+
+
+def test_schedules_with_their_numbers_are_left_alone() -> None:
+    for schedule, numbers in (("warmup_stable_decay", {"num_decay_steps": 2}), ("cosine_with_min_lr", {"min_lr": 0.0}),
+                              ("cosine_with_min_lr", '{"min_lr_rate": 0.1}'), ("cosine", None)):
+        resolve({**BASE, "algorithm": "sft", "lr_scheduler": schedule,
+                 "trainer_options": {"lr_scheduler_kwargs": numbers}})
+
+
+def test_a_run_is_resumed_from_its_own_config_whatever_that_overwrote() -> None:
+    assert resolve({**BASE, "algorithm": "sft", "resume": True}, {"overwrite": True}).options.resume is True
+    for config in ({"resume": True}, {"resume": True, "overwrite": True}):
+        with pytest.raises(ConfigError, match="resume and overwrite"):
+            resolve({**BASE, "algorithm": "sft", "overwrite": True}, config)
 
 
 _SYNC = {"sync_ref_model": True}
@@ -352,6 +374,19 @@ def test_what_trl_takes_is_left_alone() -> None:
         told = resolve({**needs("grpo"), "rollout_engine": engine, "rollout_memory_gib": 1.0}).notices
         idle = [f"rollout_engine is {engine!r}: nothing reads rollout_memory_gib"]
         assert told == (idle if engine in ("hf", "vllm") else [])
+
+
+@pytest.mark.parametrize(("algorithm", "options", "told"), [
+    ("dpo", {}, "loss_type is 'sigmoid': label_smoothing is not used (it is by 'robust', 'exo_pair', 'aot', "),
+    ("dpo", {"loss_type": ["hinge", "sft"]}, "loss_type is 'hinge', 'sft': label_smoothing is not used"),
+    ("cpo", {"loss_type": "ipo"}, "loss_type is 'ipo': label_smoothing is not used (it is by 'sigmoid')"),
+    ("dpo", {"loss_type": ["sigmoid", "robust"]}, None), ("cpo", {}, None),
+])
+def test_smoothing_that_the_loss_does_not_read_is_said(algorithm: str, options: dict, told: str | None) -> None:
+    for given in ({"label_smoothing": 0.1}, {"trainer_options": {"label_smoothing": 0.1}}):
+        notices = resolve({**needs(algorithm), **given, **options}).notices
+        assert len(notices) == (told is not None) and all(notice.startswith(told or "") for notice in notices)
+    assert not resolve({**needs(algorithm), "label_smoothing": 0.0, **options}).notices
 
 
 def test_lengths_of_online_methods() -> None:

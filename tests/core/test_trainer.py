@@ -228,8 +228,14 @@ def test_a_checkpoint_of_plain_trl_resumes(tmp_path):
     ({"model": lambda: tiny.llama(num_attention_heads=2)}, "num_attention_heads: 4 in the checkpoint, 2 now"),
     ({"peft_config": lambda: tiny.lora()}, "the checkpoint trains the whole model, this run adapters"),
     ({"per_device_train_batch_size": lambda: 4}, "rows a step .*: 2 in the checkpoint, 4 now"),
-    ({"rows": lambda: tiny.text_rows(10)}, "rows in the training set: 16 in the checkpoint, 10 now"),
-], ids=["layers", "heads", "lora", "batch", "rows"])
+    ({"rows": lambda: tiny.text_rows(10)}, "rows in the training set: 16 in the checkpoint, 10 now[.;]"),
+    ({"rows": lambda: tiny.text_rows(16).select(range(15, -1, -1))}, "content of the training rows"),
+    ({"max_length": lambda: 16}, "content of the training rows"),
+    ({"seed": lambda: 4}, "seed: 3 in the checkpoint, 4 now"),
+    ({"data_seed": lambda: 4}, "seed: 3 in the checkpoint, 3 with data_seed 4 now"),
+    ({"optim": lambda: "sgd"}, "optimizer: adamw_fused in the checkpoint, sgd now"),
+    ({"optim": lambda: "adamw_bnb_8bit"}, "optimizer: adamw_fused in the checkpoint, adamw_8bit now"),
+], ids=["layers", "heads", "lora", "batch", "rows", "order", "length", "seed", "data seed", "sgd", "8 bit"])
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, message):
     wrap(tiny.sft(tmp_path, max_steps=2), tmp_path).train()
     other = wrap(tiny.sft(tmp_path, **{key: make() for key, make in change.items()}), tmp_path)
@@ -238,6 +244,21 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, message):
         other.train(resume_from_checkpoint=True)
     assert same(before, weights(other.trainer))
     assert (tmp_path / "checkpoint-2").is_dir()
+
+
+def test_what_does_not_change_the_state_or_the_rows_may_change(tmp_path):
+    """So may everything that an earlier version did not write down."""
+    wrap(tiny.sft(tmp_path, max_steps=2, optim="adamw_torch"), tmp_path).train()
+    rows = tiny.text_rows().map(lambda row: row, keep_in_memory=True)  # another fingerprint of datasets' own
+    other = wrap(tiny.sft(tmp_path, max_steps=4, optim="adamw_torch_fused", rows=rows), tmp_path)
+    assert other.train(resume_from_checkpoint=True).global_step == 4
+    state = tmp_path / "checkpoint-4" / "trainer_state.json"
+    written = json.loads(state.read_text())
+    kept = written["stateful_callbacks"]["AlignTuneState"]["attributes"]["fingerprint"]
+    for key in ("optimizer", "seed", "rows_digest"):
+        del kept[key]
+    state.write_text(json.dumps(written))
+    assert wrap(tiny.sft(tmp_path, seed=4), tmp_path).train(resume_from_checkpoint=True).global_step == 6
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -160,7 +160,10 @@ def test_columns_that_a_reward_needs_and_those_that_it_does_not_take():
     ]
     own = faults(lambda prompts, completions, prompt, **columns: [0.0], columns=(), where="the evaluation data")
     assert own == ["reward '<lambda>' needs the column 'prompt', which the evaluation data does not hand to rewards; "
-                   "its columns: none beside the prompt; did you mean 'prompts'?"]
+                   "its columns: none beside the prompt"]
+    assert faults(lambda prompts, completions, solution, **columns: [0.0], columns=("answer",)) == [
+        "reward '<lambda>' needs the column 'solution', which the dataset does not hand to rewards; its columns: "
+        "answer"]
     bound = {"name": leveled, "options": {"level": 3}}
     assert not faults(bound, functools.partial(leveled, level=3), Free, length, "format", "exact_match", "math")
     assert not faults(bound, columns=("level",)) and not faults(leveled, Graded, columns=("level", "grade"))

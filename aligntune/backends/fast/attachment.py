@@ -188,7 +188,7 @@ def attach(model: nn.Module, *, strict: bool = False) -> Attachment:
 
     Args:
         model: on any device; its forwards run on an NVIDIA GPU (or in Triton's interpreter).
-        strict: anything that would run eager is an error.
+        strict: a module that no kernel covers is an error.
     Raises:
         BackendUnavailableError: there is no CUDA device and TRITON_INTERPRET=1 is not set.
         ConfigError: `strict`, and something stays eager; every such line is listed, and nothing is attached.

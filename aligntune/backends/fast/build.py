@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import IterableDataset
 
 from aligntune.backends.base import Built, Prepared
-from aligntune.backends.fast.attachment import Attachment, attachment_of
+from aligntune.backends.fast.attachment import Attachment, attachment_of, base_model
 from aligntune.backends.fast.attestation import attest, report_of
 from aligntune.backends.fast.fp8_base import quantize_base
 from aligntune.backends.fast.graphs import eager_because
@@ -20,7 +20,12 @@ from aligntune.backends.fast.preference import FlatPreference
 from aligntune.backends.fast.recompute import install, recompute_asked, recompute_of, recomputes, remove
 from aligntune.backends.fast.rollout.engine import described
 from aligntune.backends.fast.rollout.serve import of_trainer
-from aligntune.backends.fast.rollout.trl import FastRollouts, cache_cannot_because, engine_cannot_because
+from aligntune.backends.fast.rollout.trl import (
+    FastRollouts,
+    cache_cannot_because,
+    engine_cannot_because,
+    stops_given,
+)
 from aligntune.backends.fast.scripts import attach_trainer, detach_trainer
 from aligntune.backends.fast.token_gradients import TokenGradients
 from aligntune.backends.fast.trainers import FAST_TRAINERS, FastSFT, padded_because
@@ -47,15 +52,24 @@ def build(job: Job, prepared: Prepared) -> Built:
             was asked for cannot run. Or `embedding_learning_rate` is given and no embedding trains. Or
             `base_precision="fp8"` cannot be had.
     """
+    offloads = _made_to_offload(job)  # which TRL's build takes off, as it does all that is ours
     built = build_trl(job, prepared, trainers=FAST_TRAINERS, data_parallel=False)  # replicas would run ours on one GPU
     try:
-        return _with_kernels(job, prepared, built)
+        return _with_kernels(job, prepared, built, offloads=offloads)
     except AlignTuneError:
         detach_trainer(built.trainer)  # the model may be the caller's own object
         raise
 
 
-def _with_kernels(job: Job, prepared: Prepared, built: Built) -> Built:
+def _made_to_offload(job: Job) -> bool:
+    """Whether the layers of the job's model object were made to offload, and no option says otherwise."""
+    if isinstance(job.options.model_name, str) or job.given("gradient_checkpointing"):
+        return False
+    made = recompute_of(base_model(job.options.model_name))
+    return made is not None and made.offload and job.options.memory_budget_gib is None
+
+
+def _with_kernels(job: Job, prepared: Prepared, built: Built, *, offloads: bool) -> Built:
     """TRL's trainer as it was built, with our kernels and our ways around the step."""
     if job.options.embedding_learning_rate is not None:
         built.notices.append(built.trainer.train_embeddings_at(job.options.embedding_learning_rate))
@@ -63,8 +77,13 @@ def _with_kernels(job: Job, prepared: Prepared, built: Built) -> Built:
     if base:
         built.notices.append(base)
     attachment = attach_trainer(built.trainer, strict=job.options.strict)
-    recomputed = recompute_layers(built.trainer, attachment, wanted=job.options.gradient_checkpointing,
-                                  budget_gib=job.options.memory_budget_gib)
+    if offloads:
+        install(attachment.model, offload=True)
+    recomputed = recompute_layers(built.trainer, attachment, budget_gib=job.options.memory_budget_gib,
+                                  wanted=None if offloads else job.options.gradient_checkpointing)
+    if offloads and recompute_of(attachment.model) is not None:
+        job.set("gradient_checkpointing", "offload")
+        built.notices.append("gradient_checkpointing: 'offload', as the model was made")
     layout = lay_rows(built.trainer, attachment, vars(job.options).get("padding_free", "auto")) + f"; {recomputed}"
     layout += f"; {base}" if base else ""
     beside, values = _beside(built.trainer, strict=job.options.strict)
@@ -174,7 +193,9 @@ def lay_rows(trainer: Trainer, attachment: Attachment, wanted: bool | str = "aut
         return f"rows: end to end, one attention launch; step: {how}"
     if wanted is True:
         raise ConfigError(f"data.padding_free = True: {why}")
-    return f"rows: padded, {why}"
+    # TRL takes the attention mask away from packed rows, whatever padding_free is.
+    packed = getattr(trainer.data_collator, "padding_free", False)
+    return f"rows: {'end to end, as TRL lays packed ones and not by ours' if packed else 'padded'}, {why}"
 
 
 def _dispatched(trainer: Trainer) -> str | None:
@@ -208,7 +229,7 @@ def _rollouts(job: Job, built: Built) -> str:
         return "vllm, as was asked for"
     cache = {"max_len": job.options.max_seq_length, "memory_gib": job.options.rollout_memory_gib}
     why = engine_cannot_because(trainer, max_len=cache["max_len"]) or cache_cannot_because(trainer, **cache)
-    if wanted == "auto" and why is not None:
+    if wanted == "auto" and why is not None and not stops_given(trainer):
         built.notices.append(f"rollouts: hf, {why}")
         return f"hf, {why}"
     trainer.rollouts_on(**cache)

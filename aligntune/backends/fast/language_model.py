@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import nn
 
 from aligntune.backends.fast.attachment import attach, base_model
 from aligntune.backends.fast.recompute import install
-from aligntune.backends.loading import keep_tied, must_have
+from aligntune.backends.fast.unsloth_arguments import unknown_arguments, without_idle
+from aligntune.backends.loading import ADAPTERS, differences, keep_tied, must_have
 from aligntune.builtin import is_builtin, model_path
 from aligntune.errors import ConfigError
 
@@ -23,7 +25,15 @@ LINEARS = (
 _OFFLOAD = ("offload", "unsloth")
 _WHOLE = ("embed_tokens", "lm_head")
 _SOURCE = ("revision", "token", "cache_dir", "local_files_only")
-_SHAPE = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora", "target_modules", "modules_to_save")
+_LOADING = (
+    "state_dict", "proxies", "output_loading_info", "dtype", "torch_dtype", "device_map", "max_memory",
+    "offload_folder", "offload_buffers", "quantization_config", "subfolder", "variant", "adapter_kwargs",
+    "adapter_name", "generation_config", "gguf_file", "distributed_config", "device_mesh", "tp_plan", "tp_size",
+    "trust_remote_code", "code_revision", "allow_all_kernels", "use_kernels", "kernel_config", "key_mapping",
+    "attn_implementation", "experts_implementation", "tqdm_class",
+)  # fmt: skip
+"""What transformers' loader takes beside the arguments that it names."""
+_SHAPE = [field for field in ADAPTERS.values() if field != "init_lora_weights"]
 
 
 class FastLanguageModel:
@@ -53,14 +63,15 @@ class FastLanguageModel:
                 loads as it is either way.
             full_finetuning: train every parameter; with `load_in_4bit` an error.
             kwargs: for transformers' `from_pretrained` (`revision`, `token`, `device_map`, ...). `revision` is that of
-                `model_name`; adapters name their base's.
+                `model_name`; adapters name their base's. Those of Unsloth that ask for nothing here are left out.
         Raises:
             BackendUnavailableError: no CUDA device.
-            ConfigError: options that contradict each other or the adapters, or a length that the model has no
-                positions for.
+            ConfigError: options that contradict each other or the adapters, a length that the model has no positions
+                for, or an argument that nothing takes.
         """
         from transformers import AutoTokenizer
 
+        kwargs = without_idle(kwargs)
         if is_builtin(model_name):
             model_name = str(model_path(model_name))
         if load_in_4bit and full_finetuning:
@@ -106,13 +117,18 @@ class FastLanguageModel:
             use_gradient_checkpointing: recompute every layer in the backward. "offload", for which "unsloth" is another
                 name: the layers' inputs wait in pinned host memory, under any trainer.
             random_state: seed of the adapters' initial weights; the global random state is left as it was.
-            kwargs: for `peft.LoraConfig`.
+            kwargs: for `peft.LoraConfig`. Those of Unsloth that ask for nothing here are left out.
         Raises:
             ConfigError: `target_modules` or `modules_to_save` name a module that the model lacks (peft would leave it
-                out); the model has adapters of another shape; another `use_gradient_checkpointing`.
+                out); the model has adapters of another shape; another `use_gradient_checkpointing`; an argument that
+                nothing takes.
         """
         from peft import LoraConfig, get_peft_model
 
+        kwargs = without_idle(kwargs)
+        strange = [name for name in kwargs if name not in signature(LoraConfig).parameters]
+        if strange:
+            raise unknown_arguments(strange, FastLanguageModel.get_peft_model, LoraConfig)
         offload = isinstance(use_gradient_checkpointing, str)
         if offload and use_gradient_checkpointing not in _OFFLOAD:
             raise ConfigError(
@@ -139,8 +155,7 @@ class FastLanguageModel:
             use_rslora=use_rslora,
             # A list of its own: peft writes the name of a tied module into it.
             modules_to_save=list(modules_to_save) if modules_to_save else None,
-            task_type="CAUSAL_LM",
-            **kwargs,
+            **{"task_type": "CAUSAL_LM", **kwargs},
         )
         if hasattr(model, "peft_config"):
             _must_be_of_shape(model, config)
@@ -182,45 +197,51 @@ def _load(name: str, source: dict[str, Any], *, whole: bool, **kwargs: Any) -> A
     transformers alone would load adapters too, but frozen.
     """
     from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM
     from transformers.utils import find_adapter_config_file
 
     found = find_adapter_config_file(name, **source)
     if found is None:
-        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        return _whole(name, **kwargs)
     if whole:
         raise ConfigError(f"full_finetuning=True, but {name!r} holds adapters, whose base is frozen: merge them first "
                           "(aligntune.core.saving.save, merge_adapters=True), or leave it out")
     if (Path(name) / "config.json").is_file():  # a whole model beside its adapters: transformers puts the two together
-        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        model = _whole(name, **kwargs)
         model.set_adapter(model.active_adapters())
         return model
     config = PeftConfig.from_pretrained(str(Path(found).parent))
     if not config.base_model_name_or_path:
         raise ConfigError(f"{name!r} holds adapters that name no model under them (base_model_name_or_path)")
-    base = AutoModelForCausalLM.from_pretrained(
+    base = _whole(
         config.base_model_name_or_path, **kwargs | {"revision": config.revision or "main"}
     )
     # eval: what is loaded is in eval mode, and peft's own modules are not.
     return PeftModel.from_pretrained(base, name, config=config, is_trainable=True, **source).eval()
 
 
+def _whole(name: str, **kwargs: Any) -> Any:
+    """transformers' model, once each argument is known to be one of its loader or its config."""
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+    loading = {*signature(PreTrainedModel.from_pretrained).parameters, *_LOADING}
+    strange = [name for name in kwargs if name not in loading]
+    if strange and not kwargs["trust_remote_code"]:  # a model's own code may take what it likes
+        known = {key: value for key, value in kwargs.items() if key in strange or key in _SOURCE}
+        _, unused = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **known)
+        strange = [name for name in strange if name in unused]
+        if strange:
+            raise unknown_arguments(strange, FastLanguageModel.from_pretrained, PreTrainedModel.from_pretrained,
+                                    *_LOADING)
+    return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+
+
 def _must_be_of_shape(model: Any, wanted: Any) -> None:
-    """That the adapters on a model are those that a config describes: peft would draw them anew under their name."""
-    held = next(iter(model.peft_config.values()))
-    faults = []
-    for name in _SHAPE:
-        ours, theirs = (_names(getattr(config, name, None)) for config in (wanted, held))
-        tied = name == "modules_to_save" and ours and theirs and set(ours) < set(theirs)  # peft adds the other's name
-        if ours not in (theirs, "all-linear") and not tied:  # which peft has turned into names
-            faults.append(f"{name}={ours!r}, but the model has adapters of {theirs!r}: train on these without "
-                          "get_peft_model, or merge them first (model.merge_and_unload())")
+    """That the adapters on a model are those that a config describes."""
+    faults = [f"{name}={ours!r}, but the model has adapters of {theirs!r}: train on these without get_peft_model, or "
+              "merge them first (model.merge_and_unload())"
+              for name, ours, theirs in differences(model, {name: getattr(wanted, name) for name in _SHAPE})]
     if faults:
         raise ConfigError.from_faults(faults, "the adapters")
-
-
-def _names(value: Any) -> Any:
-    return sorted(value) if isinstance(value, (list, tuple, set)) else value
 
 
 def _default_dtype() -> torch.dtype:

@@ -95,7 +95,7 @@ def fast_train(trainer: Trainer, *, strict: bool = False, **train_arguments: Any
 
     Args:
         trainer: any transformers or TRL trainer of a causal language model.
-        strict: anything that would run eager is an error.
+        strict: a module that no kernel covers is an error.
         train_arguments: handed to `trainer.train`, such as `resume_from_checkpoint`.
 
     Raises what `attach_trainer` raises, and:

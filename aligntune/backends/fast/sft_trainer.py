@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -79,11 +81,11 @@ class FastSFTTrainer(FastSFT):
         tokenizer: `processing_class` under its older name.
         dataset_text_field, max_seq_length, packing, eval_packing, dataset_num_proc: fields of the config that TRL's
             trainer once took itself (`max_seq_length` is `max_length` there).
-        strict: anything that would run eager is an error.
+        strict: a module that no kernel covers is an error.
 
     Raises:
         ConfigError: a setting is given twice, with two values; `embedding_learning_rate` where no embedding trains;
-            with `strict`, what would run eager.
+            with `strict`, what would run eager; `formatting_func` returns something else than a string.
         BackendUnavailableError: there is no CUDA device.
     """
 
@@ -113,6 +115,8 @@ class FastSFTTrainer(FastSFT):
             max_seq_length=max_seq_length, packing=packing, eval_packing=eval_packing,
             dataset_num_proc=dataset_num_proc,
         )  # fmt: skip
+        if kwargs.get("formatting_func") is not None:
+            kwargs["formatting_func"] = _one_string_a_row(kwargs["formatting_func"])
         if not isinstance(model, str):
             forget_patched_forward(model)  # another trainer's would stay under this one's, and follow that trainer
         super().__init__(
@@ -135,6 +139,20 @@ class FastSFTTrainer(FastSFT):
         """
         with explained(self):
             return super().train(*args, **kwargs)
+
+
+def _one_string_a_row(function: Callable[[Any], Any]) -> Callable[[Any], str]:
+    """A `formatting_func` whose results are looked at: TRL once called it with a batch, for a list of strings."""
+
+    @functools.wraps(function)
+    def formatted(row: Any) -> str:
+        text = function(row)
+        if not isinstance(text, str):
+            raise ConfigError(f"formatting_func returned a {type(text).__name__}: TRL calls it with one row, no longer "
+                              "with a batch; return that row's text, one string")
+        return text
+
+    return formatted
 
 
 def in_todays_names(

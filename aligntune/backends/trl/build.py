@@ -10,6 +10,7 @@ from aligntune.algorithms.dapo import overlong_buffer
 from aligntune.backends._compat import warn_untested
 from aligntune.backends.base import Built, Prepared
 from aligntune.backends.loading import Precision, load_model, lora_config, precision_of
+from aligntune.backends.positions import check_positions
 from aligntune.backends.trl.dynamic_sampling import DynamicSampling
 from aligntune.backends.trl.options import trl_config
 from aligntune.backends.trl.ppo_build import value_model
@@ -45,6 +46,7 @@ def build(
     precision = precision_of(job)
     job.notices.append(f"precision: {precision.why}")
     model = load_model(job, precision, scores=job.spec.takes == "reward")
+    check_positions(job, model, prepared.report)
     # Another trainer's patched forward would stay under this one's, and follow that trainer's model.
     detach_backends(model)
     forget_patched_forward(model)

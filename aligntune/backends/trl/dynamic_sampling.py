@@ -198,7 +198,7 @@ class DynamicSampling:
         for key in [key for key in metrics if key.startswith("completions/")]:
             del metrics[key][marks.get(key, 0):]  # one entry a round; the ones below are of all rounds
         trained = sum(len(row) for group in drawn.batch() for row in group.completion_ids)
-        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        ends = [*self.eos_token_ids, self._tokenizer.pad_token_id]
         ids = [row for group in drawn.groups for row in group.completion_ids]
         lengths = [len(row) for row in ids]
         ended = [len(row) for row in ids if row[-1] in ends] or [0]

@@ -9,6 +9,7 @@ import warnings
 from collections import defaultdict
 from typing import Any
 
+import torch
 from torch.optim.lr_scheduler import LambdaLR
 from trl import KTOTrainer, RewardTrainer
 
@@ -23,10 +24,13 @@ from aligntune.data import with_kl_completions
 
 __all__ = ["CPO", "KTO", "ORPO", "CPOConfig", "ORPOConfig", "Quiet", "Reward"]
 
+_SETTINGS = ("weight_decay", "betas", "eps", "fused")
+"""What options say of an optimizer's groups, beside the rate."""
+
 
 class Quiet:
     """Mixin: no report of use to the hub, which TRL's trainers make when they are built; no card with a checkpoint of
-    a model that goes nowhere; on resuming no false alarm, and the schedule of this run.
+    a model that goes nowhere; on resuming no false alarm, and the schedule and the optimizer's settings of this run.
     """
 
     _saves = False
@@ -60,8 +64,12 @@ class Quiet:
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
         schedule = self.lr_scheduler
         peaks = list(getattr(schedule, "base_lrs", ()))
+        settings = [{name: group[name] for name in _SETTINGS if name in group} for group in self.optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if checkpoint is None or not isinstance(schedule, LambdaLR):
+        if checkpoint is None:
+            return
+        _write_settings(self.optimizer, settings)
+        if not isinstance(schedule, LambdaLR):
             return
         # What is loaded brings the old run's peaks, which would stay, and the rate of its next step, which would train
         # the first one here: 0 where a linear schedule was at its end.
@@ -70,6 +78,19 @@ class Quiet:
                              for peak, factor in zip(peaks, schedule.lr_lambdas, strict=True)]
         for group, peak, rate in zip(schedule.optimizer.param_groups, peaks, schedule._last_lr, strict=True):
             group["initial_lr"], group["lr"] = peak, rate
+
+
+def _write_settings(optimizer: Any, settings: list[dict[str, Any]]) -> None:
+    """Give each group its `settings` in the place of those that were loaded with the optimizer's state."""
+    for group, mine in zip(optimizer.param_groups, settings, strict=True):
+        group.update(mine)
+        if "fused" not in mine:
+            continue
+        for weight in group["params"]:
+            # torch loads the count of steps to where the checkpoint's own setting wants it.
+            step = optimizer.state[weight].get("step") if weight in optimizer.state else None
+            if isinstance(step, torch.Tensor):
+                optimizer.state[weight]["step"] = step.to(weight.device if mine["fused"] else "cpu")
 
 
 class Reward(Quiet, RewardTrainer):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, RLOOConfig, SFTConfig
 
 from aligntune.backends._compat import config_kwargs
+from aligntune.backends.trl.generation_kwargs import generation_faults
 from aligntune.backends.trl.offline import CPOConfig, ORPOConfig
 from aligntune.backends.trl.ppo_config import PPOConfig
 from aligntune.core.rules import world_size
@@ -102,7 +103,8 @@ def trl_config(job: Job, precision: Precision, *, eval_rows: int, fields: Mappin
         fields: in the place of those that our options make; `trainer_options` come after them.
 
     Raises:
-        ConfigError: `trainer_options` holds a field that the class lacks or that another option already sets.
+        ConfigError: `trainer_options` holds a field that the class lacks or that another option already sets; or
+            `generation_kwargs` something that nothing reads, or that is an option here.
     """
     options, name = job.options, job.spec.name
     cls = CONFIGS[name]
@@ -132,9 +134,12 @@ def trl_config(job: Job, precision: Precision, *, eval_rows: int, fields: Mappin
     kwargs |= {**FIXED.get(name, {}), **(fields or {})}
     _pass_through(job, cls, names, kwargs)
     try:
-        return cls(**config_kwargs(cls, kwargs))
+        args = cls(**config_kwargs(cls, kwargs))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{cls.__name__}: {error}") from error
+    if job.spec.online and (faults := generation_faults(job, args)):
+        raise ConfigError.from_faults(faults, "generation_kwargs")
+    return args
 
 
 def _shared(job: Job, precision: Precision, eval_rows: int) -> dict[str, Any]:

@@ -75,6 +75,7 @@ class PPOTrainer(Quiet, GRPOTrainer):
         self._critic_is_optimized = False
         self._values: Tensor | None = None
         self._scores: Tensor | None = None
+        self._ended: Tensor | None = None
         self.forget_rollout()
         self.add_callback(_CriticSteps(self))
 
@@ -157,6 +158,9 @@ class PPOTrainer(Quiet, GRPOTrainer):
         each = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         start = self.accelerator.process_index * len(prompts)
         self._scores = each[start:start + len(prompts)]
+        # As TRL tells it, by the list: an engine may have marked its end there.
+        ended = [ids[-1] in self.eos_token_ids for ids in completion_ids_list]
+        self._ended = torch.tensor(ended, device=each.device)
         return each
 
     def _get_per_token_logps_and_entropies(
@@ -182,13 +186,10 @@ class PPOTrainer(Quiet, GRPOTrainer):
     def _estimate(self, rollout: Batch) -> Batch:
         """From completions and their scores to what the passes learn from: advantages and returns."""
         args, mode = self.args, "train" if self.model.training else "eval"
-        old, ids, values = rollout["old_per_token_logps"], rollout["completion_ids"], self._values
-        assert self._scores is not None and values is not None
+        old, values, ended = rollout["old_per_token_logps"], self._values, self._ended
+        assert self._scores is not None and values is not None and ended is not None
         scored = ~self._scores.isnan().all(dim=1)
-        scores = (self._scores * self.reward_weights.to(ids.device)).nansum(dim=1)
-        lengths = rollout["completion_mask"].sum(-1)
-        last = ids.gather(1, (lengths - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
-        ended = torch.isin(last, torch.tensor(self.eos_token_ids, device=ids.device)) & (lengths > 0)
+        scores = (self._scores * self.reward_weights.to(old.device)).nansum(dim=1)
         if args.missing_eos_penalty is not None:
             scores = scores - args.missing_eos_penalty * ~ended
         # A completion that no reward applies to teaches nothing.

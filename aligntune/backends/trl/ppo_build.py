@@ -43,7 +43,9 @@ def value_model(job: Job, model: Any, precision: Precision, peft_config: LoraCon
             raise ConfigError("loss.value_model_name = 'reward': there is no reward_model_name to copy")
         critic = _merged(copy_model(scorer.model))
     else:
-        critic = _load(weights_of(job, "value_model_name"), job, precision) if isinstance(wanted, str) else wanted
+        critic = wanted
+        if isinstance(wanted, str):
+            critic = _load(weights_of(job, "value_model_name"), job, precision, whole=peft_config is None)
         detach_backends(critic)
     _check(critic, wanted, model)
     keep_4bit_layout(critic)
@@ -103,7 +105,7 @@ def _add_adapters(critic: Any, peft_config: LoraConfig, seed: int) -> None:
         inject_adapter_in_model(config, backbone)
 
 
-def _load(source: str, job: Job, precision: Precision) -> Any:
+def _load(source: str, job: Job, precision: Precision, *, whole: bool) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kwargs: dict[str, Any] = {"trust_remote_code": job.options.trust_remote_code}
@@ -113,7 +115,7 @@ def _load(source: str, job: Job, precision: Precision) -> Any:
         config = AutoConfig.from_pretrained(source, trust_remote_code=job.options.trust_remote_code)
         scores = any("SequenceClassification" in kind for kind in config.architectures or [])
         kind: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-        dtype = precision.dtype if job.options.use_peft else torch.float32
+        dtype = torch.float32 if whole else precision.dtype
         return kind.from_pretrained(source, dtype=dtype, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise AlignTuneError(f"the critic {source!r} cannot be loaded: {error}") from error

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from aligntune.backends.fast import FastLanguageModel, FastSFTTrainer, attachment_of
 from aligntune.backends.fast.recompute import recompute_of
+from aligntune.backends.fast.unsloth_arguments import ANY, ARGUMENTS
 from aligntune.errors import ConfigError
 from tests.core import tiny
 
@@ -161,3 +162,48 @@ def test_adapters_of_another_shape_and_of_no_base(saved, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
     with pytest.raises(ConfigError, match="name no model under them"):
         FastLanguageModel.from_pretrained(str(tmp_path / "lora_model"))
+
+
+# ------------------------------------------------------------------------------------------------ arguments of Unsloth
+
+
+def test_arguments_of_unsloth_that_ask_for_nothing_are_taken(saved):
+    model, _ = FastLanguageModel.from_pretrained(
+        saved, dtype=torch.float32, load_in_8bit=False, fast_inference=False, max_lora_rank=8, rope_scaling=None,
+        gpu_memory_utilization=0.6, random_state=3407, use_exact_model_name=True, attn_implementation="sdpa",
+        initializer_range=0.5,
+    )  # fmt: skip
+    assert model.config.initializer_range == 0.5  # a field of the config is one of transformers' arguments
+    model = FastLanguageModel.get_peft_model(model, r=2, max_seq_length=64, temporary_location="x", qat_scheme=None,
+                                             loftq_config={}, layers_to_transform=None, task_type="CAUSAL_LM")
+    assert model.peft_config["default"].r == 2
+
+
+@pytest.mark.parametrize(("arguments", "faults"), [
+    ({"fast_inference": True, "max_lora_rank": 8, "load_in_8bit": True},
+     ["load_in_8bit=True: `load_in_4bit=True` is the one", "fast_inference=True: `create_rl_trainer` generates"]),
+    ({"max_seq_len": 64, "device_mop": None, "qqqq": 1},
+     ["unknown argument 'max_seq_len'; did you mean 'max_seq_length'?",
+      "unknown argument 'device_mop'; did you mean 'device_map'?", "unknown argument 'qqqq'; valid: adapter_kwargs"]),
+])
+def test_arguments_that_nothing_takes_are_told_before_weights_are_loaded(saved, arguments, faults):
+    (Path(saved) / "model.safetensors").unlink()
+    with pytest.raises(ConfigError) as caught:
+        FastLanguageModel.from_pretrained(saved, dtype=torch.float32, **arguments)
+    assert len(caught.value.faults) == len(faults)
+    assert all(fault.startswith(start) for fault, start in zip(caught.value.faults, faults, strict=True))
+
+
+def test_arguments_that_no_adapters_take():
+    model = tiny.llama(num_hidden_layers=1)
+    with pytest.raises(ConfigError, match="unknown argument 'lora_alph'; did you mean 'lora_alpha'"):
+        FastLanguageModel.get_peft_model(model, lora_alph=8)
+    with pytest.raises(ConfigError, match="qat_scheme='int4': quantisation-aware training is not here"):
+        FastLanguageModel.get_peft_model(model, qat_scheme="int4")
+    assert not hasattr(model, "peft_config")
+
+
+def test_the_page_shows_the_arguments_of_unsloth():
+    page = (Path(__file__).parents[3] / "docs/porting.md").read_text()
+    for name, (idle, why) in ARGUMENTS.items():
+        assert f"| `{name}` | {'any value' if idle is ANY else f'`{idle}`'} | {why} |" in page

@@ -16,6 +16,7 @@ from aligntune.backends.base import require
 from aligntune.backends.fast.optim import EmbeddingRate, _keep_overrides_to_itself, _move, embedding_weights
 from aligntune.backends.fast.support import BACKEND
 from aligntune.backends.fast.trainers import FAST_TRAINERS, FastSFT
+from aligntune.backends.trl.offline import _write_settings
 from aligntune.errors import CheckpointError, ConfigError
 from tests.core import tiny
 
@@ -239,6 +240,37 @@ def test_a_longer_run_at_other_rates_follows_its_own_schedule(backend, tmp_path)
     assert used == [pytest.approx(sorted(peak * share for peak in peaks.values())) for share in (0.5, 0.25)]
     logged = {row["step"]: row["learning_rate"] for row in resumed.trainer.state.log_history if "learning_rate" in row}
     assert logged == pytest.approx({1: OTHERS, 2: 0.5 * OTHERS, 3: OTHERS, 4: 0.5 * OTHERS})
+
+
+@pytest.mark.parametrize(("backend", "first", "then"), [
+    ("trl", "adamw", "adamw_fused"), ("fast", "adamw", "adamw_fused"), ("fast", "adamw_fused", "adamw"),
+    ("fast", "adamw_8bit", "adamw_8bit"),
+])  # fmt: skip
+def test_a_resumed_run_steps_with_its_own_settings(backend, first, then, tmp_path):
+    """torch and bitsandbytes load the old run's with the moments."""
+    used = []
+
+    class Settings(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            names = ("weight_decay", "betas", "eps", "fused")
+            used.append([tuple(group[name] for name in names if name in group) for group in optimizer.param_groups])
+
+    sft(tmp_path, backend=backend, weight_decay=0.1, optimizer=first).train()
+    sft(tmp_path, backend=backend, weight_decay=0.2, optimizer=then, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6,
+        max_steps=2, resume=True, callbacks=[Settings()]).train()  # fmt: skip
+    fused = () if then == "adamw_8bit" else (then == "adamw_fused" or None,)
+    decays = [0.2, 0.0] + ([0.2] if backend == "fast" else [])
+    assert used == [[(decay, (0.8, 0.9), 1e-6, *fused) for decay in decays]]
+
+
+def test_a_fused_step_counts_where_its_weights_are():
+    """torch keeps the count of any other step in host memory, and so in the checkpoint of one."""
+    weight = torch.nn.Parameter(torch.empty(2, device="meta"))
+    optimizer = torch.optim.AdamW([weight])
+    optimizer.state[weight]["step"] = torch.tensor(1.0)
+    for fused, device in ((None, "cpu"), (True, "meta")):
+        _write_settings(optimizer, [{"fused": fused}])
+        assert optimizer.state[weight]["step"].device.type == device
 
 
 @pytest.mark.gpu

@@ -71,6 +71,24 @@ def test_the_run_is_that_of_one_that_keeps_its_activations(tmp_path: Path) -> No
     assert losses[0] == losses[1] and losses[0][0] > 4 and losses[0][0] != losses[0][1]
 
 
+@pytest.mark.parametrize(("options", "offloads"), [
+    ({}, True), ({"gradient_checkpointing": True}, False),
+    ({"trainer_options": {"gradient_checkpointing_kwargs": {"use_reentrant": False}}}, False)])
+def test_a_factory_keeps_to_how_the_model_was_made(options: dict[str, Any], offloads: bool, tmp_path: Path) -> None:
+    from aligntune import create_sft_trainer
+    from aligntune.backends.fast import FastLanguageModel
+
+    model = FastLanguageModel.get_peft_model(tiny.llama(), r=2, use_gradient_checkpointing="unsloth")
+    run = create_sft_trainer(
+        model, list(tiny.text_rows(4)), backend="fast", tokenizer_name=tiny.tokenizer(), max_steps=1, batch_size=2,
+        report_to="none", output_dir=str(tmp_path), progress=False, **options)  # fmt: skip
+    held = recompute_of(model.get_base_model())
+    assert (held is not None and held.offload) == offloads == (HOST in run.attestation()["layout"])
+    assert (run.config.train.gradient_checkpointing == "offload") == offloads
+    run.train()
+    assert not offloads or sum(map(len, held.buffers.free.values())) > 0
+
+
 def test_what_the_model_was_made_with_gives_way(tmp_path: Path) -> None:
     from aligntune.backends.fast import FastLanguageModel
 

@@ -151,7 +151,7 @@ def test_rows_of_one_length_and_packed_rows(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(("said", "why"), [
     ({"padding_free": False}, "padding_free is false"),
-    ({"attn_implementation": "eager"}, "attn_implementation 'eager' was asked for"),
+    ({"attn_implementation": "eager", "strict": True}, "attn_implementation 'eager' was asked for"),
 ])
 def test_what_stays_padded_says_so(said: dict, why: str, tmp_path: Path) -> None:
     """Of a model that is loaded; the same one without the option lies end to end."""
@@ -160,6 +160,15 @@ def test_what_stays_padded_says_so(said: dict, why: str, tmp_path: Path) -> None
     assert_padded(built, why)
     plain = trainer_of("fast", "llama", tmp_path / "plain", model_name=str(tmp_path / "model"))
     assert plain.attestation()["layout"].startswith("rows: end to end, ")
+
+
+def test_packed_rows_without_our_layout_are_trls(tmp_path: Path) -> None:
+    options = {"packing": True, "max_seq_length": 16, "batch_size": 2, "padding_free": False}
+    built = trainer_of("fast", "llama", tmp_path, **options)
+    assert built.attestation()["layout"].startswith(
+        "rows: end to end, as TRL lays packed ones and not by ours, padding_free is false; ")
+    batch = next(iter(built.trainer.get_train_dataloader()))
+    assert batch["input_ids"].shape[0] == 1 and "attention_mask" not in batch and not built.trainer.rows_end_to_end
 
 
 def assert_padded(built: Any, why: str) -> None:
@@ -189,7 +198,8 @@ def test_noise_on_embeddings_is_trls(options: dict[str, Any], tmp_path: Any) -> 
     """Its size goes by the length of a padded row, which is not that of rows end to end; packed ones are TRL's too."""
     noisy = {"trainer_options": {"neftune_noise_alpha": 5.0}, **options}
     built = trainer_of("fast", "llama", tmp_path, **noisy)
-    assert built.attestation()["layout"].startswith("rows: padded, neftune_noise_alpha scales its noise by")
+    how = "end to end, as TRL lays packed ones and not by ours" if options else "padded"
+    assert built.attestation()["layout"].startswith(f"rows: {how}, neftune_noise_alpha scales its noise by")
     ours, theirs = run(built)[0], run(trainer_of("trl", "llama", tmp_path, **noisy))[0]
     assert ours == pytest.approx(theirs, rel=2e-6)
     quiet = run(trainer_of("trl", "llama", tmp_path / "quiet", **options))[0]

@@ -448,6 +448,17 @@ def test_collators_and_losses_of_their_own_keep_padded_rows(tmp_path):
     assert smooth.layout.startswith("rows: padded, its loss wants logits; ")
 
 
+def test_a_formatting_function_of_a_batch_is_told(tmp_path):
+    def of_a_batch(examples: Any) -> list[str]:
+        return [f"### {story}" for story in examples["story"]]
+
+    with pytest.raises(ConfigError, match="returned a list: TRL calls it with one row.*return that row's text"):
+        build(tmp_path, config(tmp_path), train_dataset=rows(), formatting_func=of_a_batch)
+    of_a_row = build(tmp_path, config(tmp_path), train_dataset=rows((3,)), dataset_text_field=None,
+                     formatting_func=lambda row: f"#{row['story']}")
+    assert tiny.tokenizer().decode(of_a_row.train_dataset[0]["input_ids"]) == f"#{rows((3,))[0]['story']}<eos>"
+
+
 def test_batches_that_accelerate_cuts_up_stay_padded(saved, tmp_path):
     """It takes as many of each tensor as there are rows: of `cu_seq_lens` one, of flat tokens one row."""
     args = TrainingArguments(str(tmp_path), per_device_train_batch_size=4, max_steps=1, report_to="none",

@@ -12,6 +12,7 @@ from aligntune.algorithms import ALGORITHMS
 from aligntune.backends.loading import Precision
 from aligntune.backends.trl import options as table
 from aligntune.backends.trl.options import CONFIGS, FIXED, MADE_OF, SAME_FIELD, trl_config
+from aligntune.core.backend_factory import create_rl_trainer
 from aligntune.core.resolve import Job, option_table, resolve
 from aligntune.errors import ConfigError
 
@@ -116,3 +117,51 @@ def test_the_dropout_that_is_asked_for_is_not_turned_off(name: str, tmp_path: Pa
     assert left is {item.name: item.default for item in dataclasses.fields(CONFIGS[name])}["disable_dropout"]
     asked = job_of(name, tmp_path, use_peft=True, lora_dropout=0.1)
     assert trl_config(asked, cpu, eval_rows=0).disable_dropout is False
+
+
+CPU = Precision("fp32", "cpu", "of a test")
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"temprature": 0.1}, "temprature: transformers' GenerationConfig has no such field; did you mean the option "
+                          "'temperature'"),
+    ({"num_beam": 2}, "num_beam: .*; did you mean 'num_beams'"), ({"stop": "a"}, "did you mean 'stop_strings'"),
+    ({"_from_model_config": True}, "no such field"), ({"zzz": 1}, "no such field$"),
+    ({"temperature": 0.1}, "temperature: give the option temperature, which the loss goes by too"),
+    ({"max_new_tokens": 9}, "give the option max_completion_length"), ({"max_length": 9}, "max_completion_length"),
+    ({"top_k": 9, "n": 2, "num_beams": 0}, "3 faults in generation_kwargs(.|\n)*num_beams = 0: a whole number >= 1"),
+    ({"stop_strings": [""]}, r"stop_strings = \[''\]: a string or a list"), ("beams", "'beams': must be a mapping"),
+    ({"stop_strings": ["\n"]}, "stop_strings: TRL on transformers' generate takes the padding behind .*; "
+                               "backend='fast' with rollout_engine='fast' ends completions so"),
+])
+@pytest.mark.parametrize("name", ["grpo", "rloo", "ppo"])
+def test_generation_kwargs_that_cannot_be(name: str, given: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        trl_config(job_of(name, tmp_path, trainer_options={"generation_kwargs": given}), CPU, eval_rows=0)
+
+
+def test_ends_that_the_engine_of_fast_alone_takes(tmp_path: Path) -> None:
+    def args_of(given: dict[str, Any], **options: Any) -> Any:
+        job = job_of("grpo", tmp_path, trainer_options={"generation_kwargs": given}, **options)
+        return trl_config(job, CPU, eval_rows=0)
+
+    for name, end in (("stop_strings", "x"), ("eos_token_id", [7])):
+        for engine in ("auto", "fast"):
+            assert args_of({name: end}, backend="fast", rollout_engine=engine).generation_kwargs == {name: end}
+        with pytest.raises(ConfigError, match=f"{name}: TRL on .*completion; rollout_engine='fast' ends completions"):
+            args_of({name: end}, backend="fast", rollout_engine="hf")
+        with pytest.raises(ConfigError, match=f"{name}: our engine alone .* has no num_beams, typical_p"):
+            args_of({name: end, "typical_p": 0.5, "num_beams": 2}, backend="fast")
+    assert args_of({"stop_strings": None}).generation_kwargs == {"stop_strings": None}
+    assert args_of({"do_sample": False, "num_beams": 2, "suppress_tokens": [3]}).generation_kwargs["num_beams"] == 2
+    # vLLM's names are its own, and those that are options here are so there too.
+    assert args_of({"stop": ["x"], "seed": 1}, rollout_engine="vllm").generation_kwargs["stop"] == ["x"]
+    with pytest.raises(ConfigError, match="max_tokens: give the option max_completion_length"):
+        args_of({"max_tokens": 3}, rollout_engine="vllm")
+
+
+def test_generation_kwargs_are_looked_at_before_a_model_is(tmp_path: Path) -> None:
+    stops = {"generation_kwargs": {"stop_strings": "x"}}
+    with pytest.raises(ConfigError, match="stop_strings: TRL on transformers' generate"):
+        create_rl_trainer("no/model", [{"prompt": "a"}], algorithm="grpo", backend="trl", output_dir=str(tmp_path),
+                          reward_functions=["exact_match"], trainer_options=stops)

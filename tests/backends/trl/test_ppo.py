@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from aligntune import create_rl_trainer
 from aligntune.backends.trl.ppo_config import PPOConfig
@@ -305,6 +306,17 @@ def test_faults_are_told(tmp_path: Any) -> None:
         PPOConfig(str(tmp_path), beta=0.5, bf16=False, use_cpu=True)
     with pytest.raises(ConfigError, match="the critic reads the policy's ids"):
         job(tmp_path, value_model_name=tiny.llama(vocab_size=100))
+
+
+def test_a_named_critic_that_trains_whole_keeps_its_precision(tmp_path: Any) -> None:
+    """Beside a policy whose adapters came with it, the critic has none."""
+    stored = tiny.llama(seed=1)
+    stored.save_pretrained(tmp_path / "critic")
+    policy = get_peft_model(tiny.llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    run = job(tmp_path / "run", policy, precision="bf16", device="cpu", value_model_name=str(tmp_path / "critic"))
+    trunk = dict(run.trainer.critic.backbone.named_parameters())
+    assert all(torch.equal(value, trunk[name]) and trunk[name].requires_grad
+               for name, value in stored.model.named_parameters())
 
 
 @pytest.mark.parametrize("critic", [None, "policy"])

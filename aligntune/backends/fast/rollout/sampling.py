@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -82,6 +83,13 @@ class Sampling:
         if self.temperature == 0:
             return Form(True, self.repetition_penalty != 1, 0, False, False)
         return Form(False, self.repetition_penalty != 1, self.top_k, self.top_p < 1, bool(self.min_p))
+
+
+def stops_of(options: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Fields of `Sampling` for transformers' `eos_token_id` and `stop_strings`, one or several, None as none."""
+    ends, strings = options.get("eos_token_id"), options.get("stop_strings")
+    return {"stop_token_ids": (ends,) if is_whole(ends) else tuple(ends or ()),
+            "stop_strings": (strings,) if isinstance(strings, str) else tuple(strings or ())}
 
 
 def is_whole(value: Any) -> bool:

@@ -21,7 +21,7 @@ from aligntune.backends.fast.rollout.engine import (
     too_small_because,
 )
 from aligntune.backends.fast.rollout.rope import length_limit
-from aligntune.backends.fast.rollout.sampling import Sampling
+from aligntune.backends.fast.rollout.sampling import Sampling, stops_of
 from aligntune.backends.fast.rollout.trl import autocast_of, sharded_because
 
 if TYPE_CHECKING:
@@ -117,20 +117,16 @@ def sampling_of(options: Mapping[str, Any], seed: int | None) -> Sampling:
         ConfigError: a value that cannot be.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    ends = given.get("eos_token_id", ())
-    strings = given.get("stop_strings", ())
     shared: dict[str, Any] = {
         "max_new_tokens": given["max_new_tokens"], "repetition_penalty": given.get("repetition_penalty", 1.0),
-        "stop_token_ids": (ends,) if isinstance(ends, int) else tuple(ends),
-        "stop_strings": (strings,) if isinstance(strings, str) else tuple(strings),
+        **stops_of(given),
     }
     if not given.get("do_sample"):
         return Sampling(temperature=0.0, **shared)
     drawn = int(torch.randint(2**62, ())) if seed is None else seed % 2**63
     return Sampling(
-        temperature=given.get("temperature", 1.0), top_k=given.get("top_k", _TOP_K),
-        # 0 keeps the likeliest token alone, in transformers.
-        top_p=max(given.get("top_p", 1.0), 1e-6), min_p=given.get("min_p"), seed=drawn, **shared)
+        temperature=given.get("temperature", 1.0), top_k=given.get("top_k", _TOP_K), top_p=given.get("top_p", 1.0),
+        min_p=given.get("min_p"), seed=drawn, **shared)
 
 
 def of_trainer(

@@ -24,7 +24,8 @@ from aligntune.backends.fast.rollout.engine import (
     cannot_run_because,
     too_small_because,
 )
-from aligntune.backends.fast.rollout.sampling import Sampling
+from aligntune.backends.fast.rollout.sampling import Sampling, stops_of
+from aligntune.backends.trl.generation_kwargs import STOPS
 from aligntune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 256
 """Rows that run at once, where a round of generation has more."""
+_ENDED = -1
+"""No token's id: among a trainer's `eos_token_ids` it stands for every `LastToken`."""
 _DIFFERENCE = "sampling/sampling_logp_difference"
 
 
@@ -42,9 +45,13 @@ def engine_cannot_because(trainer: Trainer, *, max_len: int) -> str | None:
         return why
     if trainer.use_vllm or trainer.use_transformers_continuous_batching:
         return "TRL was told to generate with another engine"
-    if trainer.args.generation_kwargs:
-        return f"generation_kwargs {sorted(trainer.args.generation_kwargs)} are transformers' options"
-    return None
+    others = sorted(set(trainer.args.generation_kwargs or ()) - {*STOPS})
+    return f"generation_kwargs {others} are transformers' options" if others else None
+
+
+def stops_given(trainer: Trainer) -> list[str]:
+    """Which ends of completions are given that our engine alone takes."""
+    return [name for name in STOPS if (trainer.args.generation_kwargs or {}).get(name) is not None]
 
 
 def cache_cannot_because(trainer: Trainer, *, max_len: int, memory_gib: float | None) -> str | None:
@@ -61,6 +68,19 @@ def sharded_because(trainer: Trainer) -> str | None:
     """Who spreads this trainer's weights over processes, or None where each has them all."""
     kind = str(getattr(trainer.accelerator.distributed_type, "value", ""))
     return f"{kind} shards the weights" if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM") else None
+
+
+class LastToken(int):
+    """The token with which a stop string, or a stop token of `generation_kwargs`, ended a completion.
+
+    TRL takes a completion for cut off unless its last token is one of `eos_token_ids`.
+    """
+
+    __slots__ = ()
+    __hash__ = int.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return (type(other) is int and other == _ENDED) or int(self) == other
 
 
 class FastRollouts:
@@ -85,8 +105,13 @@ class FastRollouts:
         why = engine_cannot_because(self, max_len=max_len) or cache_cannot_because(
             self, max_len=max_len, memory_gib=memory_gib)
         if why is not None:
+            if stops := stops_given(self):
+                raise ConfigError(f"train.trainer_options.generation_kwargs.{stops[0]}: our engine alone ends "
+                                  f"completions so, and it cannot run here: {why}")
             raise ConfigError(f"rollout.rollout_engine = 'fast': {why}; 'hf' generates with transformers")
         self._engine_options = {"max_len": max_len, "memory_gib": memory_gib} | options
+        if stops_given(self):
+            self.eos_token_ids = [*self.eos_token_ids, _ENDED]
 
     def begins_rollout(self: Any) -> bool:
         """Whether the next micro-step generates."""
@@ -119,6 +144,9 @@ class FastRollouts:
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["rollout/seconds"].append(rollout.stats.seconds)
         metrics["rollout/tokens_per_second"].append(rollout.stats.to_dict()["tokens_per_second"])
+        for ids, why in zip(rollout.completion_ids, rollout.finish_reasons, strict=True):
+            if why == "stop" and ids[-1] not in self.eos_token_ids:
+                ids[-1] = LastToken(ids[-1])
         return self._handed(rollout)
 
     def _handed(self, rollout: Rollout) -> Any:
@@ -132,11 +160,13 @@ class FastRollouts:
         self._drawn_at = {**self._drawn_at, training: drawn}
         # A function of the step, so that a resumed run draws what it would have drawn, whether or not an evaluation
         # came with the checkpoint; no process draws another's.
+        stops = stops_of(args.generation_kwargs or {})
+        stops["stop_token_ids"] += tuple(self.eos_token_ids)
         stream = random.Random(f"{args.seed}/{training}/{drawn}/{self.accelerator.process_index}")
         return Sampling(
             max_new_tokens=self.max_completion_length, temperature=self.temperature, top_k=self.top_k or 0,
             top_p=self.top_p, min_p=self.min_p, repetition_penalty=self.repetition_penalty,
-            stop_token_ids=tuple(self.eos_token_ids), seed=stream.getrandbits(62),
+            seed=stream.getrandbits(62), **stops,
         )
 
     def _last_drawn(self: Any) -> tuple[int, int]:

@@ -252,6 +252,46 @@ def test_what_the_engine_cannot_run_is_said_when_building(tmp_path: Any) -> None
     assert told in built.attestation()["layout"] and told in built.notices
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "dapo", "rloo", "ppo"])
+def test_a_completion_that_a_stop_string_ends_is_not_cut_off(algorithm: str, tmp_path: Any) -> None:
+    """TRL masks what is cut off, and PPO takes a penalty off it; both go by `eos_token_ids`."""
+    stops = {"stop_strings": ["^"], "eos_token_id": [86, 105]}
+    masks = {} if algorithm == "ppo" else {"mask_truncated_completions": True, "beta": 0.0}
+    graded: list[list[int]] = []
+
+    def reward(completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        graded.extend(completion_ids)
+        return [float(len(text)) for text in completions]
+
+    built = built_of("fast", algorithm, tmp_path, max_completion_length=12, reward_functions=[reward],
+                     trainer_options={"generation_kwargs": stops}, **masks)
+    trainer = built.trainer
+    assert "rollouts: our engine" in built.attestation()["layout"]
+    rollout = rollout_of(trainer)
+    decode, metrics = trainer._tokenizer.decode, trainer._metrics["train"]
+    ends = ["^" in decode(ids) or ids[-1] in (2, 86, 105) for ids in graded]
+    assert {86, 105} & {ids[-1] for ids in graded} and any("^" in decode(ids) for ids in graded) and not all(ends)
+    for ids in graded:
+        assert not {2, 86, 105} & {*ids[:-1]} and "^" not in decode(ids[:-1]), "drawn on after an end"
+    lengths = [len(ids) for ids in graded]
+    if algorithm == "ppo":
+        assert metrics["val/num_eos_tokens"] == [sum(ends)]
+    else:
+        expected = [length * end for length, end in zip(lengths, ends, strict=True)]
+        assert rollout["completion_mask"].sum(1).tolist() == expected
+    terminated = [length for length, end in zip(lengths, ends, strict=True) if end]
+    assert metrics["completions/clipped_ratio"] == [1 - sum(ends) / len(ends)]
+    assert metrics["completions/mean_terminated_length"] == [pytest.approx(sum(terminated) / len(terminated))]
+
+
+def test_ends_that_our_engine_alone_takes_are_no_reason_for_another(tmp_path: Any) -> None:
+    options = {"trainer_options": {"generation_kwargs": {"stop_strings": ["^"]}}, "rollout_memory_gib": 1e-6}
+    for engine in ("auto", "fast"):
+        with pytest.raises(ConfigError, match=r"generation_kwargs\.stop_strings: our engine alone ends completions so, "
+                                              r"and it cannot run here: one row of 64"):
+            built_of("fast", "grpo", tmp_path, rollout_engine=engine, **options)
+
+
 def test_gates() -> None:
     for options in ({"importance_sampling_level": "sequence"}, {"loss_type": "luspo"}, {"loss_type": "vespo"}):
         for given in (options, {"loss_type": "grpo", "trainer_options": options}):  # two ways to the same field
