@@ -154,6 +154,7 @@ def test_memory_that_does_not_suffice_shows_before_the_first_step(
     assert all(p.grad is None for p in built.trainer.model.parameters())
 
 
+@pytest.mark.slow
 def test_what_watches_a_run_does_not_see_the_pass(passes: list[int], tmp_path: Any) -> None:
     built = trainer_of("fast", "llama", tmp_path, rows(UNEVEN), max_steps=1)
     seen = []
@@ -295,7 +296,8 @@ def test_the_pass_is_within_what_a_step_is_within(
     assert seen == ["in", _Wrapped, "backward", "out"] * 2
 
 
-@pytest.mark.parametrize("resumed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("resumed", [False, True])
 def test_no_kernel_of_the_pass_is_attested(
     resumed: bool, passes: list[int], tmp_path: Any, monkeypatch: pytest.MonkeyPatch,
 ) -> None:

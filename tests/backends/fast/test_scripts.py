@@ -396,7 +396,7 @@ def test_wrong_options_say_what_would_be_right(saved):
     model, _ = FastLanguageModel.from_pretrained(saved)
     with pytest.raises(ConfigError, match="'offlaod'"):
         FastLanguageModel.get_peft_model(model, use_gradient_checkpointing="offlaod")
-    with pytest.raises(TypeError, match="lora_alhpa"):
+    with pytest.raises(ConfigError, match="'lora_alhpa'; did you mean 'lora_alpha'"):
         FastLanguageModel.get_peft_model(model, lora_alhpa=3)
     with pytest.raises(ConfigError, match="give target_modules"):
         FastLanguageModel.get_peft_model(copy.deepcopy(torch.nn.Sequential(torch.nn.Linear(2, 2))))
