@@ -282,7 +282,7 @@ _SOURCE = "_made_of"
 
 
 def source_of(y: torch.Tensor) -> Source | None:
-    """Of what `rms_norm` made `y`; None where it did not, where nothing of it has a gradient, or y was written to."""
+    """Of what `rms_norm` made `y`; None where it did not, where no graph was built, or where y was written to."""
     version, source = getattr(y, _SOURCE, (None, None))
     return source if version == y._version else None
 
@@ -339,7 +339,8 @@ def rms_norm(
     _runtime.require_device(x, weight, residual)
     weight = weight.contiguous()
     y, rstd, *rest = _RMSNorm.apply(x, weight, residual, float(eps), convention, keep)
-    if y.requires_grad:
+    if torch.is_grad_enabled():
+        # Also where y has no gradient, as over a frozen embedding: what it goes to may train.
         h = (rest[0] if rest else x).detach()
         setattr(y, _SOURCE, (y._version, Source((h, rstd, weight.detach()), Recipe(convention, y.dtype))))
     return (y, rest[0]) if rest else y

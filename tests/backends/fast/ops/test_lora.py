@@ -176,10 +176,11 @@ def test_saves_its_input_and_three_ranks(device):
         64 * (3 * 16 + 40) + 40 * 3 * 16) * 4
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["x trains", "x frozen"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("what", ["group", "mlp"])
-def test_an_input_that_a_norm_made_is_not_kept_but_made_again(what, autocast, device):
-    """Of what the norm keeps; the same bits as with the input kept."""
+def test_an_input_that_a_norm_made_is_not_kept_but_made_again(what, autocast, frozen, device):
+    """Of what the norm keeps; the same bits as with the input kept. A frozen x is what the first layer sees."""
     rows, hidden = 64, 40
 
     def call(maker, y):
@@ -190,17 +191,20 @@ def test_an_input_that_a_norm_made_is_not_kept_but_made_again(what, autocast, de
 
     def once(kept):
         maker, weight = Maker(device), torch.full((hidden,), 1.25, device=device)
-        x = torch.randn(rows, hidden, generator=torch.Generator().manual_seed(3)).to(device).requires_grad_()
+        x = torch.randn(rows, hidden, generator=torch.Generator().manual_seed(3)).to(device).requires_grad_(not frozen)
         y, h = rms_norm(x, weight, eps=1e-5, keep=True)
+        assert y.requires_grad is not frozen
         y = y.view_as(y) if kept else y
         outs = []
         known = [y, h, weight]
         size = saved_bytes(lambda: outs.extend(call(maker, y)), not_counting=known)
-        return gradients((*(out.float() for out in outs), h), maker, x), size
+        outs = [out.float() for out in outs]
+        return gradients(outs if frozen else (*outs, h), maker, x), size
 
     (again, size), (kept, wanted) = once(False), once(True)
     assert_same(again, kept, zero=("q.weight", "k.weight"), tolerance={"rtol": 0, "atol": 0})
-    assert all(g.norm() > 0 for name, g in again.items() if name == "x" or name.endswith((".a", ".b")))
+    trained = {name for name in again if name.endswith((".a", ".b"))} | (set() if frozen else {"x"})
+    assert len(trained) > 3 and all(again[name].norm() > 0 for name in trained)
     # rstd, 4 bytes a row, which the norm keeps too, in the place of what autocast made of y.
     assert size - wanted == rows * (4 - (hidden * 2 if autocast else 0)), (size, wanted)
 

@@ -234,7 +234,7 @@ def test_what_it_was_made_of_is_told_of_no_other_tensor(device):
         y.mul_(2)
         assert source_of(y) is None, "it was written to"
         assert source_of(rms_norm(x, weight, eps=EPS)) is None
-    assert source_of(rms_norm(x.detach(), weight.detach(), eps=EPS)) is None
+    assert source_of(rms_norm(x.detach(), weight.detach(), eps=EPS)) is not None, "what it goes to may train"
     empty = source_of(rms_norm(x[:0], weight, eps=EPS))
     assert made_again(empty.recipe, *empty.tensors).shape == (0, 64)
     reached = []
