@@ -98,7 +98,7 @@ def test_a_step_from_adapters_that_were_trained_before(options: dict[str, Any], 
     """TRL copies them; the copy is the reference."""
     found = []
     for backend in ("fast", "trl"):
-        trainer = built_of(backend, "dpo", tmp_path, model_name=policy(), use_peft=False, ref_model_name=None, beta=0.3,
+        trainer = built_of(backend, "dpo", tmp_path, model_name=policy(), ref_model_name=None, beta=0.3,
                            size=0.0, **options).trainer
         assert "ref" in trainer.model.peft_config
         with torch.no_grad():
