@@ -540,7 +540,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "parity-options": ("parity-options.json", parity_options),
     **{f"rl-{name}": (f"rl/{name}.json", rl) for name in RL_APART},
     "rl-others": (" ".join(f"rl/{name}.json" for name in RL_ROWS if name not in RL_APART), rl_each),
-    "rl-grpo-1b-trl": ("rl/grpo-1b-trl.json", rl),
+    **{f"rl-{name}-trl": (f"rl/{name}-trl.json", rl) for name in ("grpo-1b", "grpo-4b")},
     "rl-summary": (" ".join(f"rl/{name}.json" for name in RL_ROWS), rl_summary),
     "learning": ("learning.json", learning),
     "learning-commands": ("learning.json", learning_commands),
