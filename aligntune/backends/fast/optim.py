@@ -1,7 +1,7 @@
 """A learning rate of their own for embed_tokens and lm_head: parameter groups behind those that transformers makes.
 
 Each run's optimizer keeps to itself, too: what bitsandbytes is told about one is not left for the next. And its step
-does not wait for the GPU after every parameter.
+does not wait for the GPU after every parameter. Torch's fused AdamW steps in one launch (`updates`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from aligntune.backends.fast.updates import step_at_once
 from aligntune.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger("aligntune")
@@ -76,6 +77,7 @@ class EmbeddingRate:
         if made_here:
             _keep_overrides_to_itself(optimizer, self.model if model is None else model)
             _do_not_wait(optimizer)
+            step_at_once(optimizer)
         if made_here and self.embedding_learning_rate is not None:
             base = self.accelerator.unwrap_model(self.model if model is None else model)
             self._first_embedding_group = len(optimizer.param_groups)

@@ -1,0 +1,137 @@
+"""What an optimizer's step launches: the norm of all gradients, clipping, and AdamW, each at once (`ops.tensor_lists`).
+
+transformers decides when, and by how much; torch's optimizer keeps its state, so checkpoints are those of either. What
+is not plain tensors of a GPU stays torch's: sharded ones, fp16's scaled gradients, other optimizers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from types import MethodType
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+
+from aligntune.backends.fast.ops.adamw import PARAM_DTYPES
+from aligntune.backends.fast.ops.tensor_lists import Tables, adamw_tensors_, clip_grads_
+
+_STATE = ("exp_avg", "exp_avg_sq", "step")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_ELSEWHERE = ("amsgrad", "maximize", "capturable", "differentiable")
+"""Options of AdamW that are torch's to compute."""
+
+
+def by_torch_because(trainer: Any) -> str | None:
+    """Why this trainer's optimizer steps are torch's, or None where they are ours. Clipping may be either way."""
+    if trainer.accelerator.scaler is not None:
+        return "fp16's gradients are scaled"
+    if trainer.accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU):
+        return "the model is sharded"
+    if trainer.optimizer is not None:
+        return None if _fused(trainer.optimizer) else f"{type(trainer.optimizer).__name__} was given"
+    name = getattr(trainer.args.optim, "value", trainer.args.optim)
+    return None if name == "adamw_torch_fused" else f"{name} is not fused AdamW"
+
+
+class UpdatesAtOnce:
+    """Mixin before a transformers Trainer: gradients are clipped at once."""
+
+    _clip_tables: Tables | None = None
+
+    def _clip_grad_norm(self: Any, model: Any) -> Any:
+        norm = self._clipped(model, self.args.max_grad_norm)
+        return super()._clip_grad_norm(model) if norm is None else norm  # type: ignore[misc]
+
+    def _get_grad_norm(self: Any, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None:
+            grad_norm = self._clipped(model, math.inf)
+        return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+
+    def _clipped(self: Any, model: Any, max_norm: float) -> torch.Tensor | None:
+        """The norm, with the gradients clipped; None where that is left to accelerate."""
+        kind = self.accelerator.distributed_type
+        if self.accelerator.scaler is not None or kind not in (DistributedType.NO, DistributedType.MULTI_GPU):
+            return None
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        if not grads or not _computed_here(grads):
+            return None
+        if self._clip_tables is None:
+            self._clip_tables = Tables()
+        return clip_grads_(grads, max_norm, tables=self._clip_tables)
+
+
+def step_at_once(optimizer: Any) -> None:
+    """Give torch's fused AdamW a step of one launch a parameter group; another optimizer stays as it is.
+
+    The first step is torch's, which makes the state, and so is one that asks for more than plain numbers.
+    """
+    if not _fused(optimizer):
+        return
+    theirs, ours = optimizer.step, torch.optim.Optimizer.profile_hook_step(_step)  # either runs the hooks of steps
+    tables: dict[int, Tables] = {}
+
+    def step(self: Any, closure: Any = None) -> Any:
+        found = None if closure is not None else _groups(self)
+        return theirs(closure) if found is None else ours(self, found, tables)
+
+    optimizer.step = MethodType(step, optimizer)
+
+
+def _fused(optimizer: Any) -> bool:
+    return type(optimizer) is torch.optim.AdamW and all(
+        group.get("fused") and not any(group.get(name) for name in _ELSEWHERE) for group in optimizer.param_groups)
+
+
+_Group = tuple[dict[str, Any], list[list[torch.Tensor]]]
+
+
+def _groups(optimizer: Any) -> list[_Group] | None:
+    """Each group with its parameters, gradients and state as columns; None where torch is to make the step."""
+    if not _fused(optimizer) or any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf")):
+        return None
+    found = []
+    for group in optimizer.param_groups:
+        if not isinstance(group["lr"], (int, float)):
+            return None
+        rows = []
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = optimizer.state.get(p)
+            if not state:
+                return None
+            rows.append([p, p.grad, *(state[name] for name in _STATE)])
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        if columns:
+            *numbers, steps = columns
+            if not _computed_here(one for column in numbers for one in column) or not all(map(_on_gpu, steps)):
+                return None
+        found.append((group, columns))
+    return found
+
+
+@torch.no_grad()
+def _step(self: Any, groups: list[_Group], tables: dict[int, Tables]) -> None:
+    for number, (group, columns) in enumerate(groups):
+        if columns:
+            beta1, beta2 = group["betas"]
+            adamw_tensors_(*columns, lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
+                           weight_decay=group["weight_decay"], tables=tables.setdefault(number, Tables()))
+
+
+def _computed_here(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether these are plain tensors of one GPU that the kernels take."""
+    device = None
+    for tensor in tensors:
+        device = tensor.device if device is None else device
+        if type(tensor) not in _PLAIN or tensor.dtype not in PARAM_DTYPES or tensor.device != device:
+            return False
+        if not _on_gpu(tensor) or not tensor.is_contiguous():
+            return False
+    return True
+
+
+def _on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
