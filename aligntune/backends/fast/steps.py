@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from aligntune.backends.fast.updates import UpdatesAtOnce
+from aligntune.backends.fast.updates import ClipsAtOnce
 
 
-class QuickSteps(UpdatesAtOnce):
+class QuickSteps(ClipsAtOnce):
     """Mixin before a transformers Trainer: a micro-step does not walk the model where nothing has changed.
 
     transformers calls `model.train()` and counts the parameters (for the flops that it notes) in every micro-step. With

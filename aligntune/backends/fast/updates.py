@@ -6,7 +6,6 @@ is not plain tensors of a GPU stays torch's: sharded ones, fp16's scaled gradien
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from types import MethodType
 from typing import Any
@@ -19,6 +18,7 @@ from aligntune.backends.fast.ops.tensor_lists import Tables, adamw_tensors_, cli
 
 _STATE = ("exp_avg", "exp_avg_sq", "step")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_UNSHARDED = (DistributedType.NO, DistributedType.MULTI_GPU)
 _ELSEWHERE = ("amsgrad", "maximize", "capturable", "differentiable")
 """Options of AdamW that are torch's to compute."""
 
@@ -27,7 +27,7 @@ def by_torch_because(trainer: Any) -> str | None:
     """Why this trainer's optimizer steps are torch's, or None where they are ours. Clipping may be either way."""
     if trainer.accelerator.scaler is not None:
         return "fp16's gradients are scaled"
-    if trainer.accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU):
+    if trainer.accelerator.distributed_type not in _UNSHARDED:
         return "the model is sharded"
     if trainer.optimizer is not None:
         return None if _fused(trainer.optimizer) else f"{type(trainer.optimizer).__name__} was given"
@@ -35,31 +35,31 @@ def by_torch_because(trainer: Any) -> str | None:
     return None if name == "adamw_torch_fused" else f"{name} is not fused AdamW"
 
 
-class UpdatesAtOnce:
-    """Mixin before a transformers Trainer: gradients are clipped at once."""
+class ClipsAtOnce:
+    """Mixin before a transformers Trainer: its accelerator clips gradients at once."""
 
-    _clip_tables: Tables | None = None
+    def create_accelerator_and_postprocess(self: Any) -> None:
+        """transformers'; it makes the accelerator, and another one for another batch size."""
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        clip_at_once(self.accelerator)
 
-    def _clip_grad_norm(self: Any, model: Any) -> Any:
-        norm = self._clipped(model, self.args.max_grad_norm)
-        return super()._clip_grad_norm(model) if norm is None else norm  # type: ignore[misc]
 
-    def _get_grad_norm(self: Any, model: Any, grad_norm: Any = None) -> Any:
-        if grad_norm is None:
-            grad_norm = self._clipped(model, math.inf)
-        return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+def clip_at_once(accelerator: Any) -> None:
+    """Have `accelerator.clip_grad_norm_` clip in three launches; what is not plain tensors of a GPU is accelerate's.
 
-    def _clipped(self: Any, model: Any, max_norm: float) -> torch.Tensor | None:
-        """The norm, with the gradients clipped; None where that is left to accelerate."""
-        kind = self.accelerator.distributed_type
-        if self.accelerator.scaler is not None or kind not in (DistributedType.NO, DistributedType.MULTI_GPU):
-            return None
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
+    The norm comes in fp32, accelerate's in the dtype of the gradients.
+    """
+    theirs, tables = accelerator.clip_grad_norm_, Tables()
+
+    def clip(self: Any, parameters: Iterable[torch.nn.Parameter], max_norm: float, norm_type: float = 2) -> Any:
+        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        plain = self.scaler is None and self.distributed_type in _UNSHARDED and norm_type == 2
+        grads = [p.grad for p in parameters if p.grad is not None] if plain else []
         if not grads or not _computed_here(grads):
-            return None
-        if self._clip_tables is None:
-            self._clip_tables = Tables()
-        return clip_grads_(grads, max_norm, tables=self._clip_tables)
+            return theirs(parameters, max_norm, norm_type=norm_type)
+        return clip_grads_(grads, max_norm, tables=tables)
+
+    accelerator.clip_grad_norm_ = MethodType(clip, accelerator)
 
 
 def step_at_once(optimizer: Any) -> None:

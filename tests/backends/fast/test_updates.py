@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,8 @@ from accelerate.utils import DistributedType
 
 from aligntune import create_sft_trainer
 from aligntune.backends.fast import updates
-from aligntune.backends.fast.updates import by_torch_because, step_at_once
+from aligntune.backends.fast.updates import by_torch_because, clip_at_once, step_at_once
+from aligntune.compare.recorder import Recorder
 from tests.backends.fast.ops.harness import launches
 from tests.core import tiny
 
@@ -100,6 +102,48 @@ def test_resumed_is_uninterrupted_and_the_checkpoint_torch_s(here: None, tmp_pat
         assert state.keys() == {"step", "exp_avg", "exp_avg_sq"} and float(state["step"]) == 4
         assert float(found["state"][number]["step"]) == 4
         torch.testing.assert_close(found["state"][number]["exp_avg"], state["exp_avg"], rtol=1e-5, atol=1e-8)
+
+
+def test_clipping_is_accelerate_s_where_it_must_be(here: None) -> None:
+    device = "cuda" if ON_CARD else "cpu"
+    parameters = [torch.nn.Parameter(torch.ones(4, device=device)), torch.nn.Parameter(torch.ones(3, 5, device=device))]
+    calls: list[Any] = []
+    accelerator = SimpleNamespace(
+        scaler=None, distributed_type=DistributedType.NO,
+        clip_grad_norm_=lambda given, most, norm_type: calls.append((list(given), most, norm_type)))
+    clip_at_once(accelerator)
+
+    def clipped(*args: Any, **options: Any) -> Any:
+        calls.clear()
+        for p in parameters:
+            p.grad = torch.full_like(p, 2.0)
+        return accelerator.clip_grad_norm_(iter(parameters), *args, **options)
+
+    assert float(clipped(1.0)) == pytest.approx((19 * 4) ** 0.5) and not calls
+    assert float(parameters[1].grad[2, 4]) == pytest.approx(2 / (19 * 4) ** 0.5)
+    assert float(clipped(float("inf"), norm_type=2)) == pytest.approx((19 * 4) ** 0.5) and not calls
+    assert parameters[1].grad[2, 4] == 2
+    for change in ({"scaler": object()}, {"distributed_type": DistributedType.FSDP}, {"norm_type": float("inf")}):
+        own = {name: change[name] for name in change if name != "norm_type"}
+        before = {name: getattr(accelerator, name) for name in own}
+        vars(accelerator).update(own)
+        assert clipped(1.0, **{name: value for name, value in change.items() if name == "norm_type"}) is None
+        assert calls == [(parameters, 1.0, change.get("norm_type", 2))] and parameters[1].grad[2, 4] == 2
+        vars(accelerator).update(before)
+    calls.clear()
+    for p in parameters:
+        p.grad = None
+    assert accelerator.clip_grad_norm_(parameters, 1.0) is None and len(calls) == 1, "without gradients, as its own"
+
+
+def test_a_comparison_still_sees_the_norm(here: None, tmp_path: Path) -> None:
+    """`aligntune compare` wraps the accelerator's clipping, of which it takes gradients and norms."""
+    made = sft(tmp_path, max_steps=1, use_peft=True, lora_r=2)
+    seen = Recorder(made.trainer, started=time.time())
+    seen.install()
+    made.train()
+    assert seen.norms and sum(norm**2 for norm in seen.norms.values()) ** 0.5 == pytest.approx(
+        made.trainer.state.log_history[0]["grad_norm"], rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- the optimizer by itself
