@@ -1,7 +1,7 @@
 """A learning rate of their own for embed_tokens and lm_head: parameter groups behind those that transformers makes.
 
 Each run's optimizer keeps to itself, too: what bitsandbytes is told about one is not left for the next. And its step
-does not wait for the GPU after every parameter. Torch's fused AdamW steps in one launch (`updates`).
+does not wait for the GPU after every parameter. Torch's AdamW steps in one launch (`updates`).
 """
 
 from __future__ import annotations

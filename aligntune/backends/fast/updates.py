@@ -7,6 +7,7 @@ is not plain tensors of a GPU stays torch's: sharded ones, fp16's scaled gradien
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
@@ -21,6 +22,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _UNSHARDED = (DistributedType.NO, DistributedType.MULTI_GPU)
 _ELSEWHERE = ("amsgrad", "maximize", "capturable", "differentiable")
 """Options of AdamW that are torch's to compute."""
+_NAMES = ("adamw_torch", "adamw_torch_fused")
 
 
 def by_torch_because(trainer: Any) -> str | None:
@@ -30,9 +32,9 @@ def by_torch_because(trainer: Any) -> str | None:
     if trainer.accelerator.distributed_type not in _UNSHARDED:
         return "the model is sharded"
     if trainer.optimizer is not None:
-        return None if _fused(trainer.optimizer) else f"{type(trainer.optimizer).__name__} was given"
+        return None if _plain_adamw(trainer.optimizer) else f"{type(trainer.optimizer).__name__} was given"
     name = getattr(trainer.args.optim, "value", trainer.args.optim)
-    return None if name == "adamw_torch_fused" else f"{name} is not fused AdamW"
+    return None if name in _NAMES else f"{name} is not torch's AdamW"
 
 
 class ClipsAtOnce:
@@ -63,25 +65,43 @@ def clip_at_once(accelerator: Any) -> None:
 
 
 def step_at_once(optimizer: Any) -> None:
-    """Give torch's fused AdamW a step of one launch a parameter group; another optimizer stays as it is.
+    """Give torch's AdamW, fused or not, a step of one launch a parameter group; another optimizer stays as it is.
 
     The first step is torch's, which makes the state, and so is one that asks for more than plain numbers.
     """
-    if not _fused(optimizer):
+    if not _plain_adamw(optimizer):
         return
     theirs, ours = optimizer.step, torch.optim.Optimizer.profile_hook_step(_step)  # either runs the hooks of steps
-    tables: dict[int, Tables] = {}
+    kept: dict[int, _Kept] = {}
 
     def step(self: Any, closure: Any = None) -> Any:
         found = None if closure is not None else _groups(self)
-        return theirs(closure) if found is None else ours(self, found, tables)
+        return theirs(closure) if found is None else ours(self, found, kept)
 
     optimizer.step = MethodType(step, optimizer)
 
 
-def _fused(optimizer: Any) -> bool:
-    return type(optimizer) is torch.optim.AdamW and all(
-        group.get("fused") and not any(group.get(name) for name in _ELSEWHERE) for group in optimizer.param_groups)
+def _plain_adamw(optimizer: Any) -> bool:
+    return type(optimizer) is torch.optim.AdamW and not any(
+        group.get(name) for group in optimizer.param_groups for name in _ELSEWHERE)
+
+
+@dataclass
+class _Kept:
+    """Of a parameter group: its table; and on the device the counts that an optimizer which is not fused has elsewhere."""
+
+    tables: Tables = field(default_factory=Tables)
+    counts: torch.Tensor | None = None
+    columns: list[torch.Tensor] = field(default_factory=list)
+
+    def counted(self, steps: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+        """The steps on the device, always in the same places."""
+        if self.counts is None or len(self.counts) != len(steps) or self.counts.device != device:
+            self.counts = torch.empty(len(steps), device=device)
+            self.columns = list(self.counts.unbind())
+        now = torch.stack(steps).float()
+        self.counts.copy_(now.pin_memory() if device.type == "cuda" else now, non_blocking=True)
+        return self.columns
 
 
 _Group = tuple[dict[str, Any], list[list[torch.Tensor]]]
@@ -89,7 +109,8 @@ _Group = tuple[dict[str, Any], list[list[torch.Tensor]]]
 
 def _groups(optimizer: Any) -> list[_Group] | None:
     """Each group with its parameters, gradients and state as columns; None where torch is to make the step."""
-    if not _fused(optimizer) or any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf")):
+    scaled = any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf"))
+    if scaled or not _plain_adamw(optimizer):
         return None
     found = []
     for group in optimizer.param_groups:
@@ -106,19 +127,25 @@ def _groups(optimizer: Any) -> list[_Group] | None:
         columns = [list(column) for column in zip(*rows, strict=True)]
         if columns:
             *numbers, steps = columns
-            if not _computed_here(one for column in numbers for one in column) or not all(map(_on_gpu, steps)):
+            if not _computed_here(one for column in numbers for one in column) or len({s.device for s in steps}) > 1:
                 return None
         found.append((group, columns))
     return found
 
 
 @torch.no_grad()
-def _step(self: Any, groups: list[_Group], tables: dict[int, Tables]) -> None:
+def _step(self: Any, groups: list[_Group], kept: dict[int, _Kept]) -> None:
     for number, (group, columns) in enumerate(groups):
-        if columns:
-            beta1, beta2 = group["betas"]
-            adamw_tensors_(*columns, lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
-                           weight_decay=group["weight_decay"], tables=tables.setdefault(number, Tables()))
+        if not columns:
+            continue
+        own = kept.setdefault(number, _Kept())
+        params, grads, exp_avgs, exp_avg_sqs, steps = columns
+        device, (beta1, beta2) = params[0].device, group["betas"]
+        there = steps if group.get("fused") else own.counted(steps, device)
+        adamw_tensors_(params, grads, exp_avgs, exp_avg_sqs, there, lr=group["lr"], beta1=beta1, beta2=beta2,
+                       eps=group["eps"], weight_decay=group["weight_decay"], tables=own.tables)
+        if there is not steps:
+            torch._foreach_add_(steps, 1)
 
 
 def _computed_here(tensors: Iterable[torch.Tensor]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import Counter
 from pathlib import Path
@@ -62,7 +63,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.mark.parametrize(("options", "launched"), [
     # The first step, which makes the state, is torch's. A group without weight decay is a launch of its own.
-    ({"use_peft": True, "lora_r": 2}, 2),
+    ({"use_peft": True, "lora_r": 2, "optimizer": "adamw"}, 2),
     pytest.param({"embedding_learning_rate": 1e-3}, 6, marks=pytest.mark.slow),
     pytest.param({"max_grad_norm": 0.0}, 4, marks=pytest.mark.slow),
     pytest.param({"gradient_accumulation_steps": 2, "max_grad_norm": 1e4}, 4, marks=pytest.mark.slow),
@@ -185,8 +186,9 @@ def steps_of(ours: torch.optim.AdamW) -> int:
     return launches(ours.step).get("tensors_adamw_kernel", 0)
 
 
-def test_groups_and_a_parameter_that_now_and_then_has_no_gradient(here: None) -> None:
-    ours, theirs = optimizers()
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "not fused"])
+def test_groups_and_a_parameter_that_now_and_then_has_no_gradient(fused: bool, here: None) -> None:
+    ours, theirs = optimizers(fused=fused)
     for number, without in enumerate((None, 1, None, 2, 0)):
         gradients(ours, theirs, without=without)
         theirs.step()
@@ -194,6 +196,13 @@ def test_groups_and_a_parameter_that_now_and_then_has_no_gradient(here: None) ->
         assert steps_of(ours) == (0 if number == 0 else 1 if without == 2 else 2)
         same(ours, theirs)
     assert {float(state["step"]) for state in ours.state.values()} == {4.0}
+    assert all(state["step"].is_cuda is (fused and ON_CARD) for state in ours.state.values())
+    # From a checkpoint, and with another number of gradients than before.
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    gradients(ours, theirs, without=1)
+    theirs.step()
+    assert steps_of(ours) == 2
+    same(ours, theirs)
 
 
 def test_hooks_of_steps_run_once_and_a_schedule_sees_them(here: None, recwarn: pytest.WarningsRecorder) -> None:
@@ -239,8 +248,8 @@ def test_what_asks_for_more_is_torch_s(here: None) -> None:
 
 
 @pytest.mark.parametrize("make", [
-    lambda p: torch.optim.AdamW(p), lambda p: torch.optim.AdamW(p, fused=True, amsgrad=True),
-    lambda p: torch.optim.AdamW(p, fused=True, maximize=True), lambda p: torch.optim.Adam(p, fused=True),
+    lambda p: torch.optim.AdamW(p, fused=True, amsgrad=True), lambda p: torch.optim.AdamW(p, maximize=True),
+    lambda p: torch.optim.Adam(p, fused=True),
     lambda p: torch.optim.SGD(p, fused=True), lambda p: type("Own", (torch.optim.AdamW,), {})(p, fused=True),
 ])  # fmt: skip
 def test_other_optimizers_stay_as_they_are(make: Any) -> None:
@@ -257,7 +266,8 @@ def test_why_steps_are_torch_s() -> None:
             optimizer=changed.get("optimizer"), args=SimpleNamespace(optim=changed.get("optim", "adamw_torch_fused"))))
 
     assert because() is None is because(kind=DistributedType.MULTI_GPU)
-    assert because(optim="adamw_8bit") == "adamw_8bit is not fused AdamW"
+    assert because(optim="adamw_torch") is None
+    assert because(optim="adamw_8bit") == "adamw_8bit is not torch's AdamW"
     assert because(scaler=object()) == "fp16's gradients are scaled"
     assert because(kind=DistributedType.FSDP) == "the model is sharded" == because(kind=DistributedType.DEEPSPEED)
     assert because(optimizer=optimizers()[0], optim="adamw_8bit") is None
@@ -267,13 +277,15 @@ def test_why_steps_are_torch_s() -> None:
 @pytest.mark.gpu
 def test_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a run makes its steps there, full training in bf16 and adapters; and what the attestation says of it."""
-    for options in ({"precision": "bf16", "use_peft": True, "lora_r": 8}, {"model_dtype": "bf16"}):
+    adapters = {"precision": "bf16", "use_peft": True, "lora_r": 8, "optimizer": "adamw"}
+    for options in (adapters, {"model_dtype": "bf16"}):
         made = sft(tmp_path / next(iter(options)), **options)
         assert "optimizer: AdamW in one launch" in made.attestation()["layout"]
         calls = counting(monkeypatch)
         made.train()
         assert calls["clip_grads_"] == 3 and calls["adamw_tensors_"] in (2, 4)
         monkeypatch.undo()
-    made = sft(tmp_path / "other", optimizer="adamw")
-    assert "optimizer: torch's launches, adamw_torch is not fused AdamW" in made.attestation()["layout"]
-    test_groups_and_a_parameter_that_now_and_then_has_no_gradient(None)
+    made = sft(tmp_path / "other", optimizer="sgd")
+    assert "optimizer: torch's launches, sgd is not torch's AdamW" in made.attestation()["layout"]
+    for fused in (True, False):
+        test_groups_and_a_parameter_that_now_and_then_has_no_gradient(fused, None)
