@@ -88,7 +88,7 @@ def _plain_adamw(optimizer: Any) -> bool:
 
 @dataclass
 class _Kept:
-    """Of a parameter group: its table; and on the device the counts that an optimizer which is not fused has elsewhere."""
+    """Of a parameter group: its table, and on the device the counts of an optimizer that has them on the CPU."""
 
     tables: Tables = field(default_factory=Tables)
     counts: torch.Tensor | None = None
