@@ -15,7 +15,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from aligntune.backends.fast.updates import step_at_once
+from aligntune.backends.fast.updates import UpdatesAtOnce
 from aligntune.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger("aligntune")
@@ -36,7 +36,7 @@ def embedding_weights(model: Any) -> list[nn.Parameter]:
     return list(found.values())
 
 
-class EmbeddingRate:
+class EmbeddingRate(UpdatesAtOnce):
     """Mixin of trainers: after `train_embeddings_at(rate)` the embeddings train at that peak rate.
 
     The groups that transformers makes stay the first ones, so `learning_rate` in the logs is the others' rate; each of
@@ -77,7 +77,6 @@ class EmbeddingRate:
         if made_here:
             _keep_overrides_to_itself(optimizer, self.model if model is None else model)
             _do_not_wait(optimizer)
-            step_at_once(optimizer)
         if made_here and self.embedding_learning_rate is not None:
             base = self.accelerator.unwrap_model(self.model if model is None else model)
             self._first_embedding_group = len(optimizer.param_groups)

@@ -8,10 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from aligntune.backends.fast.updates import ClipsAtOnce
 
-
-class QuickSteps(ClipsAtOnce):
+class QuickSteps:
     """Mixin before a transformers Trainer: a micro-step does not walk the model where nothing has changed.
 
     transformers calls `model.train()` and counts the parameters (for the flops that it notes) in every micro-step. With

@@ -23,27 +23,34 @@ _UNSHARDED = (DistributedType.NO, DistributedType.MULTI_GPU)
 _ELSEWHERE = ("amsgrad", "maximize", "capturable", "differentiable")
 """Options of AdamW that are torch's to compute."""
 _NAMES = ("adamw_torch", "adamw_torch_fused")
+_ON_THE_CPU = (torch.float32, torch.device("cpu"))
 
 
 def by_torch_because(trainer: Any) -> str | None:
-    """Why this trainer's optimizer steps are torch's, or None where they are ours. Clipping may be either way."""
+    """Why the steps of the optimizer that this trainer makes are torch's, or None where they are ours."""
     if trainer.accelerator.scaler is not None:
         return "fp16's gradients are scaled"
     if trainer.accelerator.distributed_type not in _UNSHARDED:
         return "the model is sharded"
-    if trainer.optimizer is not None:
-        return None if _plain_adamw(trainer.optimizer) else f"{type(trainer.optimizer).__name__} was given"
     name = getattr(trainer.args.optim, "value", trainer.args.optim)
     return None if name in _NAMES else f"{name} is not torch's AdamW"
 
 
-class ClipsAtOnce:
-    """Mixin before a transformers Trainer: its accelerator clips gradients at once."""
+class UpdatesAtOnce:
+    """Mixin before a transformers Trainer: gradients are clipped at once, and so steps the AdamW that it makes."""
 
     def create_accelerator_and_postprocess(self: Any) -> None:
         """transformers'; it makes the accelerator, and another one for another batch size."""
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         clip_at_once(self.accelerator)
+
+    def create_optimizer(self: Any, model: Any = None) -> Any:
+        """transformers'."""
+        made_here = self.optimizer is None
+        optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        if made_here and by_torch_because(self) is None:
+            step_at_once(optimizer)
+        return optimizer
 
 
 def clip_at_once(accelerator: Any) -> None:
@@ -71,14 +78,15 @@ def step_at_once(optimizer: Any) -> None:
     """
     if not _plain_adamw(optimizer):
         return
-    theirs, ours = optimizer.step, torch.optim.Optimizer.profile_hook_step(_step)  # either runs the hooks of steps
+    theirs = type(optimizer).step  # as torch wraps it for the hooks of steps, which read and write gradients
+    theirs = theirs.__wrapped__ if getattr(theirs, "hooked", False) else theirs
     kept: dict[int, _Kept] = {}
 
     def step(self: Any, closure: Any = None) -> Any:
         found = None if closure is not None else _groups(self)
-        return theirs(closure) if found is None else ours(self, found, kept)
+        return theirs(self, closure) if found is None else _step(found, kept)
 
-    optimizer.step = MethodType(step, optimizer)
+    optimizer.step = MethodType(torch.optim.Optimizer.profile_hook_step(step), optimizer)
 
 
 def _plain_adamw(optimizer: Any) -> bool:
@@ -95,11 +103,11 @@ class _Kept:
     columns: list[torch.Tensor] = field(default_factory=list)
 
     def counted(self, steps: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-        """The steps on the device, always in the same places."""
+        """The steps, which are on the CPU, on the device, always in the same places."""
         if self.counts is None or len(self.counts) != len(steps) or self.counts.device != device:
-            self.counts = torch.empty(len(steps), device=device)
+            self.counts = torch.empty(len(steps), dtype=torch.float32, device=device)
             self.columns = list(self.counts.unbind())
-        now = torch.stack(steps).float()
+        now = torch.stack(steps)
         self.counts.copy_(now.pin_memory() if device.type == "cuda" else now, non_blocking=True)
         return self.columns
 
@@ -114,7 +122,9 @@ def _groups(optimizer: Any) -> list[_Group] | None:
         return None
     found = []
     for group in optimizer.param_groups:
-        if not isinstance(group["lr"], (int, float)):
+        if not all(isinstance(group[name], (int, float)) for name in ("lr", "eps", "weight_decay")):
+            return None
+        if not all(isinstance(beta, (int, float)) for beta in group["betas"]):
             return None
         rows = []
         for p in group["params"]:
@@ -127,37 +137,36 @@ def _groups(optimizer: Any) -> list[_Group] | None:
         columns = [list(column) for column in zip(*rows, strict=True)]
         if columns:
             *numbers, steps = columns
-            if not _computed_here(one for column in numbers for one in column) or len({s.device for s in steps}) > 1:
+            if not _computed_here([one for column in numbers for one in column]):
+                return None
+            counted = {(step.dtype, step.device) for step in steps}
+            if len(counted) > 1 or counted.pop() not in ((torch.float32, rows[0][0].device), _ON_THE_CPU):
                 return None
         found.append((group, columns))
     return found
 
 
 @torch.no_grad()
-def _step(self: Any, groups: list[_Group], kept: dict[int, _Kept]) -> None:
+def _step(groups: list[_Group], kept: dict[int, _Kept]) -> None:
     for number, (group, columns) in enumerate(groups):
         if not columns:
             continue
         own = kept.setdefault(number, _Kept())
         params, grads, exp_avgs, exp_avg_sqs, steps = columns
         device, (beta1, beta2) = params[0].device, group["betas"]
-        there = steps if group.get("fused") else own.counted(steps, device)
+        there = steps if steps[0].device == device else own.counted(steps, device)
         adamw_tensors_(params, grads, exp_avgs, exp_avg_sqs, there, lr=group["lr"], beta1=beta1, beta2=beta2,
                        eps=group["eps"], weight_decay=group["weight_decay"], tables=own.tables)
         if there is not steps:
             torch._foreach_add_(steps, 1)
 
 
-def _computed_here(tensors: Iterable[torch.Tensor]) -> bool:
+def _computed_here(tensors: list[torch.Tensor]) -> bool:
     """Whether these are plain tensors of one GPU that the kernels take."""
-    device = None
-    for tensor in tensors:
-        device = tensor.device if device is None else device
-        if type(tensor) not in _PLAIN or tensor.dtype not in PARAM_DTYPES or tensor.device != device:
-            return False
-        if not _on_gpu(tensor) or not tensor.is_contiguous():
-            return False
-    return True
+    kinds = {(type(tensor), tensor.dtype, tensor.device) for tensor in tensors}
+    plain = all(kind in _PLAIN and dtype in PARAM_DTYPES for kind, dtype, _ in kinds)
+    here = len({device for *_, device in kinds}) == 1 and _on_gpu(tensors[0])
+    return plain and here and all(tensor.is_contiguous() for tensor in tensors)
 
 
 def _on_gpu(tensor: torch.Tensor) -> bool:

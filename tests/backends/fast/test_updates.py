@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import time
+import weakref
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +14,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from transformers import Trainer
 
 from aligntune import create_sft_trainer
 from aligntune.backends.fast import updates
-from aligntune.backends.fast.updates import by_torch_because, clip_at_once, step_at_once
+from aligntune.backends.fast.steps import QuickSteps
+from aligntune.backends.fast.trainers import FAST_TRAINERS
+from aligntune.backends.fast.updates import UpdatesAtOnce, by_torch_because, clip_at_once, step_at_once
 from aligntune.compare.recorder import Recorder
 from tests.backends.fast.ops.harness import launches
 from tests.core import tiny
@@ -157,7 +162,8 @@ def optimizers(**options: Any) -> tuple[torch.optim.AdamW, torch.optim.AdamW]:
     for _ in range(2):
         torch.manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in ((4, 8), (5,), (3, 3))]
-        groups = [{"params": params[:2]}, {"params": params[2:], "lr": 1e-3, "weight_decay": 0.0}]
+        groups = [{"params": params[:2], "eps": 1e-3},
+                  {"params": params[2:], "lr": 1e-3, "weight_decay": 0.0, "betas": (0.7, 0.8)}]
         found.append(torch.optim.AdamW(groups, **{"lr": 1e-2, "weight_decay": 0.1, "fused": True, **options}))
     step_at_once(found[0])
     return found[0], found[1]
@@ -197,6 +203,10 @@ def test_groups_and_a_parameter_that_now_and_then_has_no_gradient(fused: bool, h
         same(ours, theirs)
     assert {float(state["step"]) for state in ours.state.values()} == {4.0}
     assert all(state["step"].is_cuda is (fused and ON_CARD) for state in ours.state.values())
+    # Where several processes resume, what they load goes to the GPU, counts too.
+    for one in (ours, theirs):
+        for p, state in one.state.items():
+            state["step"] = state["step"].to(p.device)
     # From a checkpoint, and with another number of gradients than before.
     ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
     gradients(ours, theirs, without=1)
@@ -208,12 +218,18 @@ def test_groups_and_a_parameter_that_now_and_then_has_no_gradient(fused: bool, h
 def test_hooks_of_steps_run_once_and_a_schedule_sees_them(here: None, recwarn: pytest.WarningsRecorder) -> None:
     ours, _ = optimizers()
     seen: list[str] = []
-    ours.register_step_pre_hook(lambda *_: seen.append("before"))
+
+    def before(optimizer: Any, given: Any, named: Any) -> None:
+        seen.append("before")
+        assert optimizer is ours and given == (ours,) and not named
+        ours.param_groups[1]["params"][0].grad = None  # which the step then goes by
+
+    ours.register_step_pre_hook(before)
     ours.register_step_post_hook(lambda *_: seen.append("after"))
     schedule = torch.optim.lr_scheduler.LambdaLR(ours, lambda step: 0.5**step)
     for number in range(3):
         gradients(ours)
-        assert (steps_of(ours) > 0) is (number > 0)
+        assert steps_of(ours) == (number > 0)
         schedule.step()
     assert seen == ["before", "after"] * 3 and ours.param_groups[0]["lr"] == 1e-2 * 0.5**3
     assert not [warning for warning in recwarn if "lr_scheduler.step()" in str(warning.message)]
@@ -232,6 +248,16 @@ def test_what_asks_for_more_is_torch_s(here: None) -> None:
     del ours.found_inf, ours.grad_scale
     gradients(ours)
     assert steps_of(ours) == 2
+    for name in ("lr", "eps"):
+        kept = ours.param_groups[0][name]
+        ours.param_groups[0][name] = torch.tensor(kept, device=ours.param_groups[0]["params"][0].device)
+        gradients(ours)
+        assert steps_of(ours) == 0
+        ours.param_groups[0][name] = kept
+    ours.param_groups[1]["maximize"] = True
+    gradients(ours)
+    assert steps_of(ours) == 0
+    ours.param_groups[1]["maximize"] = False
     closures: list[int] = []
     gradients(ours)
     assert launches(lambda: ours.step(lambda: closures.append(1))).get("tensors_adamw_kernel", 0) == 0
@@ -259,19 +285,36 @@ def test_other_optimizers_stay_as_they_are(make: Any) -> None:
 
 
 def test_why_steps_are_torch_s() -> None:
-    def because(**changed: Any) -> str | None:
-        kind = changed.get("kind", DistributedType.NO)
+    def because(*, scaler: Any = None, kind: Any = DistributedType.NO, optim: str = "adamw_torch_fused") -> str | None:
         return by_torch_because(SimpleNamespace(
-            accelerator=SimpleNamespace(scaler=changed.get("scaler"), distributed_type=kind),
-            optimizer=changed.get("optimizer"), args=SimpleNamespace(optim=changed.get("optim", "adamw_torch_fused"))))
+            accelerator=SimpleNamespace(scaler=scaler, distributed_type=kind), args=SimpleNamespace(optim=optim)))
 
     assert because() is None is because(kind=DistributedType.MULTI_GPU)
     assert because(optim="adamw_torch") is None
     assert because(optim="adamw_8bit") == "adamw_8bit is not torch's AdamW"
     assert because(scaler=object()) == "fp16's gradients are scaled"
     assert because(kind=DistributedType.FSDP) == "the model is sharded" == because(kind=DistributedType.DEEPSPEED)
-    assert because(optimizer=optimizers()[0], optim="adamw_8bit") is None
-    assert because(optimizer=torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])) == "SGD was given"
+
+
+def test_every_trainer_s_clipping_and_steps_are_before_transformers() -> None:
+    for name, kind in FAST_TRAINERS.items():
+        order = kind.__mro__
+        for ours in (UpdatesAtOnce, QuickSteps) if name != "gspo" else ():
+            assert order.index(ours) < order.index(Trainer), (name, ours)
+
+
+def test_an_optimizer_goes_with_its_last_name(here: None) -> None:
+    ours, _ = optimizers()
+    gradients(ours)
+    ours.step()
+    torch.optim.lr_scheduler.LambdaLR(ours, lambda step: 1.0)  # as every run has one
+    moment = weakref.ref(ours.state[ours.param_groups[0]["params"][0]]["exp_avg"])
+    gc.disable()
+    try:
+        del ours
+        assert moment() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.gpu

@@ -225,12 +225,14 @@ def clip_grads_(grads: Column, max_norm: float, *, tables: Tables | None = None)
 
     Args:
         grads: contiguous tensors of any shapes, fp32, bf16 or fp16 (they may differ), on one device.
-        max_norm: infinity: none is scaled.
-        tables: keeps what says where they lie, for the next call.
+        max_norm: infinity: none is scaled, if the norm is finite.
+        tables: keeps what says where they lie, for the next call, which has to give contiguous tensors of these shapes
+            wherever it gives the same places.
 
     Returns:
         The norm before, an fp32 scalar on the device; nothing waits for it. Where it is not finite the gradients become
-        NaN, as torch.nn.utils.clip_grad_norm_ (whose norm is in the gradients' dtype) leaves them.
+        what torch.nn.utils.clip_grad_norm_ (whose norm is in the gradients' dtype) makes of them: NaN, or 0 for finite
+        ones beside an infinite one under a finite `max_norm`.
 
     Raises ConfigError for tensors that do not fit, BackendUnavailableError off the GPU.
     """
@@ -238,8 +240,8 @@ def clip_grads_(grads: Column, max_norm: float, *, tables: Tables | None = None)
     _one_device(grads)
     parts = [tables.of(("clip", dtype), {"gradients": own}) for dtype, own in _by_dtype(grads)]
     device = grads[0].device if grads else torch.device("cpu")
-    norm, coefficient = torch.zeros(2, device=device)
-    partials = torch.empty(sum(table.counts[1] for table, _ in parts), device=device)
+    norm, coefficient = torch.zeros(2, dtype=torch.float32, device=device)
+    partials = torch.empty(sum(table.counts[1] for table, _ in parts), dtype=torch.float32, device=device)
     if not partials.numel():
         return norm
     with on_device(partials):
@@ -254,15 +256,14 @@ def clip_grads_(grads: Column, max_norm: float, *, tables: Tables | None = None)
             done += programs
         tensors_clip_kernel[(1,)](partials, norm, coefficient, done, float(max_norm), BLOCK=LAUNCH.reduce_block,
                                   num_warps=LAUNCH.norm_warps)  # fmt: skip
-        for table, bases in parts if max_norm != math.inf else ():
+        for table, bases in parts:
             tensors, programs = table.counts
             if programs:
                 tensors_scale_kernel[(programs,)](
                     *bases, table.table, table.programs, coefficient, tensors, programs,
                     SPAN=SPAN, BLOCK=LAUNCH.norm_block, ALIGNED=table.aligned, num_warps=LAUNCH.norm_warps,
                 )  # fmt: skip
-    if max_norm != math.inf:
-        torch.autograd.graph.increment_version(grads)
+    torch.autograd.graph.increment_version(grads)
     return norm
 
 
@@ -272,7 +273,7 @@ def clip_grads_reference_(grads: Column, max_norm: float, *, tables: Tables | No
     _check({"gradients": grads}, {})
     norm = torch.stack([grad.float().norm() for grad in grads]).norm() if grads else torch.zeros(())
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for grad in grads if max_norm != math.inf else ():
+    for grad in grads:
         grad.copy_(grad.float() * coefficient)
     return norm
 
@@ -301,7 +302,7 @@ def adamw_tensors_(
         grads, exp_avgs, exp_avg_sqs: of the same shapes; dtypes may differ from tensor to tensor. All arithmetic is
             fp32, and what is stored is rounded once. `grads` are read.
         steps: fp32 scalars on the device, the updates that each parameter has had; they are advanced.
-        tables: keeps what says where they lie, for the next call.
+        tables: as for `clip_grads_`.
 
     Raises ConfigError for tensors that do not fit, BackendUnavailableError off the GPU.
     """

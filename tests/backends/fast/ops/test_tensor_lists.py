@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
-from aligntune.backends.fast.ops import _runtime
+from aligntune.backends.fast.ops import _runtime, tensor_lists
 from aligntune.backends.fast.ops.tensor_lists import (
     LAUNCH,
     SPAN,
+    Launch,
     Tables,
     adamw_tensors_,
     adamw_tensors_reference_,
@@ -85,22 +86,26 @@ def test_clipping_is_torch_s(fn, max_norm, device):
 @CLIPS
 def test_clipping_by_hand(fn, device):
     grads = [torch.tensor([3.0], device=device), torch.tensor([[-4.0, 0.0]], device=device)]
+    small = [grad * 1e-4 for grad in grads]  # beside what torch adds to a norm
+    assert float(fn(small, 1e-4)) == pytest.approx(5e-4, rel=1e-6)
+    torch.testing.assert_close(small[0].cpu(), torch.tensor([3e-4 / (5 + 1e-2)]), rtol=1e-6, atol=0)
     assert float(fn(grads, 0.5)) == 5.0
     torch.testing.assert_close(grads[0].cpu(), torch.tensor([0.3]), rtol=1e-6, atol=0)
     torch.testing.assert_close(grads[1].cpu(), torch.tensor([[-0.4, 0.0]]), rtol=1e-6, atol=0)
 
 
 @CLIPS
+@pytest.mark.parametrize("max_norm", [1.0, math.inf])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_norm_that_is_no_number_leaves_none(fn, bad, device):
+def test_a_norm_that_is_no_number_leaves_none(fn, bad, max_norm, device):
     """As torch does: a loss that is lost shows, and is not clipped to something that looks like a step."""
     grads = drawn([(5, 8), (9,)], device)
     grads[1][4] = bad
     theirs = [torch.nn.Parameter(torch.zeros_like(grad)) for grad in grads]
     for p, grad in zip(theirs, grads, strict=True):
         p.grad = grad.clone()
-    torch.nn.utils.clip_grad_norm_(theirs, 1.0)
-    assert not torch.isfinite(fn(grads, 1.0))
+    torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+    assert not torch.isfinite(fn(grads, max_norm))
     for grad, p in zip(grads, theirs, strict=True):
         torch.testing.assert_close(grad, p.grad, equal_nan=True, rtol=0, atol=0)
     assert grads[1][4].isnan()
@@ -147,7 +152,8 @@ def test_however_many_tensors_it_is_one_launch(device):
     params = drawn([(4, 8)] * 70, device)
     found = launches(lambda: adamw_tensors_(params, drawn([(4, 8)] * 70, device), *state_of(params), lr=1e-2))
     assert found == {"tensors_adamw_kernel": 1}
-    assert launches(lambda: clip_grads_(params, math.inf)) == {"tensors_norm_kernel": 1, "tensors_clip_kernel": 1}
+    names = ("tensors_norm_kernel", "tensors_clip_kernel", "tensors_scale_kernel")
+    assert launches(lambda: clip_grads_(params, 1.0)) == dict.fromkeys(names, 1)
 
 
 def test_a_table_is_made_anew_where_tensors_lie_elsewhere(device):
@@ -171,12 +177,36 @@ def _norm(tensors):
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
 
 
+def _aligned(*columns):
+    return Tables().of(("parts",), {str(number): column for number, column in enumerate(columns)})[0].aligned
+
+
+def test_sums_of_more_programs_than_are_read_at_a_time(device, monkeypatch):
+    monkeypatch.setattr(tensor_lists, "LAUNCH", Launch(reduce_block=4))
+    grads = drawn([(3, 5)] * 11, device)
+    assert float(clip_grads_(grads, math.inf)) == pytest.approx(_norm(grads), rel=1e-6)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_whatever_torch_s_default_dtype_is(default, device):
+    grads, before = drawn([(40, 50)], device), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        norm = clip_grads_(grads, 1.0)
+    finally:
+        torch.set_default_dtype(before)
+    assert norm.dtype == torch.float32 and _norm(grads) == pytest.approx(1, rel=1e-5)
+
+
 def test_views_of_one_buffer(device):
     """As a flat buffer's parts lie: not at multiples of 16 bytes, and in any order."""
     flat = drawn([(1000,)], device)[0]
     parts = [flat[501:900], flat[3:500], flat[900:903]]
     copies = [part.clone() for part in parts]
-    assert not Tables().of(("parts",), {"parts": parts})[0].aligned
+    assert not _aligned(parts)
+    wide = flat[: 8 * 24].split(8 * 8)
+    assert _aligned(wide) and not _aligned([wide[0], wide[1][:-1]]) and not _aligned([wide[0], flat[69:85]])
+    assert not _aligned(wide, [flat[501 : 501 + 64], *wide[:2]]), "each column counts"
     grads = drawn([(399,), (497,), (3,)], device, seed=2)
     adamw_tensors_(parts, grads, *state_of(parts), lr=1e-2)
     adamw_tensors_reference_(copies, grads, *state_of(copies), lr=1e-2)
