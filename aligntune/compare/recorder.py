@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import time
 import zlib
 from collections import Counter
@@ -26,6 +27,9 @@ from aligntune.compare.peers import plain
 
 SAMPLE = 1 << 18
 """Gradients of more elements are compared on a fixed sample of this many; their norms are of all elements."""
+
+GAPS = 10
+"""Times without a kernel that a trace names, the longest ones."""
 
 READ_EVERY = 8
 """Steps on a card between two waits for it; on a CPU there is nothing to wait for, and each step is read as it ends."""
@@ -368,17 +372,21 @@ class _Step:
 
 
 def busy(spans: list[tuple[str, float, float]]) -> dict[str, Any]:
-    """Seconds between the first and last of `spans` (name, start, end in microseconds) with and without one, and the
-    longest-running names; what overlaps counts once in `busy` and whole in `kernels`."""
+    """Seconds between the first and last of `spans` (name, start, end in microseconds) with and without one, the
+    longest times without, and the longest-running names; what overlaps counts once in `busy`, whole in `kernels`."""
     kernels: Counter[str] = Counter()
-    working = idle = 0.0
-    until: float | None = None
+    gaps: list[tuple[float, str, str]] = []
+    working = 0.0
+    until, last = -math.inf, ""
     for name, start, end in sorted(spans, key=lambda span: span[1:]):
         kernels[name[:120]] += end - start  # type: ignore[assignment]
-        idle += max(0.0, start - until) if until is not None else 0.0
-        working += max(0.0, end - max(start, until if until is not None else start))
-        until = end if until is None else max(until, end)
-    return {"busy": working / 1e6, "idle": idle / 1e6,
+        if math.isfinite(until) and start > until:
+            gaps.append((start - until, last[:120], name[:120]))
+        working += max(0.0, end - max(start, until))
+        until, last = max((until, last), (end, name), key=lambda one: one[0])
+    return {"busy": working / 1e6, "idle": sum(gap for gap, *_ in gaps) / 1e6,
+            "gaps": [{"seconds": gap / 1e6, "after": after, "before": before}
+                     for gap, after, before in sorted(gaps, key=lambda one: -one[0])[:GAPS]],
             "kernels": {name: total / 1e6 for name, total in kernels.most_common(40)}}
 
 

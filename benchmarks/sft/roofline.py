@@ -36,7 +36,7 @@ PARTS: dict[str, str] = {
     "loss": r"logits_loss|scale_in_place",
     "NF4": r"nf4_dequant",
     "quantising": r"quantize_rows",
-    "optimizer": r"kOptimizer|FusedOptimizer|multi_tensor_apply|lpnorm",
+    "optimizer": r"kOptimizer|FusedOptimizer|multi_tensor_apply|lpnorm|tensors_(norm|clip|scale|adamw)_kernel",
     "products": r"nvjet|gemm|cublas|cutlass|splitK",
 }
 """The part of a step that a kernel's name says it is; the first that matches."""

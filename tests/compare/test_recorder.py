@@ -80,7 +80,13 @@ def test_busy_and_idle_time_of_a_trace() -> None:
     assert found["busy"] == pytest.approx(41e-6) and found["idle"] == pytest.approx(20e-6)
     assert found["kernels"] == pytest.approx({"a": 25e-6, "b": 21e-6, "c": 5e-6})
     assert list(found["kernels"]) == ["a", "b", "c"]
-    assert recorder.busy([]) == {"busy": 0.0, "idle": 0.0, "kernels": {}}
+    assert [(gap["after"], gap["before"]) for gap in found["gaps"]] == [("a", "b"), ("b", "b")]
+    assert [gap["seconds"] for gap in found["gaps"]] == pytest.approx([10e-6, 10e-6])
+    spans = [("a", 0.0, 9.0), ("b", 1.0, 2.0), ("c", 10.0, 11.0)]
+    assert recorder.busy(spans)["gaps"] == [{"seconds": pytest.approx(1e-6), "after": "a", "before": "c"}]
+    many = recorder.busy([("a", 3.0 * i * i, 3.0 * i * i + 1) for i in range(30)])["gaps"]
+    assert len(many) == recorder.GAPS and many[0]["seconds"] == pytest.approx((3 * 57 - 1) * 1e-6)
+    assert recorder.busy([]) == {"busy": 0.0, "idle": 0.0, "gaps": [], "kernels": {}}
 
 
 def test_gradients_are_those_before_clipping(tmp_path: Path) -> None:

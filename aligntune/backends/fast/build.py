@@ -29,6 +29,7 @@ from aligntune.backends.fast.rollout.trl import (
 from aligntune.backends.fast.scripts import attach_trainer, detach_trainer
 from aligntune.backends.fast.token_gradients import TokenGradients
 from aligntune.backends.fast.trainers import FAST_TRAINERS, FastSFT, padded_because
+from aligntune.backends.fast.updates import by_torch_because
 from aligntune.backends.trl.build import build as build_trl
 from aligntune.errors import AlignTuneError, ConfigError
 
@@ -92,6 +93,7 @@ def _with_kernels(job: Job, prepared: Prepared, built: Built, *, offloads: bool)
         layout += "; loss: gradients in the forward where its logits do not fit"
     if isinstance(built.trainer, FastRollouts):
         layout += f"; rollouts: {_rollouts(job, built)}"
+    layout += _updates(built.trainer)
     generator = None
     if built.trainer.model.can_generate():
         options = vars(job.options)
@@ -102,6 +104,14 @@ def _with_kernels(job: Job, prepared: Prepared, built: Built, *, offloads: bool)
             built.notices.append(f"generate: {what}")
     witness = Witness(built.trainer, attachment, layout, beside)
     return Built(built.trainer, attestation=witness.report, notices=built.notices, generator=generator)
+
+
+def _updates(trainer: Trainer) -> str:
+    """Who makes the optimizer's steps of a model on a GPU."""
+    if not next(trainer.model.parameters()).is_cuda:
+        return ""
+    why = by_torch_because(trainer)
+    return "; optimizer: " + ("AdamW in one launch" if why is None else f"torch's launches, {why}")
 
 
 def recompute_layers(

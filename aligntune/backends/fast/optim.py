@@ -1,7 +1,7 @@
 """A learning rate of their own for embed_tokens and lm_head: parameter groups behind those that transformers makes.
 
 Each run's optimizer keeps to itself, too: what bitsandbytes is told about one is not left for the next. And its step
-does not wait for the GPU after every parameter.
+does not wait for the GPU after every parameter. Torch's AdamW steps in one launch (`updates`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from aligntune.backends.fast.updates import UpdatesAtOnce
 from aligntune.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger("aligntune")
@@ -35,7 +36,7 @@ def embedding_weights(model: Any) -> list[nn.Parameter]:
     return list(found.values())
 
 
-class EmbeddingRate:
+class EmbeddingRate(UpdatesAtOnce):
     """Mixin of trainers: after `train_embeddings_at(rate)` the embeddings train at that peak rate.
 
     The groups that transformers makes stay the first ones, so `learning_rate` in the logs is the others' rate; each of

@@ -18,6 +18,7 @@ from aligntune.backends.fast.online import FlatLogProbs
 from aligntune.backends.fast.optim import EmbeddingRate
 from aligntune.backends.fast.packing import attention_padded_because
 from aligntune.backends.fast.rollout.trl import ScoredRollouts
+from aligntune.backends.fast.steps import QuickSteps
 from aligntune.backends.fast.token_gradients import TokenGradients, TokenRule
 from aligntune.backends.trl.ppo import PPOTrainer
 from aligntune.backends.trl.ppo_critic import OwnCritic, backbone_of, last_hidden_states
@@ -82,7 +83,8 @@ class PPOTokenGradients(TokenGradients):
         return TokenRule(loss_of, given, entropy=bool(bonus))
 
 
-class FastPPO(EmbeddingRate, ScoredRollouts, PPOTokenGradients, FlatValues, PPOTrainer, FlatLogProbs, GRPOTrainer):
+class FastPPO(EmbeddingRate, ScoredRollouts, PPOTokenGradients, FlatValues, PPOTrainer, FlatLogProbs, QuickSteps,
+              GRPOTrainer):
     """Our PPOTrainer; completions come from our engine, log-probs and values from rows end to end."""
 
     def begins_rollout(self) -> bool:

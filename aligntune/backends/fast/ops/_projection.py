@@ -21,19 +21,24 @@ import torch
 from aligntune.backends.fast.ops._runtime import cdiv
 
 MEMORY_BUDGET = 1 << 30
+_FEWEST_ROWS = 1024
 _HALF = (torch.bfloat16, torch.float16)
 # The output tile of the large GEMMs on Hopper.
 _TILE_ROWS, _TILE_COLS = 128, 256
 
 
-def plan_rows(n_rows: int, hidden: int, row_bytes: int, budget: int, sms: int) -> int:
-    """Rows a chunk: what leaves the fewest partial waves of dX tiles, then the fewest chunks, within `budget` bytes.
+def plan_rows(n_rows: int, hidden: int, row_bytes: int, budget: int, sms: int, trained: bool) -> int:
+    """Rows a chunk: what leaves the fewest partial waves of dX tiles within `budget` bytes.
 
-    2816 rows of H = 2048 are 176 tiles: two waves of 132 SMs, the second a third full; 4096 rows are 256 tiles, two
-    waves all but full. Never fewer than 256 rows, whatever the budget: the products would be bound by reading W.
+    Of these the fewest rows, for memory's sake; where the weight is `trained` the most, as each chunk reads and writes
+    the sum of its gradients.
+
+    2816 rows of H = 2048 are 176 tiles: two waves of 132 SMs, the second a third full; 2048 rows are 128 tiles, a wave
+    all but full. Never fewer than 256 rows, whatever the budget: the products would be bound by reading W. Below
+    `_FEWEST_ROWS` of a frozen weight they come near it.
     """
     most = max(256, budget // max(row_bytes, 1))
-    if n_rows <= min(most, 4096):
+    if n_rows <= min(most, 4096 if trained else _FEWEST_ROWS):
         return max(n_rows, 1)
 
     def waves(rows: int) -> int:
@@ -42,8 +47,11 @@ def plan_rows(n_rows: int, hidden: int, row_bytes: int, budget: int, sms: int) -
         return full * cdiv(tiles[0], sms) + cdiv(tiles[1], sms)
 
     candidates = range(256, min(most, 4096) + 1, 256)
-    large = [rows for rows in candidates if 2 * rows > candidates[-1]]
-    return min(large, key=lambda rows: (waves(rows), -rows))
+    if trained:
+        large = [rows for rows in candidates if 2 * rows > candidates[-1]]
+        return min(large, key=lambda rows: (waves(rows), -rows))
+    enough = [rows for rows in candidates if rows >= min(_FEWEST_ROWS, candidates[-1])]
+    return min(n_rows, min(enough, key=lambda rows: (waves(rows), rows)))
 
 
 def add_product(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 
 from aligntune.backends.fast.ops._philox import random_u16
@@ -76,6 +77,30 @@ def adamw_norm_kernel(grad_ptr, partial_ptr, numel, BLOCK: tl.constexpr):
     tl.store(partial_ptr + program, tl.sum(total))
 
 
+@triton.jit
+def adamw_update(
+    param, grad, exp_avg, exp_avg_sq, lr, decay, inverse_correction1, root_correction2, one_minus_beta1, beta2,
+    one_minus_beta2, eps,
+):  # fmt: skip
+    """(parameter, exp_avg, exp_avg_sq) after the step, in fp32."""
+    param *= 1.0 - lr * decay
+    exp_avg += one_minus_beta1 * (grad - exp_avg)
+    exp_avg_sq = exp_avg_sq * beta2 + one_minus_beta2 * grad * grad
+    denominator = tl.div_rn(tl.sqrt_rn(exp_avg_sq), root_correction2) + eps
+    param -= lr * inverse_correction1 * tl.div_rn(exp_avg, denominator)
+    return param, exp_avg, exp_avg_sq
+
+
+@triton.jit
+def adamw_corrections(step, log_beta1, log_beta2):
+    """1 / (1 - beta1^t) and sqrt(1 - beta2^t) in fp32, for t >= 1."""
+    # 1 - beta^t cancels in fp32: at beta2 = 0.999 and t = 1 it would be wrong by 3e-5.
+    exponent = step.to(tl.float64)
+    correction1 = 1.0 - tl.exp(exponent * log_beta1)
+    correction2 = 1.0 - tl.exp(exponent * log_beta2)
+    return (1.0 / correction1).to(tl.float32), tl.sqrt(correction2).to(tl.float32)
+
+
 @kernel
 def adamw_prepare_kernel(
     partial_ptr, norm_ptr, skipped_ptr, step_ptr, scalars_ptr, num_partials, max_norm, log_beta1, log_beta2,
@@ -92,13 +117,10 @@ def adamw_prepare_kernel(
     if CLIP:
         coefficient = tl.minimum(max_norm / (norm + 1e-6), 1.0)
     step = tl.load(step_ptr) + finite.to(tl.int64)
-    # 1 - beta^t cancels in fp32: at beta2 = 0.999 and t = 1 it would be wrong by 3e-5.
-    exponent = tl.maximum(step, 1).to(tl.float64)
-    correction1 = 1.0 - tl.exp(exponent * log_beta1)
-    correction2 = 1.0 - tl.exp(exponent * log_beta2)
+    inverse_correction1, root_correction2 = adamw_corrections(tl.maximum(step, 1), log_beta1, log_beta2)
     tl.store(scalars_ptr, coefficient)
-    tl.store(scalars_ptr + 1, (1.0 / correction1).to(tl.float32))
-    tl.store(scalars_ptr + 2, tl.sqrt(correction2).to(tl.float32))
+    tl.store(scalars_ptr + 1, inverse_correction1)
+    tl.store(scalars_ptr + 2, root_correction2)
     tl.store(step_ptr, step)
     tl.store(skipped_ptr, 1 - finite.to(tl.int32))
 
@@ -129,11 +151,10 @@ def adamw_step_kernel(
     grad = tl.load(grad_ptr + index, mask=mask, other=0.0).to(tl.float32) * coefficient
     exp_avg = tl.load(exp_avg_ptr + index, mask=mask, other=0.0).to(tl.float32)
     exp_avg_sq = tl.load(exp_avg_sq_ptr + index, mask=mask, other=0.0).to(tl.float32)
-    param *= 1.0 - lr * decay
-    exp_avg += one_minus_beta1 * (grad - exp_avg)
-    exp_avg_sq = exp_avg_sq * beta2 + one_minus_beta2 * grad * grad
-    denominator = tl.div_rn(tl.sqrt_rn(exp_avg_sq), root_correction2) + eps
-    param -= lr * inverse_correction1 * tl.div_rn(exp_avg, denominator)
+    param, exp_avg, exp_avg_sq = adamw_update(
+        param, grad, exp_avg, exp_avg_sq, lr, decay, inverse_correction1, root_correction2, one_minus_beta1, beta2,
+        one_minus_beta2, eps,
+    )  # fmt: skip
     tl.store(exp_avg_ptr + index, exp_avg.to(exp_avg_ptr.dtype.element_ty), mask=mask)
     tl.store(exp_avg_sq_ptr + index, exp_avg_sq.to(exp_avg_sq_ptr.dtype.element_ty), mask=mask)
     if STOCHASTIC:

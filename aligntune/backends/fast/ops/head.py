@@ -122,7 +122,7 @@ class _Job:
         grad_weight = WeightGradient(weight, weight.dtype) if needs[1] else None
         grad_bias = torch.zeros(weight.shape[0], device=weight.device) if needs[2] else None
         row_bytes = logits_row_bytes(weight.shape[0], self.precision)
-        step = plan_rows(rows.count, weight.shape[1], row_bytes, self.budget, num_sms(hidden))
+        step = plan_rows(rows.count, weight.shape[1], row_bytes, self.budget, num_sms(hidden), needs[1])
         buffer = projection.buffer(rows.count if whole else min(step, rows.count)) if logits is None else logits
         for start in range(0, rows.count, buffer.shape[0] or 1):
             stop = min(start + buffer.shape[0], rows.count)

@@ -148,27 +148,31 @@ def test_a_weight_of_another_type(device):
 
 
 @pytest.mark.parametrize(
-    ("rows", "hidden", "vocab", "expected"),
+    ("rows", "hidden", "vocab", "trained", "frozen"),
     [
-        (100, 4096, 151_936, 100),  # fewer than a chunk
-        (8192, 4096, 151_936, 3072),  # 3072, 3072, 2048: 8 waves, where 2816 rows a chunk would take 9
-        (8192, 2048, 128_256, 4096),
-        (8192, 4096, 262_144, 2048),
-        (16_384, 2560, 151_936, 3328),
+        (100, 4096, 151_936, 100, 100),  # fewer than a chunk
+        (1500, 2048, 128_256, 1500, 1500),  # of 2 chunks the products' waves would be as many as of one of 2048 rows
+        (8192, 4096, 151_936, 3072, 1024),  # 3072, 3072, 2048: 8 waves, where 2816 rows a chunk would take 9
+        (8192, 2048, 128_256, 4096, 2048),
+        (8192, 4096, 262_144, 2048, 1024),
+        (16_384, 2560, 151_936, 3328, 3328),
+        (10_240, 2560, 151_936, 3328, 1536),
     ],
 )
-def test_the_plan(rows, hidden, vocab, expected):
+def test_the_plan(rows, hidden, vocab, trained, frozen):
     row_bytes = _projection.logits_row_bytes(vocab, _projection.Precision(torch.bfloat16, torch.bfloat16))
-    plan = _projection.plan_rows(rows, hidden, row_bytes, _projection.MEMORY_BUDGET, 132)
-    assert plan == expected
-    assert plan * row_bytes <= _projection.MEMORY_BUDGET
+    for needed, expected in ((True, trained), (False, frozen)):
+        plan = _projection.plan_rows(rows, hidden, row_bytes, _projection.MEMORY_BUDGET, 132, needed)
+        assert plan == expected
+        assert plan * row_bytes <= _projection.MEMORY_BUDGET
 
 
 def test_the_plan_keeps_to_the_budget():
     for budget in (1, 1 << 20, 1 << 26, 1 << 28, 1 << 31):
         for rows in (1, 255, 257, 5000, 100_000):
-            plan = _projection.plan_rows(rows, 1024, 300_000, budget, 132)
-            assert 1 <= plan <= min(rows, 4096) and (plan * 300_000 <= budget or plan <= 256)
+            for trained in (True, False):
+                plan = _projection.plan_rows(rows, 1024, 300_000, budget, 132, trained)
+                assert 1 <= plan <= min(rows, 4096) and (plan * 300_000 <= budget or plan <= 256)
 
 
 class _LargestRows(TorchDispatchMode):
