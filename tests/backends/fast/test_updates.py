@@ -42,7 +42,10 @@ def sft(path: Path, **options: Any) -> Any:
         "seed": 3, "precision": "fp32", "optimizer": "adamw_fused", "weight_decay": 0.1, "max_grad_norm": 0.05,
         "lr_scheduler": "linear",
     }  # fmt: skip
-    return create_sft_trainer(tiny.llama(num_hidden_layers=1), ROWS, **(settings | options))
+    model = tiny.llama(num_hidden_layers=1)
+    if options.get("model_dtype") == "bf16":
+        model = model.bfloat16()
+    return create_sft_trainer(model, ROWS, **(settings | options))
 
 
 def run(path: Path, **options: Any) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
@@ -321,8 +324,8 @@ def test_an_optimizer_goes_with_its_last_name(here: None) -> None:
 def test_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a run makes its steps there, full training in bf16 and adapters; and what the attestation says of it."""
     adapters = {"precision": "bf16", "use_peft": True, "lora_r": 8, "optimizer": "adamw"}
-    for options in (adapters, {"model_dtype": "bf16"}):
-        made = sft(tmp_path / next(iter(options)), **options)
+    for options in (adapters, {"precision": "bf16", "model_dtype": "bf16"}):
+        made = sft(tmp_path / ("adapters" if "use_peft" in options else "full"), **options)
         assert "optimizer: AdamW in one launch" in made.attestation()["layout"]
         calls = counting(monkeypatch)
         made.train()

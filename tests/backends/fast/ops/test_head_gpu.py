@@ -133,7 +133,7 @@ def test_a_step_can_be_captured(kind, device):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("trained", "gib"), [(False, 1.2), (True, 3.5)])
+@pytest.mark.parametrize(("trained", "gib"), [(False, 0.5), (True, 3.5)])
 def test_peak_memory(kind, trained, gib, device):
     """8192 tokens of H = 4096 and V = 151,936, whose bf16 logits are 2.3 GiB and whose bf16 weight is 1.2."""
     torch.cuda.empty_cache()
@@ -161,4 +161,4 @@ def test_peak_memory(kind, trained, gib, device):
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / GIB
     assert x.grad.any()
-    assert 0.5 < peak <= gib, f"{peak:.2f} GiB above inputs and weight"
+    assert 0.25 < peak <= gib, f"{peak:.2f} GiB above inputs and weight"
