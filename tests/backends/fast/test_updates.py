@@ -185,7 +185,10 @@ def same(ours: torch.optim.AdamW, theirs: torch.optim.AdamW) -> None:
     assert found["param_groups"] == wanted["param_groups"] and found["state"].keys() == wanted["state"].keys()
     for number, state in wanted["state"].items():
         for name, value in state.items():
-            torch.testing.assert_close(found["state"][number][name], value, rtol=2e-6, atol=1e-8)
+            # torch's fused step on a GPU takes 1 - beta2 from the rounded beta2, which for 0.999 is 1.3e-5 less.
+            rtol = 1.5e-5 if name == "exp_avg_sq" and theirs.defaults["fused"] and ON_CARD else 2e-6
+            atol = 1e-7 if name == "exp_avg" else 1e-9
+            torch.testing.assert_close(found["state"][number][name], value, rtol=rtol, atol=atol)
     for group, other in zip(ours.param_groups, theirs.param_groups, strict=True):
         for p, q in zip(group["params"], other["params"], strict=True):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
