@@ -54,7 +54,7 @@ def build(job: Job, prepared: Prepared) -> Built:
             `base_precision="fp8"` cannot be had.
     """
     offloads = _made_to_offload(job)  # which TRL's build takes off, as it does all that is ours
-    built = build_trl(job, prepared, trainers=FAST_TRAINERS, data_parallel=False)  # replicas would run ours on one GPU
+    built = build_trl(job, prepared, trainers=FAST_TRAINERS)
     try:
         return _with_kernels(job, prepared, built, offloads=offloads)
     except AlignTuneError:

@@ -26,17 +26,16 @@ if TYPE_CHECKING:
     from aligntune.core.resolve import Job
 
 
-def build(
-    job: Job, prepared: Prepared, *, trainers: Mapping[str, type] = TRAINERS, data_parallel: bool = True
-) -> Built:
+def build(job: Job, prepared: Prepared, *, trainers: Mapping[str, type] = TRAINERS) -> Built:
     """A TRL trainer for the job; TRL's own code trains, saves and evaluates.
+
+    A process that sees several GPUs trains on one of them: most of TRL's trainers refuse nn.DataParallel's replicas,
+    and the others break in them.
 
     Args:
         job: what is asked for.
         prepared: the tokenizer and the rows.
         trainers: the trainer class of each algorithm.
-        data_parallel: with several GPUs in one process train as transformers does, on nn.DataParallel's replicas; False
-            trains on one of them.
 
     Raises:
         ConfigError, DataError: what the job asks for and TRL would do otherwise, in silence, or not at all.
@@ -54,7 +53,7 @@ def build(
         job.notices.append("the adapter 'ref', the reference of an earlier trainer, is removed from the model")
     rewards = _rewards(job, precision, prepared.tokenizer) if job.spec.online else []
     args = trl_config(job, precision, eval_rows=len(prepared.eval) if prepared.eval is not None else 0)
-    if not data_parallel and args.n_gpu > 1:
+    if args.n_gpu > 1:
         job.notices.append(f"{args.n_gpu} GPUs: this process trains on {args.device} alone; `aligntune launch RECIPE`, "
                            "torchrun and accelerate launch start one process a GPU")
         args._n_gpu = 1  # which batch sizes are multiplied by, and which asks for replicas
@@ -78,7 +77,7 @@ def build(
         if job.spec.name == "ppo":
             kwargs["value_model"] = value_model(job, model, precision, peft_config, rewards)
         if args.beta and peft_config is None and not hasattr(model, "peft_config"):
-            reference = reference_from_memory(model)
+            reference = reference_from_memory(model, args)
     try:
         with reference:
             trainer = trainers[job.spec.name](**kwargs)

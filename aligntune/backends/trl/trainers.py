@@ -6,6 +6,7 @@ Losses, generation, optimisation are TRL's own.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -79,14 +80,20 @@ TRAINERS = {"sft": SFT, "reward": Reward, "dpo": DPO, "ipo": DPO, "kto": KTO, "o
             "ppo": PPOTrainer}
 
 
+def _not_of_the_reference(record: logging.LogRecord) -> bool:
+    """Not TRL's word that `model_init_kwargs` are ignored: the reference is loaded with them."""
+    return "You passed `model_init_kwargs`" not in record.getMessage()
+
+
 @contextlib.contextmanager
-def reference_from_memory(model: Any) -> Iterator[None]:
+def reference_from_memory(model: Any, args: Any) -> Iterator[None]:
     """While open, TRL's "load the reference by name" loads the weights that `model` holds in memory.
 
     GRPO and RLOO take no `ref_model`: they read `config._name_or_path` again, which for a model that was changed in
-    memory is another model, and for one built in memory is nothing.
+    memory is another model, and for one built in memory is nothing; and they would spread it over all GPUs that the
+    process sees. Here it comes to the GPU of `args`, the trainer's arguments.
     """
-    name = model.config._name_or_path
+    name, given = model.config._name_or_path, args.model_init_kwargs
 
     def write() -> str:
         folder = tempfile.mkdtemp(prefix="aligntune-reference-")
@@ -101,9 +108,16 @@ def reference_from_memory(model: Any) -> Iterator[None]:
                                       "set TMPDIR to a folder that all machines share")
     try:
         model.config._name_or_path = str(folder)
-        yield
+        if args.device.type == "cuda":
+            args.model_init_kwargs = {**(given or {}), "device_map": {"": args.device}}
+        with contextlib.ExitStack() as quiet:
+            for trainer in (GRPOTrainer, RLOOTrainer):
+                told = logging.getLogger(trainer.__module__)
+                told.addFilter(_not_of_the_reference)
+                quiet.callback(told.removeFilter, _not_of_the_reference)
+            yield
     finally:
-        model.config._name_or_path = name
+        model.config._name_or_path, args.model_init_kwargs = name, given
         PartialState().wait_for_everyone()  # to have read it
         if os.environ.get("RANK", "0") == "0":
             shutil.rmtree(folder, ignore_errors=True)

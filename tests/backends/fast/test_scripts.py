@@ -217,7 +217,8 @@ def test_weights_that_are_gathered_for_calls_alone_are_refused():
     assert attach_trainer(trainer).attached
 
 
-def test_one_process_on_a_machine_with_several_gpus_trains_on_one(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("backend", ["trl", "fast"])
+def test_one_process_on_a_machine_with_several_gpus_trains_on_one(backend, tmp_path, monkeypatch, capsys):
     from aligntune import create_sft_trainer
     from aligntune.backends.trl import build
 
@@ -229,7 +230,7 @@ def test_one_process_on_a_machine_with_several_gpus_trains_on_one(tmp_path, monk
     trl_config = build.trl_config
     monkeypatch.setattr(build, "trl_config", two_gpus)
     options = {"batch_size": 3, "max_steps": 1, "max_samples": 6, "use_peft": True, "output_dir": tmp_path / "run"}
-    made = create_sft_trainer("builtin:tiny", "builtin:arithmetic", backend="fast", **options)
+    made = create_sft_trainer("builtin:tiny", "builtin:arithmetic", backend=backend, **options)
     assert made.trainer.args.n_gpu == 1 and made.trainer.args.train_batch_size == 3
     made.train()  # notices are said when it begins
     assert "2 GPUs: this process trains on cpu alone; `aligntune launch RECIPE`" in capsys.readouterr().err

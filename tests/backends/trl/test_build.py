@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 from trl import DPOTrainer, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer import grpo_trainer, rloo_trainer
 
 from aligntune import create_rl_trainer, create_sft_trainer
 from aligntune.algorithms import ALGORITHMS as TABLE
@@ -23,7 +25,7 @@ from aligntune.backends.base import Prepared, require
 from aligntune.backends.trl.build import build
 from aligntune.backends.trl.offline import Quiet
 from aligntune.backends.trl.support import BACKEND
-from aligntune.backends.trl.trainers import TRAINERS
+from aligntune.backends.trl.trainers import TRAINERS, reference_from_memory
 from aligntune.core.resolve import Job, resolve
 from aligntune.core.rules import DIVERGENCES, VLLM_CHOICES
 from aligntune.errors import BackendUnavailableError, ConfigError, DataError, UnsupportedAlgorithmError
@@ -217,6 +219,26 @@ def test_the_grpo_reference_comes_from_memory_and_kl_grows(tmp_path: Any) -> Non
     kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
     assert kl[0] == pytest.approx(0.0, abs=1e-6)
     assert kl[-1] > 1e-5
+
+
+@pytest.mark.parametrize("module", [grpo_trainer, rloo_trainer], ids=["grpo", "rloo"])
+def test_the_reference_comes_to_the_gpu_of_the_policy(module: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Not to wherever among several GPUs it fits; and TRL does not say that this is ignored."""
+    told = logging.getLogger(module.__name__)
+    warning = "You passed `model_init_kwargs` to the `%s`, but your model is already instantiated."
+    assert warning[:30] in inspect.getsource(module)
+    args = SimpleNamespace(device=torch.device("cuda", 1), model_init_kwargs=None)
+    with pytest.raises(KeyError), reference_from_memory(tiny.llama(), args):
+        assert args.model_init_kwargs == {"device_map": {"": torch.device("cuda", 1)}}
+        told.warning(warning, "Config")
+        told.warning("another")
+        raise KeyError
+    assert args.model_init_kwargs is None and [record.getMessage() for record in caplog.records] == ["another"]
+    told.warning(warning, "Config")
+    assert len(caplog.records) == 2
+    args.device = torch.device("cpu")
+    with reference_from_memory(tiny.llama(), args):
+        assert args.model_init_kwargs is None
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "dpo", "grpo"])

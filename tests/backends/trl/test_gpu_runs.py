@@ -109,3 +109,17 @@ def test_it_trains_evaluates_and_generates(
     if mode == "lora":
         resumed = make(backend, algorithm, mode, plain, tmp_path / "run", resume=True, max_steps=3)
         assert resumed.train().global_step == 3
+
+
+@pytest.mark.skipif("__import__('torch').cuda.device_count() < 2", reason="needs two GPUs")
+@pytest.mark.parametrize("algorithm", ["sft", "simpo", "dpo", "grpo", "rloo", "ppo"])
+@pytest.mark.parametrize("backend", ["trl", "fast"])
+def test_one_process_that_sees_two_gpus_trains_on_the_first(
+    backend: str, algorithm: str, plain: str, tmp_path: Path  # noqa: F811
+) -> None:
+    kl = {"beta": 0.1} if algorithm in ("dpo", "grpo", "rloo") else {}
+    trainer = make(backend, algorithm, "full", plain, tmp_path / "run", **kl)
+    assert trainer.train().global_step == 2
+    models = [trainer.model, getattr(trainer.trainer, "ref_model", None)]
+    assert (models[1] is not None) == (algorithm not in ("sft", "simpo"))
+    assert {p.device.index for model in models if model is not None for p in model.parameters()} == {0}

@@ -102,7 +102,7 @@ def trainer_for(run: str, tmp_path: Any) -> PPOTrainer:
         learning_rate=oracle.LEARNING_RATE, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0,
         logging_steps=1, disable_tqdm=True, **{**S, **oracle.RUNS[run]},
     )
-    with reference_from_memory(parts["policy"]):
+    with reference_from_memory(parts["policy"], args):
         trainer = PPOTrainer(
             parts["policy"], lambda prompts, **columns: [by_place[int(prompt)] for prompt in prompts], args,
             value_model=parts["value"], processing_class=tiny.tokenizer(template=None),
