@@ -143,6 +143,7 @@ class Plan:
 
     `bf16_seeds`: of SFT's yardstick in bf16. One seed of 100 steps is 0.2 to 2.6 times as far from fp32 on fast as on
     trl: three decide nothing.
+    `option_seeds`: of a method's options; of their gradients, where a batch has two passes, twice as many.
     """
 
     source: str
@@ -150,6 +151,7 @@ class Plan:
     seeds: int = 1
     learn_seeds: int = 1
     bf16_seeds: int = 1
+    option_seeds: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -159,7 +161,7 @@ class Plan:
     def jobs(self, part: str) -> list[Job]:
         """A job an arm, but of runs on the same rollouts, and of those whose gradients are held against each other.
 
-        An arm's are in the order of seeds. Of a method's options one seed decides, of gradients 32 batches.
+        An arm's are in the order of seeds.
         """
         seeds = range(1, self.seeds + 1)
         if part not in SFT:
@@ -171,8 +173,9 @@ class Plan:
             together: list[tuple[str, ...]] = [held] if online else [(name,) for name in held]
             asked = [(arms, min(50, self.steps), False, 1) for arms in together]
             asked.append((STILL if online else STILL[1:], min(STILL_STEPS, self.steps), True, PASSES if online else 1))
+            seeds = range(1, PASSES * self.option_seeds + 1) if few else seeds
             return [Job(part, arms, seed, steps, self.source, rows, options, still) for seed in seeds
-                    for arms, steps, still, most in asked if seed <= most or not few]
+                    for arms, steps, still, most in asked if seed <= most * self.option_seeds or not few]
         wanted = {(name, seed): self.yard_steps for name in HELD for seed in seeds}
         wanted |= {(name, seed): self.yard_steps for name in STILL[1:] for seed in range(1, self.bf16_seeds + 1)}
         if part == "sft":

@@ -313,13 +313,14 @@ def parity_options(report: Report) -> str:
     rows = []
     for name, entries in of_part.items():
         if any("failed" in entry for entry in entries) or not entries:
-            cells = [f"failed: {entries[0]['failed']}" if entries else "not measured yet", *["-"] * 3]
+            cells = [f"failed: {entries[0]['failed']}" if entries else "not measured yet", *["-"] * 4]
         else:
             cells = [_furthest([entry for entry in entries if what in f"{entry['part']}: {entry['what']}"])
                      for what in columns]
+            cells.insert(0, str(entries[0]["seeds"]))
         worst = ("**no**", "**no**, not settled", "yes, not settled", "yes")
         rows.append([name, told(OPTIONS[name][1]), *cells, min(map(held, entries), key=worst.index, default="-")])
-    return markdown(["run", "options", *columns.values(), "holds"], rows) + "\n" + source(report)
+    return markdown(["run", "options", "seeds", *columns.values(), "holds"], rows) + "\n" + source(report)
 
 
 def _furthest(entries: list[dict[str, Any]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -211,6 +211,36 @@ def test_of_a_method_s_options_few_runs_decide(part, arms, seeds):
     assert fails(fast=1e-5)[0] == f"fp32{told}: max |loss difference|"
     assert fails(0.026) == [f"bf16{told}: gradient of b, mean of batches"]
     assert fails(**{"trl-eager": 3e-4, "fast": 3e-4}) == ["two trl runs in fp32: rms of loss - fp32 loss"]
+    more = replace(plan, option_seeds=4).jobs(part)
+    assert sorted({job.seed for job in more if not job.still}) == [1, 2, 3, 4]
+    assert [job.seed for job in more if job.still] == [*range(1, 4 * len(seeds) + 1)]
+
+
+@pytest.mark.parametrize("asked", [["--again", "4"], ["--again", "1"]], ids=" ".join)
+def test_where_one_seed_of_options_keeps_no_bound_several_decide(asked, monkeypatch, tmp_path, capsys):
+    """Of three runs one is off, one at the first seed, whose two trl runs are near one another, and one not."""
+    begun: list[tuple[str, int]] = []
+
+    def done(job: parity.Job) -> Any:
+        begun.append((job.part, job.seed))
+        off = {"dpo-js": {"fast": 1e-5}, "kto-weights": {"trl-eager": 2e-7} if job.seed == 1 else {}}
+        sizes = losses(QUIET | off.get(job.part, {}))
+        return apart(0.02) if job.still else [ran(sizes(name, job.seed)[0, :job.steps]) for name in job.arms]
+
+    monkeypatch.setattr(parity, "done", done)
+    monkeypatch.setattr(parity, "write_model", str)
+    path = tmp_path / "found.json"
+    parts = "dpo-hinge,dpo-js,kto-weights"
+    parity.main(["--parts", parts, "--json", str(path), "--device", "cpu", "--commit", "c" * 40, *asked])
+    report, several = json.loads(path.read_text()), int(asked[1])
+    seeds = {row["part"].partition(",")[0]: row["seeds"] for row in report["rows"] if "max |loss" in row["what"]}
+    assert seeds == {"dpo-hinge": 1, "dpo-js": several, "kto-weights": several}
+    assert {part for part, seed in begun if seed > 1} == ({"dpo-js", "kto-weights"} if several > 1 else set())
+    kept = {row["part"].partition(",")[0] for row in report["rows"]} - {
+        row["part"].partition(",")[0] for row in report["rows"] if not row["holds"]}
+    assert kept == ({"dpo-hinge", "kto-weights"} if several > 1 else {"dpo-hinge"})
+    assert len(report["rows"]) == 4 * 3 and set(report["layouts"]) == set(seeds)
+    assert ("again, over 4 seeds: dpo-js, kto-weights" in capsys.readouterr().out) is (several > 1)
 
 
 def test_options_are_asked_for_by_name(monkeypatch):
@@ -439,12 +469,12 @@ def test_the_table_of_options_has_a_row_each():
         {"part": "dpo-js", "failed": "MemoryError: no room", "holds": False}]}  # fmt: skip
     found = {line.split(" | ")[0].removeprefix("| "): line for line in tables.parity_options(report).splitlines()[2:-2]}
     assert [*found] == [*parity.OPTIONS]
-    assert found["grpo-bnpo"].endswith("gradient_accumulation_steps 2 | 1.00 | 0.25 | 1.00 [0.90, 1.10] | 0.01 | yes |")
+    assert found["grpo-bnpo"].endswith("_steps 2 | 1 | 1.00 | 0.25 | 1.00 [0.90, 1.10] | 0.01 | yes |")
     assert "| 2.50 | 0.25 |" in found["grpo-cispo"] and found["grpo-cispo"].endswith("| **no** |")
     assert found["grpo-sapo"].endswith("| yes, not settled |")
     assert "| ld_alpha 0.4 |" in found["dpo-ld"] and found["dpo-ld"].endswith("| 0.20 | **no** |")
-    assert found["dpo-js"].endswith("| failed: MemoryError: no room | - | - | - | **no** |")
-    assert found["dpo-hinge"] == "| dpo-hinge | loss_type hinge | not measured yet | - | - | - | - |"
+    assert found["dpo-js"].endswith("| failed: MemoryError: no room | - | - | - | - | **no** |")
+    assert found["dpo-hinge"] == "| dpo-hinge | loss_type hinge | not measured yet | - | - | - | - | - |"
 
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="not measured yet")

@@ -92,7 +92,7 @@ def test_results_name_card_commit_command_and_versions(name):
                 assert "NVIDIA H100" in report["arms"]["a"]["gpus"][0]["name"] and report["arms"]["a"]["git"]["commit"]
                 assert report["command"] and report["protocol"]["repeats"] >= 2 and report["valid"]
                 continue
-            where = "CPU" if name.startswith("recipe-") else "H100"
+            where = {"parity-options": "NVIDIA H"}.get(name, "CPU" if name.startswith("recipe-") else "H100")
             assert where in report["device"] and len(report["commit"].rstrip("+")) == 40 and report["command"]
             assert report["rows"]
 
