@@ -291,7 +291,7 @@ def test_compiles_for_sm90(case):
 
 @pytest.mark.parametrize("case", [*NARROW, CLIP], ids=lambda case: case.kernel.partition(":")[2])
 def test_what_is_not_wide_compiles_for_sm90(case):
-    assert_fits(case)
+    assert_fits(case, spills=2)  # by Triton 3.9
 
 
 @pytest.mark.gpu
