@@ -419,10 +419,14 @@ def judged_all(
     return checks, failed, more
 
 
+def as_row(check: Check) -> dict[str, Any]:
+    return {**asdict(check), "holds": check.holds}
+
+
 def unsettled(checks: Sequence[Check]) -> list[str]:
     """The parts with a bound that does not hold, or that the seeds do not settle."""
     return [*dict.fromkeys(check.part.partition(",")[0] for check in checks
-                           if held(asdict(check) | {"holds": check.holds}) != "yes")]
+                           if held(as_row(check)) != "yes")]
 
 
 def no_nf4_because(device: str) -> str | None:
@@ -447,7 +451,7 @@ def report(
         "command": command, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "commit": at or commit(),
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
-        "rows": [{**asdict(check), "holds": check.holds} for check in checks]
+        "rows": [as_row(check) for check in checks]
         + [{"part": part, "failed": why, "holds": False} for part, why in failed.items()], **more,
     }  # fmt: skip
 
@@ -509,7 +513,7 @@ def main(argv: list[str] | None = None) -> int:
         shutil.rmtree(folder)
     for check in checks:
         own = "-" if check.own is None else f"{check.own:.2e}"
-        print(f"{held(asdict(check) | {'holds': check.holds})}: {check.part}: {check.what} {check.value:.2e}, "
+        print(f"{held(as_row(check))}: {check.part}: {check.what} {check.value:.2e}, "
               f"own {own}, bound {check.bound:.2e}; {check.steps} steps, {check.seeds} seeds")
     for part, why in failed.items():
         print(f"{part}: failed: {why}")
