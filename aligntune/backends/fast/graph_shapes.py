@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from aligntune.backends.fast.packing import IGNORED, quarter_of
+from aligntune.backends.fast.packing import IGNORED, LONG, quarter_of
 from aligntune.backends.fast.shared_prompts import KEYS, NOWHERE
 
 MOST_FILLING = 0.5
 """The most that a batch is filled up with, as a share of its tokens."""
-ROOMS = ((4096, 2), (16_384, 4))
+ROOMS = ((LONG // 2, 2), (LONG, 4))
 """Up to so many tokens a shape gets room: so many lengths an octave. Longer steps keep the GPU busy for longer than
 launching them takes: their filling would cost more than it saves."""
 

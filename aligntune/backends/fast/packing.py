@@ -22,15 +22,18 @@ IGNORED = -100
 _ROWS_STEP = 8
 _LEAST_LONGEST = 1024
 _SMALLEST = 64
+LONG = 8192
+"""Flat lengths beyond this are filled up as little as kernels like."""
 
 
 def bucket(tokens: int) -> int:
-    """The flat length that `tokens` are filled up to: at most 1/8 more, beyond `_SMALLEST`.
+    """The flat length that `tokens` are filled up to: at most 1/8 more, beyond `_SMALLEST`; beyond `LONG` 1/32.
 
     Eight lengths an octave: a step of 16 ragged rows then comes in about ten shapes, which are soon all captured; with
-    sixteen it is twice as many, and each costs a launched step and a capture before it is replayed once.
+    sixteen it is twice as many, and each costs a launched step and a capture before it is replayed once. A long step
+    computes for as long as launching it takes: there filling costs more time than it saves, and memory.
     """
-    step = max(_SMALLEST, 1 << max(0, tokens.bit_length() - 4))
+    step = max(_SMALLEST, 1 << max(0, tokens.bit_length() - (4 if tokens <= LONG else 6)))
     return -(-tokens // step) * step
 
 

@@ -75,7 +75,7 @@ def graphed(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize(("tokens", "room"), [
     (1, 1), (64, 64), (65, 96), (1000, 1024), (1025, 1536), (1536, 1536), (1537, 2048), (4096, 4096), (4097, 5120),
-    (5121, 6144), (16_384, 16_384), (16_385, 16_385), (100_000, 100_000),
+    (5121, 6144), (8192, 8192), (8448, 8448), (16_384, 16_384), (100_000, 100_000),
 ])
 def test_room(tokens: int, room: int) -> None:
     assert room_for(tokens) == room
