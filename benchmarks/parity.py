@@ -98,6 +98,11 @@ SEEDS_APART = 0.4
 probabilities carries what bf16 rounds of both, and Adam's first steps go by signs. Three deviations are allowed for."""
 
 
+ROUNDED_ENTROPY = 1e-5
+"""What rounding leaves of an entropy in fp32, relative: in two trl runs 50 steps left 2e-6 (on a CPU), where one of
+100 tokens lies 3e-4 from the next and those that begin completions of one prompt are equal."""
+
+
 class FirstGradients(TrainerCallback):
     """Keeps the gradients that the first optimizer steps are taken with, not clipped; those of `critic` as one.
 
@@ -193,12 +198,38 @@ def letters(completions: list[Any], **_: Any) -> list[float]:
     return [float(len(set(str(text)))) + 0.01 * len(str(text)) for text in completions]
 
 
+def choose_as_first(trainer: Any, chosen: list[torch.Tensor], *, first: bool, exact: bool) -> None:
+    """Of `top_entropy_quantile`: the tokens that the first arm chooses are those of every arm, as its rollouts are.
+
+    Where two tokens at the quantile are one but for rounding, rounding chooses, of two trl runs as well, and what
+    follows is another run. In fp32 (`exact`) no other choice is excused.
+    """
+    choose, rest = trainer.get_high_entropy_mask, None if first else iter(chosen)
+
+    def turn(entropies: torch.Tensor, mask: torch.Tensor, threshold: float) -> torch.Tensor:
+        own = choose(entropies, mask, threshold)
+        if rest is None:
+            chosen.append(own)
+            return own
+        given = next(rest)
+        at = torch.quantile(entropies[mask.bool()].float(), threshold)
+        assert not exact or ((entropies[own != given] - at).abs() <= ROUNDED_ENTROPY * at).all(), (
+            "this arm chooses tokens of another entropy")
+        return given
+
+    trainer.get_high_entropy_mask = turn
+
+
 def forced(
     algorithm: str, source: Any, rows: Any, arms: Sequence[Arm], *, steps: int, seed: int = 1, kept: int = 0,
     **options: Any,
 ) -> list[tuple[list[Gradients], Any]]:
-    """Runs of an online method on one set of rollouts: the first arm's engine draws them, the others are given them."""
+    """Runs of an online method on one set of rollouts: the first arm's engine draws them, the others are given them.
+
+    So are the tokens that `top_entropy_quantile` chooses.
+    """
     drawn: list[Any] = []
+    chosen: list[torch.Tensor] = []
     runs: list[tuple[list[Gradients], Any]] = []
     for number, arm in enumerate(arms):
         given = {**COMMON, **LORA, "batch_size": 8, "num_generations": 4, "max_completion_length": 24,
@@ -225,6 +256,8 @@ def forced(
                 return found
 
             run.trainer._generate_single_turn = turn
+            if getattr(run.trainer, "top_entropy_quantile", 1.0) < 1.0:
+                choose_as_first(run.trainer, chosen, first=not number, exact=given["precision"] == "fp32")
             run.train()
             witnessed(run)
         assert rest is None or next(rest, None) is None, "as many rollouts on both"

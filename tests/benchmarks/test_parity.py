@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from concurrent.futures import Future
 from dataclasses import asdict, replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -404,6 +406,51 @@ def test_arms_train_the_same_micro_batches(source):
     drew, given = parity.forced("grpo", source, parity_parts.PROMPTS[:8], [parity.ARMS["trl"]] * 2, steps=2,
                                 max_completion_length=4, device="cpu", **parity_parts.HALVES)
     assert torch.equal(parity.losses_of(drew[1]), parity.losses_of(given[1]))
+
+
+def test_of_tokens_that_rounding_tells_apart_the_first_arm_s_are_learnt_from():
+    """And an arm in fp32 whose entropies are others is caught."""
+    def choose(entropies: torch.Tensor, mask: torch.Tensor, threshold: float) -> torch.Tensor:
+        return (entropies >= torch.quantile(entropies[mask.bool()], threshold)) & mask.bool()
+
+    def arm(*, first: bool = False, exact: bool = True) -> Any:
+        trainer = SimpleNamespace(get_high_entropy_mask=choose)
+        parity.choose_as_first(trainer, chosen, first=first, exact=exact)
+        return trainer.get_high_entropy_mask
+
+    chosen: list[torch.Tensor] = []
+    mask, wanted = torch.tensor([[1, 1, 1, 1, 0]]), [[False, False, True, True, False]]
+    near, swapped, apart = (torch.tensor([[1.0, a, b, 4.0, 9.0]]) for a, b in (
+        (3.0, 3.00001), (3.00001, 3.0), (3.01, 3.0)))
+    drew = arm(first=True)
+    assert [drew(near, mask, 0.5).tolist(), drew(near.flip(1), mask.flip(1), 0.5).tolist()] == [
+        wanted, [wanted[0][::-1]]]
+    assert choose(swapped, mask, 0.5).tolist() != wanted, "left alone this arm would take the other of two"
+    other = arm()
+    assert [other(swapped, mask, 0.5).tolist(), other(near.flip(1), mask.flip(1), 0.5).tolist()] == [
+        wanted, [wanted[0][::-1]]]
+    with pytest.raises(AssertionError, match="tokens of another entropy"):
+        arm()(apart, mask, 0.5)
+    assert arm(exact=False)(apart, mask, 0.5).tolist() == wanted, "what bf16 would choose is not asked"
+
+
+def test_the_tokens_of_a_quantile_are_given_to_all_arms(source, monkeypatch):
+    asked: list[Any] = []
+    begun = parity.choose_as_first
+
+    def begin(trainer: Any, chosen: list[torch.Tensor], **how: bool) -> None:
+        begun(trainer, chosen, **how)
+        asked.append((how, len(chosen)))
+
+    monkeypatch.setattr(parity, "choose_as_first", begin)
+    arms = [parity.ARMS["trl"], parity.ARMS["trl"], parity.ARMS["trl-bf16"]]
+    run = partial(parity.forced, "grpo", source, parity_parts.PROMPTS[:8], steps=2, max_completion_length=4,
+                  device="cpu")
+    run(arms[:1])
+    assert not asked, "without a quantile all tokens are learnt from"
+    run(arms, top_entropy_quantile=0.5)
+    assert asked == [({"first": True, "exact": True}, 0), ({"first": False, "exact": True}, 2),
+                     ({"first": False, "exact": False}, 2)]
 
 
 def test_a_reward_model_s_head_is_drawn(source):
