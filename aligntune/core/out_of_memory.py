@@ -324,6 +324,7 @@ def _beside(trainer: Any, run: Run) -> Iterator[Fix | str]:
     reference = getattr(trainer, "ref_model", None)
     if isinstance(reference, nn.Module) and run.settings.get("precompute_ref_log_probs") is False:
         yield Fix(_bytes([reference]), "reference", "precompute_ref_log_probs=True")
-    cache = getattr(getattr(trainer, "rollout_engine", None), "cache_bytes", 0)
-    if cache:
+    engine: Any = getattr(trainer, "rollout_engine", None)
+    cache = getattr(engine, "cache_bytes", 0)
+    if cache and engine.ran_out:  # its cache is there while it generates
         yield Fix(cache / 2, "rollouts", f"rollout_memory_gib={cache / 2 / GIB:.2g}")

@@ -221,10 +221,11 @@ def test_state_that_is_yet_to_come_is_said_to_be(states: bool, coming: bool, mon
 def test_other_ways_of_a_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reference beside the policy, the rollouts' cache, the base's copies in fp8."""
     reference = nn.Linear(1024, 64 * 1024, bias=False, dtype=torch.bfloat16)  # 128 MiB
+    engine = SimpleNamespace(cache_bytes=256 * MIB, ran_out=True)
     made = out_of_memory._measure
 
     def measured(trainer: Any, config: Any) -> Any:
-        trainer.ref_model, trainer.rollout_engine = reference, SimpleNamespace(cache_bytes=256 * MIB)
+        trainer.ref_model, trainer.rollout_engine = reference, engine
         return made(trainer, config)
 
     monkeypatch.setattr(out_of_memory, "_measure", measured)
@@ -233,6 +234,9 @@ def test_other_ways_of_a_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "weights 0.2," in text and "precompute_ref_log_probs=False" in text.splitlines()[1]
     found = changes(text)
     assert found["precompute_ref_log_probs=True"] == "0.1 GiB" and found["rollout_memory_gib=0.12"] == "0.1 GiB"
+    engine.ran_out = False
+    elsewhere = changes(message(monkeypatch, algorithm="dpo", adapters=False, batch_size=1, max_seq_length=2048))
+    assert found.keys() - elsewhere.keys() == {"rollout_memory_gib=0.12"}, "in training the cache is not there"
     assert found["use_peft=True"] == "0.3 GiB"  # 48 of gradients, 96 of moments, 128 of the reference, less 8
     text = message(monkeypatch, batch_size=1, base_precision="fp8", backend="fast")
     assert changes(text)["base_precision=None"] == "32 MiB" and "quantization='nf4', base_precision=None" in text

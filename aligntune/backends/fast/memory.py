@@ -179,16 +179,10 @@ class MemoryPlan:
         kept = self.costs.kept(tokens, self.reach(), len(self.recompute.layers))
         return self.costs.of(tokens, kept) - self.costs.base
 
-    def _standing(self) -> str:
-        """What of the bytes between steps is neither weights nor optimizer state, in words; "" for nothing."""
-        return ""
-
     def __str__(self) -> str:
         layers = len(self.recompute.layers)
         if self.costs is None:
             return f"all {layers} layers recomputed until a step is measured"
         many = "no layer" if not self.most else f"up to {self.most} of {layers} layers"
-        among = self._standing()
-        base = f"{self.costs.base / GIB:.2f} GiB between steps{f', {among}' if among else ''}"
-        return (f"{many} recomputed; measured: {base}, and for 1,000 tokens "
+        return (f"{many} recomputed; measured: {self.costs.base / GIB:.2f} GiB between steps, and for 1,000 tokens "
                 f"{self.costs.step * 1000 / GIB:.3f} GiB and {self.costs.layer * 1000 / GIB:.4f} GiB a kept layer")

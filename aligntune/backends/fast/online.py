@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from aligntune.backends.fast.graphs import drops_out
-from aligntune.backends.fast.memory import GIB, MemoryPlan, idle_in_pools
+from aligntune.backends.fast.memory import MemoryPlan, idle_in_pools
 from aligntune.backends.fast.packing import IGNORED
 from aligntune.backends.fast.shared_prompts import KEYS, keys_in, keys_of, segments_of
 from aligntune.backends.fast.steps import QuickSteps
@@ -97,11 +97,10 @@ class Flat:
 class LossPassPlan(MemoryPlan):
     """`MemoryPlan` for the loss passes of an online trainer: what rollouts hold meanwhile is no room for them.
 
-    The rollouts' cache stands between steps and is part of `base`. What their graphs' pools hold idle is reserved and
-    yet for nobody else; it is taken off what is free. `cache`: bytes of the rollouts' cache.
+    That is what their graphs' pools hold idle: it is reserved, and yet for nobody else, so it is taken off what is
+    free. Their cache is given back when a rollout ends.
     """
 
-    cache: int = 0
     _idle: int = 0
 
     def _settle(self) -> None:
@@ -110,9 +109,6 @@ class LossPassPlan(MemoryPlan):
 
     def reach(self) -> float:
         return super().reach() - (0 if self.budget is not None else self._idle)
-
-    def _standing(self) -> str:
-        return f"{self.cache / GIB:.2f} of them the rollouts' cache" if self.cache else ""
 
 
 class FlatLogProbs(QuickSteps):
@@ -186,6 +182,4 @@ class FlatLogProbs(QuickSteps):
         if plans is None or not torch.is_grad_enabled():
             return
         self._unplanned = None  # a step has one such pass; one that is run again takes the same plan
-        engine = getattr(self, "rollout_engine", None)
-        self.memory.cache = 0 if engine is None else engine.cache_bytes
         plans.enter_context(self.memory.step(tokens, number=self.state.global_step, keys=keys))

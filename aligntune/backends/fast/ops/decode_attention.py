@@ -11,7 +11,7 @@ Bytes that must move: each visible key and value once, 2 b Hk D for each token o
 nothing. One program reads a key head's tokens for all query heads that share it, in tiles of `block_n`, with a running
 softmax. Where rows x key heads are fewer than the GPU's processors, a row's tokens are cut in `splits` pieces and a
 second kernel sums them (Dao et al. 2023, flash-decoding). Lengths and tables are read from device memory, so a captured
-launch serves rows of any length.
+launch serves rows of any length; so is the place of the pages, where they may come to lie elsewhere.
 """
 
 from __future__ import annotations
@@ -26,6 +26,19 @@ from aligntune.backends.fast.ops import _runtime
 from aligntune.errors import ConfigError
 
 _MOST_SPLITS = 32
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where pages lie now that are given back and allocated anew: a captured launch reads it, and follows them.
+
+    anchor: of the pages' dtype, aligned to 16 elements; stays at its address.
+    elements: (2,) int64 on the device, how many elements behind the anchor keys and values begin (before it, where
+        negative); multiples of 16.
+    """
+
+    anchor: torch.Tensor
+    elements: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -65,9 +78,19 @@ def _capped(s, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
     return s * 1.4426950408889634
 
 
+@triton.jit
+def _placed(k_ptr, v_ptr, elements_ptr, MOVES: tl.constexpr):
+    """The first elements of keys and values; where they move, both pointers are the anchor."""
+    if MOVES:
+        k_ptr += tl.multiple_of(tl.load(elements_ptr), 16)
+        v_ptr += tl.multiple_of(tl.load(elements_ptr + 1), 16)
+    return k_ptr, v_ptr
+
+
 @_runtime.kernel
 def decode_attention_kernel(
-    q_ptr, q_row, q_head, k_ptr, v_ptr, table_ptr, table_row, lengths_ptr, out_ptr, partial_ptr, stats_ptr,
+    q_ptr, q_row, q_head, k_ptr, v_ptr, elements_ptr, table_ptr, table_row, lengths_ptr, out_ptr, partial_ptr,
+    stats_ptr, MOVES: tl.constexpr,
     SCALE: tl.constexpr, HK: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -79,6 +102,7 @@ def decode_attention_kernel(
     keep_g, keep_d = g < GROUP, d < D
     keep_q = keep_g[:, None] & keep_d[None, :]
     q_heads = head * GROUP + g
+    k_ptr, v_ptr = _placed(k_ptr, v_ptr, elements_ptr, MOVES)
     q = tl.load(q_ptr + row * q_row + q_heads[:, None] * q_head + d[None, :], keep_q, other=0.0)
     if UPCAST:
         q = q.to(tl.float32)
@@ -143,18 +167,31 @@ def decode_attention_sum(
 
 @_runtime.kernel
 def write_kv_kernel(
-    k_ptr, k_token, k_head, v_ptr, v_token, v_head, slots_ptr, k_pages, v_pages,
+    k_ptr, k_token, k_head, v_ptr, v_token, v_head, slots_ptr, k_pages, v_pages, elements_ptr, MOVES: tl.constexpr,
     HK: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
     h, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    k_pages, v_pages = _placed(k_pages, v_pages, elements_ptr, MOVES)
     keep = (h < tl.where(slot >= 0, HK, 0))[:, None] & (d < D)[None, :]
     to = ((slot // PAGE * HK + h) * PAGE + slot % PAGE)[:, None] * D + d[None, :]
     k = tl.load(k_ptr + token * k_token + h[:, None] * k_head + d[None, :], keep, other=0.0)
     v = tl.load(v_ptr + token * v_token + h[:, None] * v_head + d[None, :], keep, other=0.0)
     tl.store(k_pages + to, k.to(k_pages.dtype.element_ty), keep)
     tl.store(v_pages + to, v.to(v_pages.dtype.element_ty), keep)
+
+
+def _pointers(
+    k_pages: torch.Tensor, v_pages: torch.Tensor, place: Place | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
+    """What `_placed` is given."""
+    if place is None:
+        return k_pages, v_pages, k_pages, False
+    if place.anchor.dtype != k_pages.dtype:
+        raise ConfigError(f"an anchor in {place.anchor.dtype} of pages in {k_pages.dtype}")
+    _runtime.require_device(place.anchor, place.elements)
+    return place.anchor, place.anchor, place.elements, True
 
 
 def _check(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, table: torch.Tensor) -> None:
@@ -169,7 +206,7 @@ def _check(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, table:
 
 def decode_attention(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, *,
-    scale: float, window: int | None = None, softcap: float | None = None,
+    scale: float, window: int | None = None, softcap: float | None = None, place: Place | None = None,
 ) -> torch.Tensor:
     """Attention of one query token a row.
 
@@ -182,6 +219,7 @@ def decode_attention(
         scale: what the scores are multiplied with.
         window: the query sees itself and the `window` - 1 tokens before it; None sees all.
         softcap: scores become softcap * tanh(score / softcap).
+        place: where the pages are read from; None is where `k_pages` and `v_pages` lie.
 
     Returns:
         (rows, query heads, head_dim), contiguous, in q's dtype.
@@ -204,10 +242,11 @@ def decode_attention(
     if launch.splits > 1:
         partial = torch.empty((rows, q_heads, launch.splits, head_dim), dtype=torch.float32, device=q.device)
         stats = torch.empty((rows, q_heads, launch.splits, 2), dtype=torch.float32, device=q.device)
+    keys, values, elements, moves = _pointers(k_pages, v_pages, place)
     with _runtime.on_device(q):
         decode_attention_kernel[(rows, k_heads, launch.splits)](
-            q, q.stride(0), q.stride(1), k_pages, v_pages, table, table.stride(0), lengths, out, partial, stats,
-            float(scale), k_heads, q_heads // k_heads, head_dim, page, window or 0, float(softcap or 0.0),
+            q, q.stride(0), q.stride(1), keys, values, elements, table, table.stride(0), lengths, out, partial, stats,
+            moves, float(scale), k_heads, q_heads // k_heads, head_dim, page, window or 0, float(softcap or 0.0),
             launch.splits, _runtime.interpreting(), launch.block_g, launch.block_d, launch.block_n, launch.stages,
             num_warps=launch.num_warps,
         )  # fmt: skip
@@ -220,9 +259,12 @@ def decode_attention(
 
 def decode_attention_reference(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, *,
-    scale: float, window: int | None = None, softcap: float | None = None,
+    scale: float, window: int | None = None, softcap: float | None = None, place: Place | None = None,
 ) -> torch.Tensor:
-    """`decode_attention` in torch; the arguments are the same. Rounds where transformers' eager attention does."""
+    """`decode_attention` in torch; the arguments are the same. Rounds where transformers' eager attention does.
+
+    It reads `k_pages` and `v_pages`, whatever `place` says.
+    """
     _check(q, k_pages, v_pages, table)
     rows, q_heads, head_dim = q.shape
     k_heads, page = k_pages.shape[1:3]
@@ -247,7 +289,8 @@ def decode_attention_reference(
 
 
 def write_kv(
-    k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor
+    k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, *,
+    place: Place | None = None,
 ) -> None:
     """Put keys and values of T tokens where they belong in the cache, in one launch.
 
@@ -255,6 +298,7 @@ def write_kv(
         k, v: (T, key heads, head_dim), any strides but the last, which is 1.
         slots: (T,) int64, page number * page size + place in the page; a negative one is left out.
         k_pages, v_pages: (pages, key heads, page, head_dim), contiguous; written in place.
+        place: where the pages are; None is where `k_pages` and `v_pages` lie.
     """
     _runtime.require_device(k, v, slots, k_pages, v_pages)
     tokens, heads, head_dim = k.shape
@@ -262,18 +306,20 @@ def write_kv(
     if not tokens:
         return
     block_h, block_d = _runtime.next_power_of_2(heads), _runtime.next_power_of_2(head_dim)
+    keys, values, elements, moves = _pointers(k_pages, v_pages, place)
     with _runtime.on_device(k):
         write_kv_kernel[(tokens,)](
-            k, k.stride(0), k.stride(1), v, v.stride(0), v.stride(1), slots, k_pages, v_pages,
+            k, k.stride(0), k.stride(1), v, v.stride(0), v.stride(1), slots, keys, values, elements, moves,
             heads, head_dim, k_pages.shape[2], block_h, block_d,
             num_warps=max(1, min(8, block_h * block_d // 256)),
         )  # fmt: skip
 
 
 def write_kv_reference(
-    k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor
+    k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, *,
+    place: Place | None = None,
 ) -> None:
-    """`write_kv` in torch; the arguments are the same."""
+    """`write_kv` in torch; the arguments are the same. It writes to `k_pages` and `v_pages`, whatever `place` says."""
     page = k_pages.shape[2]
     kept = slots >= 0
     slots = slots[kept]

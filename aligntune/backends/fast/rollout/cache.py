@@ -1,15 +1,19 @@
 """The paged key/value cache: one block of device memory, and who holds which page of it.
 
-Memory stays at its addresses for the life of the pool, because captured graphs read and write there; between rollouts
-its contents mean nothing. A page that several completions share (whole pages of their prompt) has several holders.
+The memory is there while rows run, and training's in between, when its contents would mean nothing. It comes to lie
+elsewhere each time: the kernels of a captured step read where from the device (`ops.decode_attention.Place`). A page
+that several completions share (whole pages of their prompt) has several holders.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
 
 import torch
 
+from aligntune.backends.fast.ops.decode_attention import Place
 from aligntune.errors import ConfigError
 
 PAGE = 16
@@ -28,6 +32,8 @@ class PagePool:
         layers, k_heads, head_dim: the model's.
         pages: how many, page 0 included.
         dtype, device: of the cache.
+
+    `memory`: (layers, 2, pages, k_heads, PAGE, head_dim); None while the pool has none. `nbytes`: what it takes then.
     """
 
     def __init__(
@@ -35,11 +41,46 @@ class PagePool:
     ) -> None:
         if pages < 2:
             raise ConfigError(f"a cache of {pages} pages holds nothing")
-        self.memory = torch.zeros((layers, 2, pages, k_heads, PAGE, head_dim), dtype=dtype, device=device)
-        self.layers = [(self.memory[i, 0], self.memory[i, 1]) for i in range(layers)]
+        self._shape = (layers, 2, pages, k_heads, PAGE, head_dim)
+        self._anchor = torch.zeros(PAGE, dtype=dtype, device=device)
+        self._elements = torch.zeros((layers, 2), dtype=torch.int64, device=device)
+        self.nbytes = math.prod(self._shape) * dtype.itemsize
+        self.memory: torch.Tensor | None = None
         self._holders = [0] * pages
         self._free = list(range(pages - 1, 0, -1))
         self.most_used = 0
+
+    @contextlib.contextmanager
+    def standing(self) -> Iterator[None]:
+        """While open the pool has memory, of anything but page 0, which is zeros.
+
+        Raises:
+            torch.OutOfMemoryError: the device has less left.
+        """
+        takes = self.memory is None
+        if takes:
+            self.memory = torch.empty(self._shape, dtype=self._anchor.dtype, device=self._anchor.device)
+            self.memory[:, :, 0] = 0  # rows that are done read what they wrote there, with others of a tile
+            apart = self.memory.data_ptr() - self._anchor.data_ptr()
+            assert apart % (PAGE * self._anchor.itemsize) == 0
+            first, step = apart // self._anchor.itemsize, self.memory.stride(1)
+            line = self._elements.view(-1)
+            torch.arange(first, first + step * len(line), step, out=line)
+        try:
+            yield
+        finally:
+            if takes:
+                self.memory = None
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor, Place]:
+        """A layer's pages of keys and of values, (pages, k_heads, PAGE, head_dim) each, and where they lie."""
+        assert self.memory is not None
+        return self.memory[index, 0], self.memory[index, 1], Place(self._anchor, self._elements[index])
+
+    @property
+    def layers(self) -> int:
+        """How many the pool is of."""
+        return self._shape[0]
 
     @staticmethod
     def page_bytes(*, layers: int, k_heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -83,5 +124,6 @@ class PagePool:
         """Copy the contents of pages, (from, to) each, in every layer."""
         if not pairs:
             return
+        assert self.memory is not None
         source, target = (torch.tensor(side, device=self.memory.device) for side in zip(*pairs, strict=True))
         self.memory.index_copy_(2, target, self.memory.index_select(2, source))

@@ -4,10 +4,11 @@ The model runs as it stands, adapters unmerged, with the forwards that `attach` 
 training is attention: for as long as a rollout runs, the model's config names a function of ours, which puts keys and
 values in the cache and reads them there. Tokens of all rows lie end to end in one line, in a prefill as in a step.
 
-A step reads everything that changes (tokens, lengths, page tables, the sampling's numbers) from device memory at fixed
-addresses, so one captured graph serves every step of its batch size. It also reads the weights where they are: an
-optimizer that writes in place needs no new capture. Before each rollout the addresses, the adapters' state and the
-forwards are compared with those of the capture; where one differs, the graphs are dropped and captured again.
+A step reads everything that changes (tokens, lengths, page tables, where the cache lies, the sampling's numbers) from
+device memory at fixed addresses, so one captured graph serves every step of its batch size. It also reads the weights
+where they are: an optimizer that writes in place needs no new capture. Before each rollout the addresses, the adapters'
+state and the forwards are compared with those of the capture; where one differs, the graphs are dropped and captured
+again.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Decoder:
     ) -> None:
         self.model: Any = base_model(model)
         self.pool, self.slots, self.kernels, self.graphs, self.autocast = pool, slots, kernels, graphs, autocast
-        device = pool.memory.device
+        device = next(self.model.parameters()).device
         self.state = torch.zeros((slots, len(sampler.FIELDS)), dtype=torch.int32, device=device)
         self.table = torch.zeros((slots, pages_for(most)), dtype=torch.int32, device=device)
         self.outputs = sampler.Outputs(torch.zeros((slots, most), dtype=torch.int32, device=device),
@@ -114,14 +115,14 @@ class Decoder:
 
     @contextlib.contextmanager
     def rollout(self, sampling: Sampling, stops: tuple[int, ...]) -> Iterator[None]:
-        """While open the model is in eval mode, its attention is ours, and `sampling` is set."""
+        """While open the model is in eval mode, its attention is ours, the cache stands, and `sampling` is set."""
         self._set(sampling, stops)
         config = self.model.config
         training = [module for module in self.model.modules() if module.training]
         autocast = contextlib.nullcontext() if self.autocast is None else torch.autocast(
             self.state.device.type, dtype=self.autocast, cache_enabled=False)
-        with (_registered(self._attend) as name, frequencies_of_short_rows(self.model), torch.no_grad(),
-              autocast):  # fmt: skip
+        with (self.pool.standing(), _registered(self._attend) as name, frequencies_of_short_rows(self.model),
+              torch.no_grad(), autocast):  # fmt: skip
             before = config._attn_implementation
             try:
                 for module in training:
@@ -175,7 +176,7 @@ class Decoder:
         scaling: float, sliding_window: int | None = None, softcap: float | None = None, **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """What transformers calls: query (1, heads, T, D), key and value (1, key heads, T, D) -> (1, T, heads, D)."""
-        k_pages, v_pages = self.pool.layers[module.layer_idx]  # type: ignore[index]
+        k_pages, v_pages, place = self.pool.layer(module.layer_idx)  # type: ignore[arg-type]
         self._attended.append(module.layer_idx)  # type: ignore[arg-type]
         # Under autocast a rotated query may come in fp32 (cos and sin are); attention runs in the cache's type.
         query, key, value = (x.to(k_pages.dtype) for x in (query, key, value))
@@ -184,11 +185,12 @@ class Decoder:
         assert now is not None, "the model was called outside a prefill or a step"
         if self.kernels:
             ledger.promise(module, "decode attention" if isinstance(now, Step) else "prefill")
-        (paged.write_kv if self.kernels else paged.write_kv_reference)(k, v, now.slots, k_pages, v_pages)
+        (paged.write_kv if self.kernels else paged.write_kv_reference)(
+            k, v, now.slots, k_pages, v_pages, place=place)
         if isinstance(now, Step):
             attend = paged.decode_attention if self.kernels else paged.decode_attention_reference
             out = attend(q, k_pages, v_pages, self.table, now.visible, scale=scaling, window=sliding_window,
-                         softcap=softcap)
+                         softcap=softcap, place=place)
             return out.unsqueeze(0), None
         if softcap:
             spec = module.__dict__.get(lora.KEY)
@@ -207,7 +209,7 @@ class Decoder:
         """
         self._now, self._attended = now, []
         out = type(model).forward(model, attention_mask=self._mask, use_cache=False, **inputs)
-        layers = len(self.pool.layers)
+        layers = self.pool.layers
         if self._attended != list(range(layers)):
             raise ConfigError(
                 f"rollout_engine='fast': layers {self._attended} of {layers} called its attention, not each once: "

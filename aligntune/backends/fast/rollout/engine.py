@@ -6,8 +6,8 @@
 A prompt is computed once for all its completions. All of it but its last token goes into the cache; that one is fed by
 the first decode step, so logits are made and tokens drawn in one place only. Rows that finish make room for the next.
 
-Memory: the cache is allocated at the first call and stays where it is, because the captured graphs hold its address; a
-trainer plans around it. `release()` gives it back together with the graphs, and the next call captures again.
+Memory: the cache is allocated when a call begins and given back to torch when it ends, so that training has it in
+between; captured graphs read where it lies. `release()` lets go of the graphs too, and the next call captures again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ PREFILL_TOKENS = 16_384
 SPARE_PAGES = 2
 """Beside what rows hold: page 0, which is nobody's, and the last, partial one of a prompt, of which rows get a copy."""
 SHARE_OF_FREE = 0.3
-"""Of the memory that is free at the first call, where `memory_gib` does not say how much: training needs the rest."""
+"""Of the memory that is free at the first call, where `memory_gib` does not say how much: an optimizer's state may be
+yet to come, and stays."""
 _REASONS = {sampler.STOPPED: "stop", sampler.FULL: "length"}
 
 
@@ -198,7 +199,7 @@ def _size(count: float) -> str:
 
 
 class RolloutEngine:
-    """Generates with a model where it stands; keeps its cache and its graphs between calls.
+    """Generates with a model where it stands; keeps its graphs between calls, and no cache.
 
     Args:
         model: a causal language model of a family in the table, bare, attached or under PEFT.
@@ -210,6 +211,8 @@ class RolloutEngine:
         graphs: capture decode steps; None where they can be. False is for measuring.
         autocast: dtype to run under autocast in, as training does; None runs the modules as they are.
         stride: decode steps between two looks at the device.
+
+    `ran_out`: memory did not suffice for the last call.
 
     Raises:
         ConfigError: the engine cannot run this model, or `memory_gib` holds no row of `max_len`; says why.
@@ -234,10 +237,12 @@ class RolloutEngine:
         self.kernels = on_gpu if kernels is None else kernels
         if self.kernels and not on_gpu and not interpreting():
             raise ConfigError("kernels=True: the model is not on a GPU")
-        self.eager = eager_because(model) if graphs is not False else "graphs=False was asked for"
+        twins = None if self.kernels else "torch twins do not read where the cache lies"
+        self.eager = eager_because(model) or twins if graphs is not False else "graphs=False was asked for"
         if graphs and self.eager:
             raise ConfigError(f"graphs=True: {self.eager}")
         self.autocast = autocast
+        self.ran_out = False
         self._decoder: Decoder | None = None
         if memory_gib is not None:  # what is free is looked at when it is taken
             self._room()
@@ -266,11 +271,11 @@ class RolloutEngine:
 
     @property
     def cache_bytes(self) -> int:
-        """Of the cache, as far as there is one now."""
-        return 0 if self._decoder is None else self._decoder.pool.memory.nbytes
+        """What the cache takes during a call; 0 before the first one."""
+        return 0 if self._decoder is None else self._decoder.pool.nbytes
 
     def release(self) -> None:
-        """Give the cache and the graphs back; the next call allocates and captures anew."""
+        """Give the graphs back; the next call captures anew, and plans its cache by what is free then."""
         self._decoder = None
 
     # ------------------------------------------------------------------------------------------------------- generate
@@ -289,16 +294,21 @@ class RolloutEngine:
         started = time.perf_counter()
         counts = num_generations if isinstance(num_generations, Sequence) else [num_generations] * len(prompt_ids)
         prompts = self._checked(prompt_ids, counts, sampling)
+        self.ran_out = False
         decoder = self._ready()
         captures, seconds = decoder.capture.count, decoder.capture.seconds
         run = _Run(self, decoder, sampling)
-        with on_device(decoder.state), decoder.rollout(sampling, self._stops(sampling)):
-            rows = run.run(prompts, counts)
+        try:
+            with on_device(decoder.state), decoder.rollout(sampling, self._stops(sampling)):
+                rows = run.run(prompts, counts)
+        except torch.OutOfMemoryError:
+            self.ran_out = True
+            raise
         stats = run.stats
         stats.captures = decoder.capture.count - captures
         stats.capture_seconds = decoder.capture.seconds - seconds
         stats.pages, stats.most_pages_used = decoder.pool.capacity, decoder.pool.most_used
-        stats.cache_gib = decoder.pool.memory.nbytes / 2**30
+        stats.cache_gib = decoder.pool.nbytes / 2**30
         stats.graphs = "replayed" if self.eager is None else f"none: {self.eager}"
         stats.tokens = sum(len(row.drawn) for row in rows)
         stats.seconds = time.perf_counter() - started

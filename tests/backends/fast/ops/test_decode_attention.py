@@ -17,7 +17,7 @@ from aligntune.backends.fast.ops.decode_attention import (
     write_kv_reference,
 )
 from aligntune.errors import ConfigError
-from tests.backends.fast.ops.harness import assert_close_to_truth, assert_fits, sm90_case
+from tests.backends.fast.ops.harness import assert_close_to_truth, assert_fits, resources, sm90_case
 
 
 def case(lengths, *, q_heads=4, k_heads=2, head_dim=12, page=4, dtype=torch.float32, device="cpu", seed=0):
@@ -121,6 +121,46 @@ def test_write(fn, device):
         assert torch.equal(pages, expected)
 
 
+def placed(k, v, *, before=False):
+    """The pages' copies elsewhere, with what says where; the anchor lies before them, or behind."""
+    memory = torch.full((2, 48 + k.numel() + v.numel()), float("nan"), dtype=k.dtype, device=k.device)
+    own, anchor = memory[0], memory[1, :16]
+    if before:
+        own, anchor = memory[1], memory[0, :16]
+    starts = (16, 16 + -(-k.numel() // 16) * 16)
+    for start, pages in zip(starts, (k, v), strict=True):
+        own[start : start + pages.numel()] = pages.flatten()
+    elements = [(own.data_ptr() - anchor.data_ptr()) // k.element_size() + start for start in starts]
+    return op.Place(anchor, torch.tensor(elements, device=k.device)), own, starts
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["behind", "before"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pages_that_lie_elsewhere(dtype, before, device):
+    """The pages that the launch is given are neither read nor written; the interpreter takes any address too."""
+    (q, k, v, table, lengths), _ = case([1, 4, 0, 7, 13], head_dim=16, dtype=dtype, device=device)
+    expected = decode_attention(q, k, v, table, lengths, scale=0.3)
+    place, own, (at_k, at_v) = placed(k, v, before=before)
+    assert (int(place.elements[0]) < 0) is not before
+    blank = torch.full_like(k, float("nan"))
+    assert torch.equal(decode_attention(q, blank, blank, table, lengths, scale=0.3, place=place), expected)
+    new = torch.ones(1, 2, 16, dtype=dtype, device=device)
+    untouched, whole = blank.clone(), own.clone()
+    write_kv(new, 2 * new, torch.tensor([5], device=device), blank, blank, place=place)
+    for start, pages, value in ((at_k, k, 1), (at_v, v, 2)):
+        line = whole[start : start + pages.numel()].view_as(pages)
+        line[5 // 4, :, 5 % 4] = value
+    torch.testing.assert_close(own, whole, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(blank, untouched, rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_anchor_of_another_type_is_refused(device):
+    (q, k, v, table, lengths), _ = case([3, 9], device=device)
+    place = op.Place(torch.zeros(16, dtype=torch.bfloat16, device=device), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ConfigError, match="an anchor in torch.bfloat16 of pages in torch.float32"):
+        decode_attention(q, k, v, table, lengths, scale=1.0, place=place)
+
+
 def test_launch_splits_only_where_processors_are_idle():
     assert launch_for(64, 32, 8, 64, 2048, sms=132).splits == 1
     assert launch_for(1, 32, 8, 64, 8192, sms=132).splits == 32
@@ -129,16 +169,17 @@ def test_launch_splits_only_where_processors_are_idle():
 
 
 SIGNATURE = {
-    "q_ptr": "*bf16", "q_row": 2048, "q_head": 64, "k_ptr": "*bf16", "v_ptr": "*bf16", "table_ptr": "*i32",
-    "table_row": 160, "lengths_ptr": "*i32", "out_ptr": "*bf16", "partial_ptr": "*fp32", "stats_ptr": "*fp32",
+    "q_ptr": "*bf16", "q_row": 2048, "q_head": 64, "k_ptr": "*bf16", "v_ptr": "*bf16",
+    "elements_ptr": "*i64", "table_ptr": "*i32", "table_row": 160, "lengths_ptr": "*i32", "out_ptr": "*bf16",
+    "partial_ptr": "*fp32", "stats_ptr": "*fp32",
 }  # fmt: skip
 
 
-def sm90(head_dim, splits, *, window=0, softcap=0.0, dtype="bf16"):
+def sm90(head_dim, splits, *, window=0, softcap=0.0, dtype="bf16", moves=True):
     launch = launch_for(64, 32, 8, head_dim, 4096, sms=132, itemsize=4 if dtype == "fp32" else 2)
     constants = {
-        "SCALE": 0.125, "HK": 8, "GROUP": 4, "D": head_dim, "PAGE": 16, "WINDOW": window, "SOFTCAP": softcap,
-        "SPLITS": splits, "UPCAST": False, "BLOCK_G": launch.block_g, "BLOCK_D": launch.block_d,
+        "MOVES": moves, "SCALE": 0.125, "HK": 8, "GROUP": 4, "D": head_dim, "PAGE": 16, "WINDOW": window,
+        "SOFTCAP": softcap, "SPLITS": splits, "UPCAST": False, "BLOCK_G": launch.block_g, "BLOCK_D": launch.block_d,
         "BLOCK_N": launch.block_n, "STAGES": launch.stages,
     }  # fmt: skip
     signature = {name: f"*{dtype}" if kind == "*bf16" else kind for name, kind in SIGNATURE.items()}
@@ -147,13 +188,14 @@ def sm90(head_dim, splits, *, window=0, softcap=0.0, dtype="bf16"):
 
 FP32 = [sm90(head_dim, splits, dtype="fp32") for head_dim in (64, 256) for splits in (1, 8)]
 CASES = {"d64": sm90(64, 1), "d128": sm90(128, 4), "d256": sm90(256, 1, window=4096, softcap=50.0)}
+FIXED = sm90(64, 1, moves=False)
 SUM = sm90_case(decode_attention_sum, {"partial_ptr": "*fp32", "stats_ptr": "*fp32", "out_ptr": "*bf16"},
                 {"D": 128, "SPLITS": 8, "BLOCK_D": 128}, num_warps=2)  # fmt: skip
 WRITE = sm90_case(
     write_kv_kernel,
     {"k_ptr": "*bf16", "k_token": 512, "k_head": 64, "v_ptr": "*bf16", "v_token": 512, "v_head": 64,
-     "slots_ptr": "*i64", "k_pages": "*bf16", "v_pages": "*bf16"},
-    {"HK": 8, "D": 64, "PAGE": 16, "BLOCK_H": 8, "BLOCK_D": 64}, num_warps=2,
+     "slots_ptr": "*i64", "k_pages": "*bf16", "v_pages": "*bf16", "elements_ptr": "*i64"},
+    {"MOVES": True, "HK": 8, "D": 64, "PAGE": 16, "BLOCK_H": 8, "BLOCK_D": 64}, num_warps=2,
 )  # fmt: skip
 
 
@@ -161,6 +203,13 @@ WRITE = sm90_case(
 def test_compiles_for_sm90(name):
     found = assert_fits(CASES[name])
     assert found.mma > 0
+
+
+def test_pages_that_move_are_read_as_wide_as_others():
+    """Of keys and values 16 bytes a thread at a time, by the same number of instructions; registers within a few."""
+    moving, fixed = resources(CASES["d64"]), resources(FIXED)
+    assert moving.loads[128] == fixed.loads[128] and moving.mma == fixed.mma
+    assert moving.registers <= fixed.registers + 8
 
 
 @pytest.mark.slow
@@ -201,3 +250,33 @@ def test_one_captured_launch_serves_any_lengths():
         lengths.copy_(torch.tensor(new, dtype=torch.int32))
         graph.replay()
         assert torch.equal(out, decode_attention(*arguments, scale=0.1))
+
+
+@pytest.mark.gpu
+def test_a_captured_launch_follows_its_pages():
+    (q, k, v, table, lengths), _ = case([300, 7, 64], q_heads=8, k_heads=2, head_dim=64, page=16, dtype=torch.bfloat16,
+                                        device="cuda")
+    expected = decode_attention(q, k, v, table, lengths, scale=0.1)
+    blank = torch.full_like(k, float("nan"))
+    anchor = torch.zeros(16, dtype=k.dtype, device="cuda")
+    place = op.Place(anchor, torch.zeros(2, dtype=torch.int64, device="cuda"))
+
+    def at(*pages):
+        place.elements.copy_(torch.tensor([(x.data_ptr() - anchor.data_ptr()) // 2 for x in pages]))
+
+    at(k, v)
+    new, slots = k[1, :, :5].transpose(0, 1).contiguous(), torch.arange(5, device="cuda")
+    decode_attention(q, blank, blank, table, lengths, scale=0.1, place=place)
+    write_kv(new, new, slots, blank, blank, place=place)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode_attention(q, blank, blank, table, lengths, scale=0.1, place=place)
+        write_kv(new, new, slots, blank, blank, place=place)
+    for _ in range(3):
+        k, v = k.clone(), v.clone()
+        at(k, v)
+        graph.replay()
+        assert torch.equal(out, expected)
+        assert all(torch.equal(pages[0, :, :5].transpose(0, 1), new) for pages in (k, v))
+    assert blank.isnan().all()

@@ -174,7 +174,7 @@ def test_one_pass_through_autocast():
     model, prompts = mini("qwen3"), prompts_of((9, 20))
     engine = RolloutEngine(model, max_batch=4, max_len=64, autocast=torch.bfloat16)
     rollout = engine.generate(prompts, sampling=Sampling(max_new_tokens=10, stop_token_ids=()))
-    assert engine._decoder.pool.memory.dtype == torch.bfloat16
+    assert engine._decoder.pool._anchor.dtype == torch.bfloat16
     apart = [abs(a - b) for p, ids, scores in zip(prompts, rollout.completion_ids, rollout.log_probs, strict=True)
              for a, b in zip(scores, teacher_forced(model, p, ids).tolist(), strict=True)]
     assert 1e-6 < max(apart) < 0.3
@@ -254,19 +254,28 @@ def test_weights_that_change_in_place_are_seen():
     assert after == theirs(model, prompts) != before
 
 
-def test_what_memory_held_before_changes_nothing():
+def test_what_memory_held_before_changes_nothing(monkeypatch):
+    """Of the cache too, which is training's between two calls."""
     model, prompts = mini("gemma3_text"), prompts_of()
     engine = RolloutEngine(model, max_batch=3, max_len=64)
     sampling = Sampling(max_new_tokens=18, stop_token_ids=(7,))
     first = engine.generate(prompts, sampling=sampling)
     decoder = engine._decoder
-    decoder.pool.memory.fill_(float("nan"))
+    assert decoder.pool.memory is None and engine.cache_bytes == decoder.pool.nbytes > 0
+    stale, empty = [], torch.empty
+
+    def used(*size, **kwargs):
+        stale.append(empty(*size, **kwargs).fill_(float("nan")))
+        return stale[-1]
+
+    monkeypatch.setattr(torch, "empty", used)
     decoder.state.fill_(-7)
     decoder.table.fill_(3)
     decoder.outputs.tokens.fill_(55)
     decoder.outputs.log_probs.fill_(float("nan"))
-    decoder.pool.memory[:, :, 0] = 0.0  # where rows that are done write; their own numbers, always finite
     again = engine.generate(prompts, sampling=sampling)
+    monkeypatch.undo()
+    assert sum(one.nbytes == decoder.pool.nbytes for one in stale) == 1
     assert again.completion_ids == first.completion_ids
     assert again.log_probs == first.log_probs
     held = weakref.ref(decoder.pool)
@@ -278,6 +287,25 @@ def test_what_memory_held_before_changes_nothing():
     finally:
         gc.enable()
     assert engine.generate(prompts, sampling=sampling).completion_ids == first.completion_ids
+
+
+def test_a_call_that_memory_does_not_suffice_for(monkeypatch):
+    """Says so, and leaves nothing behind."""
+    model, prompts = mini(), prompts_of()
+    engine = RolloutEngine(model, max_batch=3, max_len=64)
+    expected = engine.generate(prompts, sampling=GREEDY).completion_ids
+
+    def nothing_left(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for owner, name in ((torch, "empty"), (type(engine._decoder), "prefill")):
+        assert engine.ran_out is False
+        with monkeypatch.context() as scarce, pytest.raises(torch.OutOfMemoryError):
+            scarce.setattr(owner, name, nothing_left)
+            engine.generate(prompts, sampling=GREEDY)
+        pool = engine._decoder.pool
+        assert engine.ran_out and pool.memory is None and pool.free == pool.capacity
+        assert engine.generate(prompts, sampling=GREEDY).completion_ids == expected
 
 
 def lora(model, *, size=0.3, **kwargs):

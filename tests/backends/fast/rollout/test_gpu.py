@@ -191,12 +191,16 @@ def test_graphs_live_across_optimizer_steps():
 
 
 def test_memory_that_training_wrote_over_changes_nothing():
-    """Memory that the process freed, and 8 GiB more, is filled with NaN while the graphs are kept."""
+    """Memory that the process freed, the cache's, and 8 GiB more, is filled with NaN while the graphs are kept."""
     model = wide("gemma3_text", num_hidden_layers=2)  # its layers alternate, and the family names the kind of two
     attach(model)
     prompts, sampling = prompts_of((9, 30, 2)), Sampling(max_new_tokens=50, stop_token_ids=(7,), seed=2)
     engine = RolloutEngine(model, max_batch=16, max_len=128, memory_gib=1.0)
     first = engine.generate(prompts, num_generations=8, sampling=sampling)
+    pool = engine._decoder.pool
+    where = pool._elements.clone()
+    assert pool.memory is None
+    taken = torch.full((pool.nbytes // 4,), float("nan"), device="cuda")
     gc.collect()
     free = min(torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), 1 << 28)
     sizes = (1 << 20, 1 << 12) if free else ()  # of the allocator's two kinds of segments
@@ -204,11 +208,38 @@ def test_memory_that_training_wrote_over_changes_nothing():
     torch.cuda.empty_cache()
     blocks += [torch.full((1 << 26,), float("nan"), device="cuda") for _ in range(32)]
     again = engine.generate(prompts, num_generations=8, sampling=sampling)
-    del blocks
+    assert not torch.equal(pool._elements, where), "the graphs were captured of a cache that lay elsewhere"
+    del blocks, taken
     torch.cuda.empty_cache()  # other processes of tests share the card
     assert again.stats.captures == 0
     assert again.completion_ids == first.completion_ids
     assert again.log_probs == first.log_probs
+
+
+def test_between_two_rollouts_the_cache_is_not_allocated():
+    model = wide()
+    attach(model)
+    engine = RolloutEngine(model, max_batch=64, max_len=128, memory_gib=1.0)
+    sampling = Sampling(max_new_tokens=8, stop_token_ids=())
+    engine.generate(prompts_of((9,)), sampling=sampling)
+    standing = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    engine.generate(prompts_of((9,)), sampling=sampling)
+    assert torch.cuda.memory_allocated() - standing < engine.cache_bytes / 8
+    assert torch.cuda.max_memory_allocated() - standing > engine.cache_bytes > 4 << 20
+
+
+def test_twins_are_launched():
+    """Only kernels read where the cache lies."""
+    model, prompts = mini().cuda(), prompts_of()
+    expected = RolloutEngine(model, max_batch=4, max_len=64).generate(prompts, sampling=GREEDY).completion_ids
+    engine = RolloutEngine(model, max_batch=4, max_len=64, kernels=False)
+    for _ in range(2):
+        found = engine.generate(prompts, sampling=GREEDY)
+        assert found.stats.graphs == "none: torch twins do not read where the cache lies"
+        assert found.completion_ids == expected
+    with pytest.raises(ConfigError, match="graphs=True: torch twins do not read"):
+        RolloutEngine(model, max_batch=4, max_len=64, kernels=False, graphs=True)
 
 
 def test_log_probs_are_those_of_a_forward_in_bf16():

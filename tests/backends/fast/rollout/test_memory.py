@@ -28,9 +28,9 @@ def test_the_cache_takes_a_share_of_what_is_free(monkeypatch):
     fixed = RolloutEngine(model, max_batch=64, max_len=64, memory_gib=11 * page / 2**30)
     monkeypatch.setattr(model, "parameters", lambda: iter([SimpleNamespace(device=card)]))
     # 30% of 100 + 70 - 50 pages, which hold 34 pages and 2; what rows need, where that is less; what was asked for.
-    assert [one._new_pool().memory.shape[2] for one in (engine, narrow, fixed)] == [36, 2 * 4 + 2, 11]
+    assert [one._new_pool().capacity + 1 for one in (engine, narrow, fixed)] == [36, 2 * 4 + 2, 11]
     room["share"] = 1 / 8  # of the card's 1,000 pages, of which 50 are taken
-    assert engine._new_pool().memory.shape[2] == 22
+    assert engine._new_pool().capacity + 1 == 22
     room["share"] = 1.0
     assert too_small_because(model, max_len=34 * PAGE) is None
     assert too_small_because(model, max_len=34 * PAGE + 1) == (

@@ -140,14 +140,41 @@ def test_pages() -> None:
 
 def test_copy() -> None:
     pool = PagePool(layers=2, k_heads=3, head_dim=5, pages=6, dtype=torch.float32, device=torch.device("cpu"))
-    pool.memory.copy_(torch.arange(pool.memory.numel()).view(pool.memory.shape))
-    before = pool.memory.clone()
-    pool.copy([(1, 4), (2, 5)])
-    for layer, (k, v) in enumerate(pool.layers):
-        for side, pages in enumerate((k, v)):
-            assert torch.equal(pages[4], before[layer, side, 1]) and torch.equal(pages[5], before[layer, side, 2])
-            assert torch.equal(pages[:4], before[layer, side, :4])
+    with pool.standing():
+        pool.memory.copy_(torch.arange(pool.memory.numel()).view(pool.memory.shape))
+        before = pool.memory.clone()
+        pool.copy([(1, 4), (2, 5)])
+        for layer in range(pool.layers):
+            for side, pages in enumerate(pool.layer(layer)[:2]):
+                assert torch.equal(pages[4], before[layer, side, 1]) and torch.equal(pages[5], before[layer, side, 2])
+                assert torch.equal(pages[:4], before[layer, side, :4])
     assert PagePool.page_bytes(layers=16, k_heads=8, head_dim=64, dtype=torch.bfloat16) == 32 * 1024 * PAGE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_stands_while_rows_run_and_moves(dtype: torch.dtype) -> None:
+    """What a kernel is told of it is where it lies then."""
+    pool = PagePool(layers=3, k_heads=2, head_dim=8, pages=5, dtype=dtype, device=torch.device("cpu"))
+    assert pool.memory is None and pool.nbytes == 3 * 2 * 5 * 2 * PAGE * 8 * dtype.itemsize
+    seen, held = [], []
+    for _ in range(2):
+        with pool.standing():
+            assert pool.memory.nbytes == pool.nbytes and not pool.memory[:, :, 0].any()
+            held.append(pool.memory)  # so that the second lies elsewhere
+            for index in range(3):
+                *sides, place = pool.layer(index)
+                for pages, elements in zip(sides, place.elements.tolist(), strict=True):
+                    assert pages.shape == (5, 2, PAGE, 8) and elements % PAGE == 0
+                    assert place.anchor.data_ptr() + elements * dtype.itemsize == pages.data_ptr()
+                seen.append((place.elements.data_ptr(), place.elements.tolist()))
+            with pool.standing():
+                assert pool.memory is held[-1]
+            assert pool.memory is held[-1], "what was there before is not given back"
+        assert pool.memory is None
+    assert [at for at, _ in seen[:3]] == [at for at, _ in seen[3:]] and seen[0][1] != seen[3][1]
+    with pytest.raises(RuntimeError), pool.standing():
+        raise RuntimeError
+    assert pool.memory is None, "after an error too"
 
 
 def test_a_row_that_fits_no_cache() -> None:
