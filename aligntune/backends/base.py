@@ -134,6 +134,7 @@ def require(backend: Backend, algorithm: str, options: Mapping[str, Any]) -> Non
         if not state:
             raise BackendUnavailableError(f"backend={backend.name!r} {state}")
     _require_packages(options)
+    _require_trackers(options)
     _require_vllm(options)
 
 
@@ -148,6 +149,20 @@ def _require_packages(options: Mapping[str, Any]) -> None:
         if given.get(name) and importlib.util.find_spec(module) is None:
             raise BackendUnavailableError(f"trainer_options {name}={given[name]!r}: {module} is not installed here; "
                                           f"pip install {package}")
+
+
+_TRACKERS = {"wandb": "'aligntune[wandb]'", "comet_ml": "comet-ml"} | {
+    name: name for name in ("mlflow", "neptune", "trackio", "codecarbon", "clearml", "dagshub", "dvclive", "swanlab")}
+"""Tracker of transformers, and the module that it needs -> what installs it."""
+
+
+def _require_trackers(options: Mapping[str, Any]) -> None:
+    """As `_require_vllm`; a name that transformers does not know it lists itself."""
+    wanted = asked(options).get("report_to")
+    for name in [wanted] if isinstance(wanted, str) else wanted or ():
+        if name in _TRACKERS and importlib.util.find_spec(name) is None:
+            raise BackendUnavailableError(f"report_to={name!r}: {name} is not installed here; "
+                                          f"pip install {_TRACKERS[name]}")
 
 
 def _require_vllm(options: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from aligntune.backends.fast.support import BACKEND as FAST
 from aligntune.backends.fast.support import SEQUENCE_RATIOS, FastBackend
-from aligntune.core.backend_factory import choose_backend, create_rl_trainer
+from aligntune.core.backend_factory import choose_backend, create_rl_trainer, create_sft_trainer
 from aligntune.core.registry import Support
 from aligntune.core.resolve import Job, resolve
 from aligntune.errors import BackendUnavailableError
@@ -101,6 +101,24 @@ def test_a_package_that_a_field_needs_is_asked_for_before_anything_is_read(
     assert choose_backend(job_of(backend="trl", trainer_options=off)).name == "trl"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
     assert choose_backend(job_of(backend="trl", trainer_options=fields)).name == "trl"
+
+
+@pytest.mark.parametrize(("wanted", "told"), [
+    ("wandb", r"report_to='wandb': wandb is not installed here; pip install 'aligntune\[wandb\]'"),
+    (["tensorboard", "mlflow"], "report_to='mlflow': .*pip install mlflow"),
+    ({"trainer_options": {"report_to": ["comet_ml"]}}, "report_to='comet_ml': .*pip install comet-ml"),
+])
+def test_a_tracker_that_is_not_installed_is_told_before_anything_is_read(
+    wanted: Any, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = wanted if isinstance(wanted, dict) else {"report_to": wanted}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    with pytest.raises(BackendUnavailableError, match=told):
+        create_sft_trainer("/no/such/model", "/no/such/data", backend="trl", **given)
+    for other in ("none", "all", "tensorboard", [], ["tensorboard"], "no_tracker"):  # the last is transformers' to tell
+        assert choose_backend(job_of(backend="trl", report_to=other)).name == "trl"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
+    assert choose_backend(job_of(backend="trl", **given)).name == "trl"
 
 
 @pytest.mark.parametrize("wish", [
