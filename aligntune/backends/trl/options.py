@@ -137,6 +137,8 @@ def trl_config(job: Job, precision: Precision, *, eval_rows: int, fields: Mappin
         args = cls(**config_kwargs(cls, kwargs))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{cls.__name__}: {error}") from error
+    if getattr(args, "activation_offloading", False) and precision.device == "cpu":
+        raise ConfigError("trainer_options activation_offloading=True: no GPU is used here whose memory it would spare")
     if job.spec.online and (faults := generation_faults(job, args)):
         raise ConfigError.from_faults(faults, "generation_kwargs")
     return args

@@ -110,6 +110,16 @@ def test_a_field_beside_an_option_at_its_default_is_taken(tmp_path: Path) -> Non
     assert (args.optim, args.warmup_steps, args.save_strategy, args.per_device_eval_batch_size) == ("sgd", 7, "no", 2)
 
 
+@pytest.mark.parametrize("name", sorted(name for name in CONFIGS if "activation_offloading" in fields_of(name)))
+def test_activations_are_offloaded_from_a_gpu(name: str, tmp_path: Path) -> None:
+    """Without one TRL would look for a stream of it when its trainer is made."""
+    job = job_of(name, tmp_path, trainer_options={"activation_offloading": True})
+    with pytest.raises(ConfigError, match="activation_offloading=True: no GPU is used here"):
+        trl_config(job, CPU, eval_rows=0)
+    job.options.trainer_options = {"activation_offloading": False}
+    assert trl_config(job, CPU, eval_rows=0).activation_offloading is False
+
+
 @pytest.mark.parametrize("name", sorted(name for name in CONFIGS if "disable_dropout" in fields_of(name)))
 def test_the_dropout_that_is_asked_for_is_not_turned_off(name: str, tmp_path: Path) -> None:
     cpu = Precision("fp32", "cpu", "of a test")
