@@ -269,11 +269,11 @@ def rollout(report: Report) -> str:
             f"{entry['bound_ms']:.2f} ({entry['of_bound']:.0%})" if ours else "-",
             f"{entry['log_prob_difference_mean']:.3f}" if ours else "-",
             f"{entry['cache_gib']:.2f}" if ours else "-", f"{entry['peak_gib']:.1f}" if ours else "-",
-            *([f"{entry['seconds']:.2f}", f"{entry['after_release_s']:.2f}", f"{entry['released_gib']:.2f}"]
+            *([f"{entry['seconds']:.2f}", f"{entry['after_release_s']:.2f}", f"{entry['graphs_gib']:.2f}"]
               if "after_release_s" in entry else ["-"] * 3 if released else []),
         ])  # fmt: skip
     head = ["Llama 1B shape, bf16, LoRA", "tokens/s", "step ms", "bound ms", "log-probs apart", "cache GiB", "peak GiB",
-            *(["a call, s", "after a release, s", "released GiB"] if released else [])]
+            *(["a call, s", "after a release, s", "graphs GiB"] if released else [])]
     return markdown(head, rows) + "\n" + source(
         report | {"versions": {"torch": report["torch"]}, "copy_bytes_per_s": report["ceilings"]["bytes_per_s"]})
 

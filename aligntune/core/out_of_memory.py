@@ -203,8 +203,11 @@ def _states(trainer: Any) -> int:
 
 def _fixes(trainer: Any, run: Run) -> tuple[list[Fix], list[str]]:
     """Every change that applies, and why the others do not."""
+    kinds = [_recompute, _batch, _length, _packing, _base, _optimizer, _adapters, _beside]
     fixes, why_not = [], []
-    for of_kind in (_recompute, _batch, _length, _packing, _base, _optimizer, _adapters, _beside):
+    if getattr(getattr(trainer, "rollout_engine", None), "ran_out", False):
+        kinds, why_not = kinds[4:], ["a rollout ran out, which keeps no activations"]
+    for of_kind in kinds:
         for found in of_kind(trainer, run):
             if isinstance(found, Fix):
                 fixes.append(found)

@@ -45,7 +45,7 @@ def test_a_row_tells_what_captures_and_a_release_cost(monkeypatch: pytest.Monkey
     assert (entry["captures"], entry["capture_seconds"], entry["later_captures"]) == (2, 0.5, 0)
     assert entry["after_release_s"] == pytest.approx(6.5, abs=0.1)
     assert (entry["after_release_captures"], entry["after_release_capture_s"]) == (2, 0.5)
-    assert entry["released_gib"] == entry["cache_gib"] > 0
+    assert entry["graphs_gib"] == 0 < entry["cache_gib"]
     assert entry["log_prob_difference_max"] < 1e-4
     line = benchmark.line({"what": "fast, batch 4"} | entry)
     assert "first 1.5 s, 2 captures 0.5 s, 0 later, none: " in line and line.endswith("GiB 6.50 s"), line
@@ -58,7 +58,7 @@ def test_the_table_shows_a_release_where_it_was_measured() -> None:
     report = {"rows": [theirs, ours], "torch": "2.11", "ceilings": {"bytes_per_s": 3e12}, "device": "a card",
               "command": "c", "commit": "0" * 40}
     assert "release" not in tables.rollout(report)
-    report["rows"] = [theirs, ours | {"after_release_s": 1.2, "released_gib": 0.31}]
+    report["rows"] = [theirs, ours | {"after_release_s": 1.2, "graphs_gib": 0.31}]
     lines = tables.rollout(report).splitlines()
-    assert lines[0].endswith("| peak GiB | a call, s | after a release, s | released GiB |")
+    assert lines[0].endswith("| peak GiB | a call, s | after a release, s | graphs GiB |")
     assert lines[2].endswith("| - | - | - | - |") and lines[3].endswith("| 2.9 | 0.44 | 1.20 | 0.31 |")

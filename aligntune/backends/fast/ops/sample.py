@@ -94,7 +94,7 @@ def sample_blocks(
 
 @_runtime.kernel
 def sample_finish(
-    logits_ptr, logits_row, partial_ptr, blocks, state_ptr, state_row, temperature_ptr, stops_ptr,
+    logits_ptr, logits_row, partial_ptr, blocks, vocab, state_ptr, state_row, temperature_ptr, stops_ptr,
     tokens_ptr, log_probs_ptr, out_row, GREEDY: tl.constexpr, STOPS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -109,7 +109,8 @@ def sample_finish(
     log_sum = highest + tl.log(tl.sum(tl.where(keep, total * tl.exp(top - highest), 0.0), axis=0))
     winner = tl.max(best, axis=0)
     token = tl.min(tl.where(keep & (best == winner), at, 2147483647), axis=0)
-    token = tl.where(token == 2147483647, 0, token)  # logits of NaN: the log-prob shows it
+    # Logits of NaN, which the log-prob shows: a GPU's maximum may pass them by, for what lies behind the last logit.
+    token = tl.where(token < vocab, token, 0)
     inverse = 1.0 if GREEDY else 1.0 / tl.load(temperature_ptr)
     log_prob = tl.load(logits_ptr + row * logits_row + token).to(tl.float32) * inverse - log_sum
     state = state_ptr + row * state_row
@@ -170,7 +171,7 @@ def sample_step(
             vocab, choices is not None, greedy, _BLOCK, num_warps=8,
         )  # fmt: skip
         sample_finish[(rows,)](
-            logits, logits.stride(0), partial, blocks, state, state.stride(0), temperature, stops,
+            logits, logits.stride(0), partial, blocks, vocab, state, state.stride(0), temperature, stops,
             outputs.tokens, outputs.log_probs, outputs.tokens.stride(0), greedy, stops.numel(),
             _runtime.next_power_of_2(blocks), num_warps=1,
         )  # fmt: skip

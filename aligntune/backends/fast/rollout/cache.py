@@ -52,25 +52,27 @@ class PagePool:
 
     @contextlib.contextmanager
     def standing(self) -> Iterator[None]:
-        """While open the pool has memory, of anything but page 0, which is zeros.
+        """While open the pool has memory, which may hold anything.
 
         Raises:
             torch.OutOfMemoryError: the device has less left.
         """
-        takes = self.memory is None
-        if takes:
-            self.memory = torch.empty(self._shape, dtype=self._anchor.dtype, device=self._anchor.device)
-            self.memory[:, :, 0] = 0  # rows that are done read what they wrote there, with others of a tile
-            apart = self.memory.data_ptr() - self._anchor.data_ptr()
-            assert apart % (PAGE * self._anchor.itemsize) == 0
-            first, step = apart // self._anchor.itemsize, self.memory.stride(1)
-            line = self._elements.view(-1)
-            torch.arange(first, first + step * len(line), step, out=line)
+        stood = self.memory is not None
         try:
+            if not stood:
+                self.memory = torch.empty(self._shape, dtype=self._anchor.dtype, device=self._anchor.device)
+                if self.memory.dtype != torch.float64:  # which no kernel takes
+                    self._say_where(self.memory)
             yield
         finally:
-            if takes:
+            if not stood:
                 self.memory = None
+
+    def _say_where(self, memory: torch.Tensor) -> None:
+        apart = memory.data_ptr() - self._anchor.data_ptr()
+        assert apart % (PAGE * memory.itemsize) == 0
+        first, step, line = apart // memory.itemsize, memory.stride(1), self._elements.view(-1)
+        torch.arange(first, first + step * len(line), step, out=line)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor, Place]:
         """A layer's pages of keys and of values, (pages, k_heads, PAGE, head_dim) each, and where they lie."""

@@ -273,7 +273,7 @@ class Decoder:
         at = (length // PAGE).clamp(max=self.table.shape[1] - 1)
         page = self.table[:rows].gather(1, at[:, None])[:, 0].long()
         slots = torch.where(active, page * PAGE + length % PAGE, 0)
-        now = Step(slots, torch.where(active, state[:, 1] + 1, 1))
+        now = Step(slots, torch.where(active, state[:, 1] + 1, 0))  # rows that are done see nothing
         logits = self._forward(self.model, now, input_ids=token[None], position_ids=length[None]).logits[0]
         seen = self.seen[:rows] if form.penalty and self.seen is not None else None
         scores = choices(logits, form, self.numbers, seen, kernels=self.kernels) if form.filters else None
@@ -298,10 +298,12 @@ class Decoder:
         state, seen = self.state.clone(), None if self.seen is None else self.seen.clone()
         self.state.zero_()  # warm-up steps move no row
         self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side), self._projections():
-            for _ in range(2):
-                self._step(rows, form)
-        torch.cuda.current_stream().wait_stream(self._side)
+        try:
+            with torch.cuda.stream(self._side), self._projections():
+                for _ in range(2):
+                    self._step(rows, form)
+        finally:  # after an error too the cache goes to whoever launches next on this stream
+            torch.cuda.current_stream().wait_stream(self._side)
         self.state.copy_(state)
         if self.seen is not None and seen is not None:
             self.seen.copy_(seen)

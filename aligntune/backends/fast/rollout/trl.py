@@ -141,6 +141,9 @@ class FastRollouts:
         groups = [(ids, len(list(same))) for ids, same in itertools.groupby(prompt_ids)]
         rollout = self.rollout_engine.generate(
             [ids for ids, _ in groups], num_generations=[count for _, count in groups], sampling=self._sampling())
+        if not self.state.global_step:
+            # What the first optimizer step makes, and keeps, would come to lie in the cache's block.
+            torch.cuda.empty_cache()
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["rollout/seconds"].append(rollout.stats.seconds)
         metrics["rollout/tokens_per_second"].append(rollout.stats.to_dict()["tokens_per_second"])

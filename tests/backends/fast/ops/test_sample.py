@@ -200,6 +200,20 @@ def test_what_does_not_fit_is_refused():
         run(sample_step_reference, torch.zeros(2, 4), stops=(1, 2, 3))
 
 
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("vocab", [40, 4096, 5000])
+def test_logits_of_nan_draw_a_token_of_the_vocabulary(vocab, greedy, device):
+    """Whose log-prob is NaN; an id beyond the embeddings would end a GPU's process. Rows beside it draw theirs."""
+    logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(1))
+    _, expected = run(sample_step, logits, greedy=greedy, device=device)
+    for broken in (slice(None), slice(vocab - 1, None)):
+        wrong = logits.clone()
+        wrong[1, broken] = float("nan")
+        _, found = run(sample_step, wrong, greedy=greedy, device=device)
+        assert 0 <= int(found.tokens[1, 0]) < vocab and found.log_probs[1, 0].isnan()
+        assert torch.equal(found.tokens[::2, 0], expected.tokens[::2, 0])
+
+
 BLOCKS = sm90_case(
     op.sample_blocks,
     {"logits_ptr": "*bf16", "logits_row": 128256, "choices_ptr": "*fp32", "choices_row": 128256, "state_ptr": "*i32",
@@ -208,8 +222,9 @@ BLOCKS = sm90_case(
 )  # fmt: skip
 FINISH = sm90_case(
     op.sample_finish,
-    {"logits_ptr": "*bf16", "logits_row": 128256, "partial_ptr": "*fp32", "blocks": 32, "state_ptr": "*i32",
-     "state_row": 8, "temperature_ptr": "*fp32", "stops_ptr": "*i32", "tokens_ptr": "*i32", "log_probs_ptr": "*fp32",
+    {"logits_ptr": "*bf16", "logits_row": 128256, "partial_ptr": "*fp32", "blocks": 32, "vocab": 128256,
+     "state_ptr": "*i32", "state_row": 8, "temperature_ptr": "*fp32", "stops_ptr": "*i32", "tokens_ptr": "*i32",
+     "log_probs_ptr": "*fp32",
      "out_row": 1024},
     {"GREEDY": False, "STOPS": 4, "BLOCKS": 32}, num_warps=1,
 )  # fmt: skip

@@ -289,6 +289,15 @@ def test_what_memory_held_before_changes_nothing(monkeypatch):
     assert engine.generate(prompts, sampling=sampling).completion_ids == first.completion_ids
 
 
+def test_a_model_in_fp64_on_a_cpu():
+    """No kernel takes it, and so nothing need know where its cache lies."""
+    model, prompts = mini().double(), prompts_of()
+    expected = theirs(model, prompts)
+    engine = RolloutEngine(model, max_batch=3, max_len=64)
+    for _ in range(3):
+        assert engine.generate(prompts, sampling=GREEDY).completion_ids == expected
+
+
 def test_a_call_that_memory_does_not_suffice_for(monkeypatch):
     """Says so, and leaves nothing behind."""
     model, prompts = mini(), prompts_of()
