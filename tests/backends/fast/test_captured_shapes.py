@@ -397,6 +397,7 @@ def test_short_runs_replay_most_steps(graphed: Any) -> None:
     assert count <= 7 and graphed.captures <= 9, (count, graphed.captures, graphed.log)
 
 
+@pytest.mark.slow
 def test_nothing_is_captured_before_layers_are_planned(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A window's micro-batches come again within the first optimizer step, when every layer is recomputed."""
     for name, value in {"memory_allocated": GIB, "max_memory_allocated": 2 * GIB, "memory_reserved": 2 * GIB}.items():

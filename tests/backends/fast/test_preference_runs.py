@@ -108,6 +108,7 @@ def test_a_run_of_accumulated_steps_with_evaluation(algorithm: str, model: str, 
     assert compared > 20 and any("eval_loss" in row for row in expected) and expected[0]["grad_norm"] > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", but("reward"))
 def test_a_run_that_was_cut_goes_on_bit_for_bit(algorithm: str, model: str, tmp_path: Path) -> None:
     """Logged every other step: what the logs average is on the GPU at the cut, and in the checkpoint."""

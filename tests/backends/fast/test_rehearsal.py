@@ -114,7 +114,8 @@ def test_a_backward_that_does_more_than_fill_gradients_is_not_rehearsed(
 @pytest.mark.parametrize("options", [
     pytest.param({}, id="full", marks=pytest.mark.slow),
     pytest.param({"gradient_accumulation_steps": 2, "max_steps": 3}, id="accumulated", marks=pytest.mark.slow),
-    pytest.param({"use_peft": True, "lora_dropout": 0.3, "lora_r": 4, "optimizer": "adamw"}, id="dropout"),
+    pytest.param({"use_peft": True, "lora_dropout": 0.3, "lora_r": 4, "optimizer": "adamw"}, id="dropout",
+                 marks=pytest.mark.slow),
 ])
 def test_a_run_is_the_same_with_the_pass_and_without(
     options: dict[str, Any], passes: list[int], tmp_path: Any, monkeypatch: pytest.MonkeyPatch,

@@ -302,6 +302,7 @@ dist.destroy_process_group()
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_two_processes_agree_on_rounds_and_share_what_was_kept(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(TWO)

@@ -130,7 +130,8 @@ dist.destroy_process_group()
 @pytest.mark.dist
 @pytest.mark.skipif(Version(torch.__version__) < Version("2.12"),
                     reason="torch 2.11 restores no optimizer's state on 'cpu:0'")
-@pytest.mark.parametrize("critic", ["", pytest.param("policy", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("critic", ["", "policy"])
 def test_two_processes_are_one_run(critic: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
