@@ -71,7 +71,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.mark.parametrize(("options", "launched"), [
     # The first step, which makes the state, is torch's. A group without weight decay is a launch of its own.
-    ({"use_peft": True, "lora_r": 2, "optimizer": "adamw"}, 2),
+    pytest.param({"use_peft": True, "lora_r": 2, "optimizer": "adamw"}, 2, marks=pytest.mark.slow),
     pytest.param({"embedding_learning_rate": 1e-3}, 6, marks=pytest.mark.slow),
     pytest.param({"max_grad_norm": 0.0}, 4, marks=pytest.mark.slow),
     pytest.param({"gradient_accumulation_steps": 2, "max_grad_norm": 1e4}, 4, marks=pytest.mark.slow),
