@@ -3,6 +3,8 @@
 * Yardstick: two trl runs in fp32 that differ in their attention alone (sdpa, eager): one function, rounded in two ways.
   The mean of their differences may be near 0 by luck: it counts as no less than its standard error. Nor does either
   count as less than the rounding of a loss: two runs that agree to its last bit leave a third no room for it.
+* What those two round alike, as their sums over tokens and their softmax may, is no part of the yardstick. Where it is
+  not kept, a third trl run in fp64 tells how far from it each is.
 * Distance of a run in lower precision: root mean square, over all steps and seeds, of its loss less that of the fp32
   run on the same batches; of gradients, for each parameter, the norm of the difference over the norm, over the seeds.
   A ratio of two such norms over n numbers has a standard deviation of 1 / sqrt(n); three of them are allowed for.
@@ -95,11 +97,12 @@ def rms(apart: Sequence[Losses]) -> float:
 
 
 def distance(
-    part: str, truth: Sequence[Losses], own: Sequence[Losses], found: Sequence[Losses], times: float, which: str = ""
+    part: str, truth: Sequence[Losses], own: Sequence[Losses], found: Sequence[Losses], times: float, which: str = "",
+    *, what: str = LOSS,
 ) -> Check:
     """How far losses are from those in fp32, against how far another run's are; `which` loss, or run."""
     theirs, ours = ([rms([x - t]) for x, t in zip(run, truth, strict=True)] for run in (own, found))
-    return pooled(part, theirs, ours, times, steps=len(truth[0]), what=_named(LOSS, which))
+    return pooled(part, theirs, ours, times, steps=len(truth[0]), what=_named(what, which))
 
 
 def pooled(

@@ -28,7 +28,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -68,6 +68,8 @@ from benchmarks.parity_parts import (
     PASSES,
     PREFERENCE,
     SFT,
+    TRUE_LOSS,
+    TRUTH,
     Arm,
     Job,
     Plan,
@@ -158,6 +160,25 @@ def no_tf32() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@contextmanager
+def in_fp64(model: Any) -> Iterator[None]:
+    """The model in fp64, and what transformers and TRL would widen to fp32 there: they name that type as they run."""
+    named, default = {"float32": torch.float32, "float": torch.float}, torch.get_default_dtype()
+    widen = torch.Tensor.float
+    model.double()
+    torch.set_default_dtype(torch.float64)
+    for name in named:
+        setattr(torch, name, torch.float64)
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.float = widen  # type: ignore[method-assign]
+        for name, dtype in named.items():
+            setattr(torch, name, dtype)
+        torch.set_default_dtype(default)
 
 
 def losses_of(run: Any, key: str = "loss") -> Losses:
@@ -277,7 +298,8 @@ def preference(
         run = made(source, rows, backend=arm.backend, output_dir=folder, callbacks=[gradients], **given)
         draw_adapters(run.model)
         draw_adapters(run.model, SCORES, named="score")
-        run.train()
+        with in_fp64(run.model) if arm.fp64 else nullcontext():
+            run.train()
         witnessed(run)
     return gradients.found, run
 
@@ -381,6 +403,10 @@ def held_checks(part: str, runs: Mapping[str, Sequence[Ran]], apart: Sequence[Ap
         if part in SFT:
             exact.append(first_loss(f"{part}, fp32", lost["trl"], lost["fast"], FIRST))
         exact += within_yardstick(f"{part}, fp32{told}", lost["trl"], lost["trl-eager"], lost["fast"], which)
+        if TRUTH in runs:
+            true = _of(runs, key)[TRUTH]
+            exact += [distance(f"{part}, fp32", true, own, lost["fast"], BF16, run, what=TRUE_LOSS)
+                      for run, own in (("", lost["trl"]), ("against trl, eager", lost["trl-eager"]))]
         if rounded:
             chance, near = 3 * SEEDS_APART / math.sqrt(len(rounded["trl"])), _of(rounded, key)
             coarse.append(distance(f"{part}, bf16{told}", near["trl"], near["trl-bf16"], near["fast-bf16"],
@@ -504,7 +530,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--learn-seeds", type=int, default=12, help="of the learning run")
     parser.add_argument("--bf16-seeds", type=int, help="of SFT's yardstick in bf16; default: twice --learn-seeds")
     parser.add_argument("--again", type=int, default=6, metavar="SEEDS",
-                        help="of a method with options, where its one seed keeps no bound or settles none; 1: none")
+                        help="of a method with options, where its one seed keeps no bound or settles none; a "
+                        "preference method's are then also held against trl in fp64; 1: none")
     parser.add_argument("--workers", type=int, default=1, help="runs at once: they share the card")
     parser.add_argument("--parts", help=f"some of {','.join(PARTS)}; default: all of these that the device can run. "
                         f"And methods with options, `options` for all of them: {','.join(OPTIONS)}")
@@ -535,7 +562,7 @@ def main(argv: list[str] | None = None) -> int:
         again = [part for part in unsettled(checks) if part in OPTIONS]
         if again and args.again > 1:
             print(f"again, over {args.again} seeds: {', '.join(again)}")
-            plan = replace(plan, option_seeds=args.again)
+            plan = replace(plan, option_seeds=args.again, truth=True)
             found, lost, about = judged_all(again, plan, pool)
             checks = [check for check in checks if check.part.partition(",")[0] not in again] + found
             failed |= lost

@@ -22,11 +22,14 @@ class Arm:
 
     backend: str
     options: Mapping[str, Any]
+    fp64: bool = False
+    """Trains in fp64 once it is built."""
 
 
 ARMS = {
     "trl": Arm("trl", {"precision": "fp32", "attn_implementation": "sdpa"}),
     "trl-eager": Arm("trl", {"precision": "fp32", "attn_implementation": "eager"}),
+    "trl-fp64": Arm("trl", {"precision": "fp32", "attn_implementation": "sdpa"}, fp64=True),
     "fast": Arm("fast", {"precision": "fp32"}),
     "trl-bf16": Arm("trl", {"precision": "bf16", "attn_implementation": "sdpa"}),
     "fast-bf16": Arm("fast", {"precision": "bf16"}),
@@ -36,6 +39,8 @@ HELD = ("fast", "trl", "trl-eager", "trl-bf16", "fast-bf16")
 """The arms of all but `sft`, which has all; of the online methods the first draws what all are given."""
 EXACT = HELD[:-1]
 """Those of a method's options: trl in bf16 is what tells whether its two runs in fp32 are chaotic."""
+TRUTH, TRUE_LOSS = "trl-fp64", "rms of loss - fp64 loss"
+"""One more, of preference methods that are looked at again: what two runs round alike is no part of a yardstick."""
 STILL = ("fast", "trl", "trl-bf16", "fast-bf16")
 """Those of runs that move no weight, for their gradients; the first, which draws, is of the online methods alone."""
 STILL_STEPS, PASSES = 32, 2
@@ -144,6 +149,7 @@ class Plan:
     `bf16_seeds`: of SFT's yardstick in bf16. One seed of 100 steps is 0.2 to 2.6 times as far from fp32 on fast as on
     trl: three decide nothing.
     `option_seeds`: of a method's options; of their gradients, where a batch has two passes, twice as many.
+    `truth`: whether those of preference methods run in fp64 as well.
     """
 
     source: str
@@ -152,6 +158,7 @@ class Plan:
     learn_seeds: int = 1
     bf16_seeds: int = 1
     option_seeds: int = 1
+    truth: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -169,7 +176,7 @@ class Plan:
             rows = PROMPTS if online else "builtin:arithmetic-preference"
             toy = {"batch_size": 4, "max_completion_length": 8} if online else {"batch_size": 2}
             options = {**self.options, **(toy if self.steps < 10 else {}), **(OPTIONS[part][1] if few else {})}
-            held = EXACT if few else HELD
+            held = (*EXACT, TRUTH) if few and self.truth and not online else EXACT if few else HELD
             together: list[tuple[str, ...]] = [held] if online else [(name,) for name in held]
             asked = [(arms, min(50, self.steps), False, 1) for arms in together]
             asked.append((STILL if online else STILL[1:], min(STILL_STEPS, self.steps), True, PASSES if online else 1))

@@ -18,7 +18,7 @@ from aligntune.compare.html import html
 from aligntune.compare.tables import tables as compared
 from benchmarks import plot
 from benchmarks.agreement import MOST, verdict
-from benchmarks.parity_parts import OPTIONS, PARTS
+from benchmarks.parity_parts import OPTIONS, PARTS, TRUE_LOSS
 from benchmarks.sft import roofline
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -320,7 +320,20 @@ def parity_options(report: Report) -> str:
             cells.insert(0, str(entries[0]["seeds"]))
         worst = ("**no**", "**no**, not settled", "yes, not settled", "yes")
         rows.append([name, told(OPTIONS[name][1]), *cells, min(map(held, entries), key=worst.index, default="-")])
-    return markdown(["run", "options", "seeds", *columns.values(), "holds"], rows) + "\n" + source(report)
+    table = markdown(["run", "options", "seeds", *columns.values(), "holds"], rows)
+    return f"{table}\n{_true(of_part)}{source(report)}"
+
+
+def _true(of_part: Mapping[str, list[dict[str, Any]]]) -> str:
+    """Of the runs that were also held against one in fp64: how far from it fast is, and trl."""
+    lines = []
+    for name, entries in of_part.items():
+        found = [entry for entry in entries if TRUE_LOSS in entry.get("what", "")]
+        if found:
+            sdpa, eager = (f"{_times(entry)} times as far as trl's {entry['own']:.1e}" for entry in found)
+            lines.append(f"`{name}`, {TRUE_LOSS}, fp32: fast {found[0]['value']:.1e}, {sdpa} with sdpa, {eager} with "
+                         "eager attention.\n\n")
+    return "".join(lines)
 
 
 def _furthest(entries: list[dict[str, Any]]) -> str:

@@ -226,7 +226,7 @@ def test_where_one_seed_of_options_keeps_no_bound_several_decide(asked, monkeypa
     def done(job: parity.Job) -> Any:
         begun.append((job.part, job.seed))
         off = {"dpo-js": {"fast": 1e-5}, "kto-weights": {"trl-eager": 2e-7} if job.seed == 1 else {}}
-        sizes = losses(QUIET | off.get(job.part, {}))
+        sizes = losses(QUIET | {"trl-fp64": 1e-4} | off.get(job.part, {}))
         return apart(0.02) if job.still else [ran(sizes(name, job.seed)[0, :job.steps]) for name in job.arms]
 
     monkeypatch.setattr(parity, "done", done)
@@ -241,7 +241,9 @@ def test_where_one_seed_of_options_keeps_no_bound_several_decide(asked, monkeypa
     kept = {row["part"].partition(",")[0] for row in report["rows"]} - {
         row["part"].partition(",")[0] for row in report["rows"] if not row["holds"]}
     assert kept == ({"dpo-hinge", "kto-weights"} if several > 1 else {"dpo-hinge"})
-    assert len(report["rows"]) == 4 * 3 and set(report["layouts"]) == set(seeds)
+    true = {row["part"] for row in report["rows"] if parity_parts.TRUE_LOSS in row["what"]}
+    assert true == ({"dpo-js, fp32", "kto-weights, fp32"} if several > 1 else set())
+    assert len(report["rows"]) == 4 * 3 + 2 * len(true) and set(report["layouts"]) == set(seeds)
     assert ("again, over 4 seeds: dpo-js, kto-weights" in capsys.readouterr().out) is (several > 1)
 
 
@@ -463,6 +465,24 @@ def test_a_reward_model_s_head_is_drawn(source):
     assert sum("score" in name for name in gradients) == 1 and len(gradients) == 43
 
 
+def test_a_run_in_fp64_is_one_and_leaves_torch_as_it_was(source):
+    """What is named fp32 within TRL's and transformers' code is fp64 there: the norms, the losses, Adam's states."""
+    losses, runs = {}, {}
+    kinds = torch.float32, torch.float, torch.Tensor.float, torch.get_default_dtype()
+    eager = replace(parity.ARMS["trl-eager"], fp64=True)
+    for name, arm in {"trl": parity.ARMS["trl"], "trl-fp64": parity.ARMS["trl-fp64"], "eager": eager}.items():
+        _, run = parity.preference("cpo", source, "builtin:arithmetic-preference", arm, steps=3, batch_size=2,
+                                   max_samples=16, device="cpu", **parity.OPTIONS["cpo-hinge"][1])
+        losses[name], runs[name] = parity.losses_of(run), run
+    assert (torch.float32, torch.float, torch.Tensor.float, torch.get_default_dtype()) == kinds
+    wide = runs["trl-fp64"].trainer
+    assert {p.dtype for p in wide.model.parameters()} == {torch.float64}
+    assert {s["exp_avg"].dtype for s in wide.optimizer.state.values()} == {torch.float64}
+    apart = (losses["trl"] - losses["trl-fp64"]).abs()
+    assert 0 < float(apart.max()) < 1e-6 < float(losses["trl"].abs().min())
+    assert 0 < float((losses["eager"] - losses["trl-fp64"]).abs().max()) < 1e-12, "something is rounded to fp32"
+
+
 def test_the_worst_parameter_is_named():
     true = {"a": torch.ones(10_000).double(), "b": torch.ones(10_000).double()}
     own = {"a": true["a"] * 1.01, "b": true["b"] * 1.02}
@@ -514,7 +534,14 @@ def test_the_table_of_options_has_a_row_each():
     report = {"device": "card", "versions": {}, "commit": "c" * 40, "command": "x", "rows": [
         *rows("grpo-bnpo"), *rows("grpo-cispo", fast=2.5), *rows("grpo-sapo", gradient=1.2), *rows("dpo-ld", two=0.2),
         {"part": "dpo-js", "failed": "MemoryError: no room", "holds": False}]}  # fmt: skip
-    found = {line.split(" | ")[0].removeprefix("| "): line for line in tables.parity_options(report).splitlines()[2:-2]}
+    for own, run in ((2.0, ""), (4.0, ", against trl, eager")):
+        what = f"{parity_parts.TRUE_LOSS}{run}"
+        check = bounds.Check("grpo-sapo, fp32", what, 1.0, own, 1.25 * own, 50, 6, (0.1, 0.6))
+        report["rows"].append({**asdict(check), "holds": check.holds})
+    *lines, _, true, _, _ = tables.parity_options(report).splitlines()
+    found = {line.split(" | ")[0].removeprefix("| "): line for line in lines[2:]}
+    assert true == (f"`grpo-sapo`, {parity_parts.TRUE_LOSS}, fp32: fast 1.0e+00, 0.50 [0.10, 0.60] times as far as "
+                    "trl's 2.0e+00 with sdpa, 0.25 [0.10, 0.60] times as far as trl's 4.0e+00 with eager attention.")
     assert [*found] == [*parity.OPTIONS]
     assert found["grpo-bnpo"].endswith("_steps 2 | 1 | 1.00 | 0.25 | 1.00 [0.90, 1.10] | 0.01 | yes |")
     assert "| 2.50 | 0.25 |" in found["grpo-cispo"] and found["grpo-cispo"].endswith("| **no** |")
