@@ -350,6 +350,9 @@ def gradients_of(job: Job) -> Apart:
 
 
 def done(job: Job) -> list[Ran] | Apart:
+    if any(ARMS[name].fp64 for name in job.arms):  # modules that are first imported in it would keep its types for good
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
+            return alone.submit(runs_of, job).result()
     return gradients_of(job) if job.still else runs_of(job)
 
 
