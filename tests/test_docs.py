@@ -74,7 +74,9 @@ def check(page: Path, status: int, out: str, err: str) -> None:
             assert line.strip() in out, line
 
 
-@pytest.mark.parametrize("page", ALONE, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [
+    pytest.param(page, marks=pytest.mark.slow) if page.name == "porting.md" else page for page in ALONE],
+    ids=lambda p: p.name)
 def test_the_code_of_a_page_runs_in_a_process_of_its_own(page: Path, tmp_path: Path) -> None:
     """As a reader would type it, in an empty folder."""
     script = tmp_path / "page.py"

@@ -99,6 +99,7 @@ def until_idle(pid: int) -> None:
     pytest.fail("the arm does not come to rest")
 
 
+@pytest.mark.slow
 def test_a_waiting_arm_trains_when_its_turn_comes(tmp_path: Path) -> None:
     """In real processes: what it waited is a lap of its own, and no part of its cold start."""
     rows = tmp_path / "rows.jsonl"

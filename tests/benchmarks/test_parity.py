@@ -483,6 +483,34 @@ def test_a_run_in_fp64_is_one_and_leaves_torch_as_it_was(source):
     assert 0 < float((losses["eager"] - losses["trl-fp64"]).abs().max()) < 1e-12, "something is rounded to fp32"
 
 
+def test_a_run_in_fp64_has_a_process_of_its_own(monkeypatch):
+    """What is first imported there takes fp64 for fp32: after one in a pool's process the next job failed."""
+    plan = replace(parity.Plan("", 50), truth=True)
+    (wide,) = [job for job in plan.jobs("cpo-hinge") if job.arms == (parity_parts.TRUTH,)]
+    begun: list[Any] = []
+
+    class Alone:
+        def __init__(self, workers: int, mp_context: Any) -> None:
+            assert (workers, mp_context.get_start_method()) == (1, "spawn")
+
+        def __enter__(self) -> Alone:
+            return self
+
+        def __exit__(self, *_: Any) -> None: ...
+
+        def submit(self, *given: Any) -> Future[Any]:
+            begun.append(given)
+            future: Future[Any] = Future()
+            future.set_result("ran there")
+            return future
+
+    monkeypatch.setattr(parity, "ProcessPoolExecutor", Alone)
+    monkeypatch.setattr(parity, "runs_of", lambda job: "ran here")
+    assert parity.done(wide) == "ran there" and begun == [(parity.runs_of, wide)]
+    assert parity.done(replace(wide, arms=("trl",))) == "ran here"
+    assert not [job for job in plan.jobs("grpo-cispo") if parity_parts.TRUTH in job.arms], "online methods have none"
+
+
 def test_the_worst_parameter_is_named():
     true = {"a": torch.ones(10_000).double(), "b": torch.ones(10_000).double()}
     own = {"a": true["a"] * 1.01, "b": true["b"] * 1.02}

@@ -40,8 +40,9 @@ def test_each_fault_is_caught_and_named(
     assert report.exit_code == (9 if valid else 10)
 
 
-@pytest.mark.parametrize("recipe", [SFT, PACKED, GRPO, LORA, DPO, PPO],
-                         ids=["sft", "packed", "grpo", "lora", "dpo", "ppo"])
+@pytest.mark.parametrize("recipe", [
+    pytest.param(one, id=name, marks=[pytest.mark.slow] * (name in ("packed", "ppo"))) for name, one in
+    {"sft": SFT, "packed": PACKED, "grpo": GRPO, "lora": LORA, "dpo": DPO, "ppo": PPO}.items()])
 def test_without_a_fault_nothing_is_found(recipe: Any, run: Any) -> None:
     report = run(recipe, None, asserts=["parity", "data", "attestation"])
     assert kinds(report) == {}

@@ -243,7 +243,7 @@ def test_under_strict_trls_own_head_is_an_error_at_the_first_call():
     assert not any("aligntune" in key for module in model.modules() for key in vars(module))
 
 
-@pytest.mark.parametrize("with_trl", [False, True])
+@pytest.mark.parametrize("with_trl", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_deep_copy_does_not_follow_the_model_it_was_copied_from(with_trl):
     model = build("qwen3")
     if with_trl:

@@ -139,6 +139,7 @@ def test_each_micro_step_has_one_planned_pass(algorithm: str, padded: bool, tmp_
     assert trainer._unplanned is None
 
 
+@pytest.mark.slow
 def test_the_plan_is_in_force_in_the_loss_pass(tmp_path: Any, gpu: dict[str, Any],
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     """TRL switches checkpointing off and on around passes without gradients: the layers that were chosen stay so."""

@@ -191,7 +191,7 @@ SLOW = ["adamw", "paged_adamw_32bit", "paged_adamw_8bit", "sgd", "adafactor"]
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["adamw_fused", "adamw_8bit", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+    "optimizer", ["adamw_fused", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw_8bit", *SLOW))]
 )
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_resumed_is_uninterrupted(optimizer, tmp_path):

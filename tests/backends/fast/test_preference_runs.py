@@ -233,6 +233,7 @@ def test_what_stays_padded_says_so(tmp_path: Path) -> None:
     assert flat.attestation()["layout"].startswith("rows: end to end")
 
 
+@pytest.mark.slow
 def test_steps_run_within_the_memory_that_is_planned_with(tmp_path: Path) -> None:
     built = built_of("fast", "reward", tmp_path, scored(), model_name=scorer(), gradient_accumulation_steps=2)
     steps = []

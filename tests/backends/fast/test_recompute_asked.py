@@ -72,7 +72,8 @@ def test_the_run_is_that_of_one_that_keeps_its_activations(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("options", "offloads"), [
-    ({}, True), pytest.param({"gradient_checkpointing": True}, False, marks=pytest.mark.slow),
+    pytest.param({}, True, marks=pytest.mark.slow),
+    pytest.param({"gradient_checkpointing": True}, False, marks=pytest.mark.slow),
     ({"trainer_options": {"gradient_checkpointing_kwargs": {"use_reentrant": False}}}, False)])
 def test_a_factory_keeps_to_how_the_model_was_made(options: dict[str, Any], offloads: bool, tmp_path: Path) -> None:
     from aligntune import create_sft_trainer

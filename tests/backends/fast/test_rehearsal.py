@@ -202,6 +202,7 @@ def test_an_optimizer_that_works_in_the_backward_makes_no_step_more(passes: list
     assert len(updates) == len(list(trainer.model.parameters())) > 10 and passes == []
 
 
+@pytest.mark.slow
 def test_no_steps_time_has_the_pass_in_it(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A comparison tells it apart: of the first step, whose data it lies in, neither the time nor that of its data."""
     hours: list[float] = []

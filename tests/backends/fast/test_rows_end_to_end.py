@@ -107,6 +107,7 @@ def test_losses_weights_and_metrics_are_those_of_padded_trl(family: str, tmp_pat
             assert ours_entry[key] == pytest.approx(theirs_entry[key], rel=1e-5), key
 
 
+@pytest.mark.slow
 def test_accumulation_with_a_partial_last_window(tmp_path: Any) -> None:
     """7 rows, micro-batches of 2, windows of 3: the last window has one micro-batch of one row."""
     options = {"batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": -1, "num_epochs": 1}
@@ -139,6 +140,7 @@ def test_one_row_does_not_move_another(tmp_path: Any) -> None:
     assert not torch.equal(outs[0], outs[1])
 
 
+@pytest.mark.slow
 def test_rows_of_one_length_and_packed_rows(tmp_path: Any) -> None:
     equal = rows((6, 6, 6, 6))
     ours, _, _ = run(trainer_of("fast", "llama", tmp_path, equal))
@@ -208,6 +210,7 @@ def test_noise_on_embeddings_is_trls(options: dict[str, Any], tmp_path: Any) -> 
         trainer_of("fast", "llama", tmp_path, padding_free=True, **noisy)
 
 
+@pytest.mark.slow
 def test_an_evaluation_has_no_noise(tmp_path: Any) -> None:
     trainer = trainer_of("fast", "llama", tmp_path, trainer_options={"neftune_noise_alpha": 5.0}).trainer
     trainer.model.train()

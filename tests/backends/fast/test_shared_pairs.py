@@ -178,6 +178,7 @@ def test_under_dropout_each_row_has_a_prompt_of_its_own(tmp_path: Any) -> None:
         assert ("once" in next(iter(built.trainer.get_train_dataloader()))) is (dropout == 0)
 
 
+@pytest.mark.slow
 def test_a_step_filled_up_is_the_step(tmp_path: Any) -> None:
     """As graphs fill batches up: the filling reaches no gradient."""
     # Two layers: what prompts attend to is in the gradient of the first.

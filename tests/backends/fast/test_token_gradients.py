@@ -123,6 +123,7 @@ def test_a_rule_that_is_not_the_loss_is_caught(no_room: None, tmp_path: Any, cap
     assert not trainer.makes_token_gradients()
 
 
+@pytest.mark.slow
 def test_gradients_that_tell_nothing_are_no_comparison(no_room: None, tmp_path: Any) -> None:
     """Where every reward is the same, and the policy is the reference, a wrong rule would give the same zeros."""
     trainer = built_of("fast", "grpo", tmp_path, beta=0.0).trainer

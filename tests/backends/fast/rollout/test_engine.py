@@ -342,7 +342,8 @@ def test_unmerged_adapters_equal_merged_ones():
 
 
 @pytest.mark.parametrize(("family", "one_launch"),
-                         [("qwen2", False), ("qwen2", True), ("phi3", True), ("granite", False)])
+                         [pytest.param("qwen2", False, marks=pytest.mark.slow), ("qwen2", True), ("phi3", True),
+                          pytest.param("granite", False, marks=pytest.mark.slow)])
 def test_attached_adapters(family, one_launch, monkeypatch, device):
     """What a step runs in the place of adapted layers: biases, packed layers, tied weights; ranks of 4 and 7.
 
