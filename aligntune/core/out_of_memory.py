@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from aligntune.core.row_lengths import LongestBatch
 from aligntune.errors import GpuMemoryError
 
 GIB = 1 << 30
@@ -65,6 +66,14 @@ class Run:
     hidden: int
     plan: Any
     fast: bool
+    batch: LongestBatch | None
+    """Of prepared rows; None where their lengths are not known, and of rollouts'."""
+
+    @property
+    def tokens(self) -> int | None:
+        """Of the longest micro-batch; of rows that are not known, as many as there may be."""
+        length = self.settings.get("max_seq_length")
+        return self.batch.tokens() if self.batch else None if length is None else self.settings["batch_size"] * length
 
 
 @contextmanager
@@ -161,7 +170,9 @@ def _measure(trainer: Any, config: Any) -> Run:
     activations = max(0, peak - weights - states - gradients)
     return Run(settings, peak, weights, gradients, states, activations, sum(w.numel() for w in linears),
                sum(w.nbytes for w in linears), sum(p.numel() for p in trained), sizes.num_hidden_layers,
-               sizes.hidden_size, getattr(trainer, "memory", None), config is None or config.get("backend") == "fast")
+               sizes.hidden_size, getattr(trainer, "memory", None), config is None or config.get("backend") == "fast",
+               LongestBatch.of(getattr(trainer, "train_dataset", None), size=args.per_device_train_batch_size,
+                               flat=bool(getattr(trainer, "rows_end_to_end", False))))
 
 
 def _of_config(config: Any) -> dict[str, Any]:
@@ -228,8 +239,8 @@ def _recompute(trainer: Any, run: Run) -> Iterator[Fix | str]:
         yield "layers keep nothing on the GPU"
     elif not (trainer.args.gradient_checkpointing or wanted is True):
         yield Fix(run.activations * (layers - 1) / layers, "recompute", "gradient_checkpointing=True")
-    elif (length := run.settings.get("max_seq_length")) is not None:
-        inputs = 2 * run.settings["batch_size"] * length * run.hidden * (layers - 1)
+    elif (tokens := run.tokens) is not None:
+        inputs = 2 * tokens * run.hidden * (layers - 1)
         yield Fix(min(inputs, run.activations), "recompute",
                   "gradient_checkpointing='offload'" + ("" if run.fast else " (backend 'fast')"))
 
@@ -247,14 +258,23 @@ def _batch(trainer: Any, run: Run) -> Iterator[Fix | str]:
 def _length(trainer: Any, run: Run) -> Iterator[Fix | str]:
     """A row's activations go with its length; of a sampled one only the completion gets shorter."""
     total, completion = run.settings.get("max_seq_length"), run.settings.get("max_completion_length")
+    if completion is None and run.batch is not None:
+        for shorter in _shorter(run.batch.longest):
+            yield Fix(run.activations * (1 - run.batch.tokens(shorter) / run.batch.tokens()), "length",
+                      f"max_seq_length={shorter}")
+        return
     name, length = ("max_seq_length", total) if completion is None else ("max_completion_length", completion)
     if length is None:
         yield "no longest row is set"
         return
     share = 1 if completion is None else min(1, completion / (total or completion))
-    for quarters in (2, 3, 1):
-        if (shorter := length * quarters // 4) >= 2:
-            yield Fix(run.activations * share * (1 - quarters / 4), "length", f"{name}={shorter}")
+    for shorter in _shorter(length):
+        yield Fix(run.activations * share * (1 - shorter / length), "length", f"{name}={shorter}")
+
+
+def _shorter(length: int) -> list[int]:
+    """Halved first, then less of a change and more of one."""
+    return [shorter for quarters in (2, 3, 1) if (shorter := length * quarters // 4) >= 2]
 
 
 def _packing(trainer: Any, run: Run) -> Iterator[Fix | str]:

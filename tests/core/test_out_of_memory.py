@@ -60,7 +60,7 @@ ADAPTERS = LAYERS * 6 * 64 * HIDDEN
 
 def message(monkeypatch: pytest.MonkeyPatch, *, adapters: bool = True, recompute: bool = True, peak: float = GIB,
             optim: str = "adamw_torch", four_bits: bool = False, keeps: float | None = None, script: bool = False,
-            algorithm: str = "sft", **options: Any) -> str:
+            algorithm: str = "sft", has: dict[str, Any] | None = None, **options: Any) -> str:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: int(peak))
     job = resolve({"algorithm": algorithm, "model_name": "m", "dataset_name": "d", "use_peft": adapters,
@@ -74,6 +74,7 @@ def message(monkeypatch: pytest.MonkeyPatch, *, adapters: bool = True, recompute
                              gradient_accumulation_steps=job.options.gradient_accumulation_steps))
     if keeps is not None:
         trainer.memory = SimpleNamespace(keeps=keeps)
+    vars(trainer).update(has or {})
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has a total of 80 GiB")
     return out_of_memory.explain(trainer, None if script else job.config, error)
 
@@ -292,3 +293,51 @@ def test_a_script_s_changes_are_in_its_names(monkeypatch: pytest.MonkeyPatch) ->
     assert "adapters (FastLanguageModel.get_peft_model), load_in_4bit=True: about" in whole
     assert "optim='adamw_8bit'" in message(monkeypatch, script=True, adapters=False, batch_size=1, max_seq_length=2,
                                            peak=160 * MIB)
+
+
+# What is predicted of rows that are shorter than they may be
+
+
+def of_rows(monkeypatch: pytest.MonkeyPatch, columns: dict[str, list[list[int]]], *, flat: bool, **given: Any) -> str:
+    has = {"train_dataset": Dataset.from_dict(columns), "rows_end_to_end": flat}
+    return message(monkeypatch, has=has, **given)
+
+
+RAGGED = [[0] * length for length in (100, 20, 20, 20, 20, 20)]
+
+
+@pytest.mark.parametrize(("columns", "flat", "said"), [
+    # Two rows a batch: 100 and 20 end to end, two of 100 padded.
+    ({"input_ids": RAGGED}, True, {50: 1 - 70 / 120, 25: 1 - 45 / 120}),
+    ({"input_ids": RAGGED}, False, {50: 1 / 2, 25: 3 / 4}),
+    # A prompt stands before each answer of a pair: 110 and 20, 30 and 20.
+    ({"prompt_ids": [[0] * 10] * 2, "chosen_ids": [[0] * 100, [0] * 20], "rejected_ids": [[0] * 10] * 2}, True,
+     {55: 1 - (55 + 20 + 30 + 20) / 180, 27: 1 - (27 + 20 + 27 + 20) / 180}),
+    ({"chosen_ids": [[0] * 100, [0] * 20], "rejected_ids": [[0] * 10] * 2}, False, {50: 1 / 2, 25: 3 / 4}),
+])
+def test_a_shorter_limit_saves_what_rows_have_beyond_it(
+    columns: dict[str, list[list[int]]], flat: bool, said: dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit of 2,048 is far above every row: halving it would save nothing."""
+    text = of_rows(monkeypatch, columns, flat=flat, batch_size=2, max_seq_length=2048, four_bits=True, backend="fast",
+                   gradient_checkpointing="offload", optim="paged_adamw_8bit", peak=8 * GIB)
+    found = changes(text)
+    kept = LORA + 7 * 1024
+    for length, share in said.items():
+        if f"max_seq_length={length}" in found:
+            assert found[f"max_seq_length={length}"] == out_of_memory._size(share * kept * MIB)
+    assert any(f"max_seq_length={length}" in found for length in said) and "max_seq_length=1024" not in found
+
+
+def test_inputs_of_layers_are_those_of_the_tokens_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To host memory: 2 bytes x 120 tokens x 1,024 of three layers; by the limit it would be 34 times as much."""
+    given = {"batch_size": 2, "max_seq_length": 2048, "four_bits": True, "optim": "paged_adamw_8bit", "peak": 66 * MIB}
+    monkeypatch.setattr(out_of_memory, "_three", list)  # others save more
+    text = of_rows(monkeypatch, {"input_ids": RAGGED}, flat=True, **given)
+    saved = changes(text)["gradient_checkpointing='offload' (backend 'fast')"]
+    assert saved == out_of_memory._size(2 * 120 * HIDDEN * 3) == "1 MiB"  # of 6 MiB of activations
+
+
+def test_rows_that_say_nothing_of_their_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = of_rows(monkeypatch, {"prompt": [[0]]}, flat=True, **PLAIN)
+    assert changes(text)["max_seq_length=1024"] == out_of_memory._size(LORA / 2 * MIB)

@@ -1,10 +1,10 @@
-"""The longest batch first: a pass over one as long as a run's longest is expected to be, before the first step.
+"""The longest batch first: a pass over a run's longest, before the first step.
 
 Rows and their order stay TRL's, so the longest batch comes when it comes. Where memory does not suffice for its forward
 and backward, this pass says so at once, and under gradient_checkpointing="auto" it is what the plan measures. What the
 optimizer's first step makes is not there yet, unless the run resumes. The pass leaves nothing behind: no gradient, no
-metric, no drawn number. The longest of as many batches drawn at random is taken, as the sampler's own order is its own
-affair.
+metric, no drawn number. The batches are those that the run's own sampler will draw, read from a copy of it. Where it is
+somebody else's, or would draw very many rows, the longest of as many drawn at random stands for them.
 
 Under DDP each process makes the pass over the same rows, the longest of what all of them draw, through the module that
 DDP wraps. Its gradients are asked for and do not reach the parameters, where DDP's hooks wait for them: even where they
@@ -15,55 +15,66 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import logging
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import DistributedType
-from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import BatchSampler, SequentialSampler
 
 from aligntune.backends.fast.graph_shapes import tokens_of
+from aligntune.core.row_lengths import Lengths, lengths_of, longest_batch
 
 logger = logging.getLogger(__name__)
-DRAWS = 4096
-"""Batches that are drawn at most: the longest of more is hardly longer."""
+MOST_ROWS = 10_000_000
+"""Of a run, that its sampler's copy draws: some two seconds."""
 LONGER = 1.1
 """How many times the first batch's tokens make a pass of its own worth the time."""
-Indices = npt.NDArray[np.int64]
 
 
-def lengths_of(rows: Any) -> Indices | None:
-    """Tokens of each row of a dataset, read from its table; None where they cannot be told so."""
-    if not isinstance(rows, Dataset) or "input_ids" not in rows.column_names or rows.format["type"] == "custom":
-        return None
-    import pyarrow.compute
-
-    # Offsets of the lists: no token is read. `select` and `shuffle` leave indices over the table.
-    table = rows.with_format("arrow")
-    column = table.data.column("input_ids")
-    lengths = np.asarray(pyarrow.compute.list_value_length(column), dtype=np.int64)
-    indices = table._indices
-    return lengths if indices is None else lengths[np.asarray(indices.column(0), dtype=np.int64)]
-
-
-def longest_batch(lengths: Indices, *, size: int, batches: int) -> Indices:
-    """Indices of the rows of the longest of so many random batches of `size` rows; torch's state is not touched.
-
-    No row comes twice in an epoch, as in training; a batch has no more rows than there are.
-    """
-    draw, size, batches = np.random.default_rng(0), min(size, len(lengths)), min(batches, DRAWS)
-    epoch = len(lengths) // size
-    found, most = np.empty(0, dtype=np.int64), -1
-    for begun in range(0, batches, epoch):
-        drawn = draw.permutation(len(lengths))[: epoch * size].reshape(epoch, size)[: batches - begun]
-        tokens = lengths[drawn].sum(1)
+def longest_drawn(trainer: Any, lengths: Lengths) -> Lengths:
+    """Indices of the rows of the longest micro-batch that a training draws, of all its processes."""
+    # transformers' own batch size: under auto_find_batch_size not the one that was asked for.
+    args, size, processes = trainer.args, trainer._train_batch_size, trainer.accelerator.num_processes
+    window, steps = args.gradient_accumulation_steps * processes, trainer.state.max_steps
+    sampler = _sampler(trainer.callback_handler.train_dataloader, size, len(lengths))
+    if sampler is None or steps * window * size > MOST_ROWS:
+        return longest_batch(lengths, size=size, batches=max(1, (steps - trainer.state.global_step) * window))
+    every, found, most = -(-len(lengths) // size), np.empty(0, dtype=np.int64), -1
+    for epoch in itertools.count():
+        batches = min(every, steps * window)
+        if batches <= 0:
+            return found
+        if isinstance(sampler, SeedableRandomSampler):
+            sampler.set_epoch(epoch)
+        order = np.fromiter(itertools.islice(sampler, batches * size), np.int64)
+        if processes > 1:  # the last is filled up with the epoch's first
+            order = np.resize(order, -(-len(order) // size) * size)
+        tokens = np.add.reduceat(lengths[order], np.arange(0, len(order), size))
         if tokens.max() > most:
-            found, most = drawn[tokens.argmax()], int(tokens.max())
-    return found
+            most, begun = int(tokens.max()), int(tokens.argmax()) * size
+            found = order[begun : begun + size]
+        steps -= -(-every // window)
+    raise AssertionError("an epoch has steps")
+
+
+def _sampler(loader: Any, size: int, rows: int) -> Any:
+    """A copy of what draws the rows of a loader's batches in an order that can be drawn again; None of another."""
+    batches: Any = getattr(loader, "batch_sampler", None)
+    batches = getattr(batches, "batch_sampler", batches)  # of all processes
+    sampler: Any = getattr(batches, "sampler", None)
+    plain = type(batches) is BatchSampler and batches.batch_size == size and not batches.drop_last
+    if not plain or type(sampler) not in (SeedableRandomSampler, SequentialSampler) or len(sampler) != rows:
+        return None
+    again = copy.copy(sampler)
+    if isinstance(again, SeedableRandomSampler):
+        again.generator = None  # its own would be moved on
+    return again
 
 
 def rehearse(trainer: Any, rows: Any, collate: Any, *, first: int) -> int | None:
@@ -79,10 +90,7 @@ def rehearse(trainer: Any, rows: Any, collate: Any, *, first: int) -> int | None
         return None
     # The classes' own: what watches steps is put around the instances' methods, and this is no step.
     ours, accelerator = type(trainer), trainer.accelerator
-    steps = trainer.state.max_steps - trainer.state.global_step
-    batches = steps * trainer.args.gradient_accumulation_steps * accelerator.num_processes
-    # transformers' own batch size: under auto_find_batch_size not the one that was asked for.
-    indices = longest_batch(lengths, size=trainer._train_batch_size, batches=max(1, batches))
+    indices = longest_drawn(trainer, lengths)
     if accelerator.num_processes > 1:  # metrics are summed over processes in the pass: all make it, or none
         first = int(accelerator.gather(torch.tensor([first], device=accelerator.device)).min())
     if lengths[indices].sum() <= LONGER * first:

@@ -19,9 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from aligntune.backends.fast import rehearsal
-from aligntune.backends.fast.rehearsal import lengths_of, longest_batch, traceless, wanted
+from aligntune.backends.fast.packing import RowsEndToEnd
+from aligntune.backends.fast.rehearsal import traceless, wanted
 from aligntune.backends.fast.trainers import FastSFT
 from aligntune.compare.recorder import Recorder, Timeline
+from aligntune.core import row_lengths
+from aligntune.core.row_lengths import lengths_of, longest_batch
 from tests.backends.fast.test_rows_end_to_end import rows, run, trainer_of
 
 # Of 24 rows a few are long: no batch of the first steps is as long as the longest of all draws.
@@ -76,7 +79,7 @@ def test_no_more_batches_are_drawn_than_a_run_has(monkeypatch: pytest.MonkeyPatc
     lengths = np.arange(1000)
     few, all_of_it = (int(longest_batch(lengths, size=1, batches=batches)[0]) for batches in (3, 1000))
     assert few < all_of_it == 999
-    monkeypatch.setattr(rehearsal, "DRAWS", 3)
+    monkeypatch.setattr(row_lengths, "DRAWS", 3)
     assert int(longest_batch(lengths, size=1, batches=1000)[0]) == few
 
 
@@ -130,6 +133,42 @@ def test_a_run_is_the_same_with_the_pass_and_without(
     for entry, plain in zip(log, plain_log, strict=True):
         assert {name: value for name, value in entry.items() if "runtime" not in name and "per_second" not in name} \
             == {name: value for name, value in plain.items() if "runtime" not in name and "per_second" not in name}
+
+
+@pytest.mark.parametrize(("options", "sampler"), [
+    ({"max_steps": -1, "num_epochs": 3, "seed": 3}, "SeedableRandomSampler"),
+    ({"max_steps": 5}, "SeedableRandomSampler"),
+    ({"max_steps": -1, "num_epochs": 2, "trainer_options": {"shuffle_dataset": False}}, None)])
+def test_the_longest_batch_is_the_one_that_a_run_draws(
+    options: dict[str, Any], sampler: str | None, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row of a length of its own: the longest of batches drawn at random would have other rows."""
+    lengths = [3 + 2 * i for i in range(25)]
+    built = trainer_of("fast", "llama", tmp_path, rows(lengths), batch_size=3, gradient_accumulation_steps=2, **options)
+    trainer, drawn, expected = built.trainer, [], []
+    get_batch_samples, collate = trainer.get_batch_samples, RowsEndToEnd.__call__
+
+    def collated(self: Any, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        drawn.append(sum(len(example["input_ids"]) for example in examples))
+        return collate(self, examples)
+
+    def samples(*args: Any) -> Any:
+        if not expected:
+            trainer._to_rehearse = None
+            known = lengths_of(trainer.train_dataset)
+            before = torch.get_rng_state()
+            expected.append(known[rehearsal.longest_drawn(trainer, known)])  # type: ignore[index]
+            assert torch.equal(torch.get_rng_state(), before)
+        return get_batch_samples(*args)
+
+    monkeypatch.setattr(RowsEndToEnd, "__call__", collated)
+    trainer.training_step, trainer.get_batch_samples = lambda *_: torch.zeros(()), samples
+    trainer.train()
+    found = trainer.callback_handler.train_dataloader
+    assert sampler is None or type(found.batch_sampler.sampler).__name__ == sampler
+    assert rehearsal._sampler(found, 3, 25) is not None and rehearsal._sampler(found, 4, 25) is None
+    assert len(drawn) == 9 * (3 if "seed" in options else trainer.state.epoch) and len(set(expected[0].tolist())) == 3
+    assert max(drawn) == expected[0].sum()
 
 
 def test_rows_of_about_one_length_need_no_pass(passes: list[int], tmp_path: Any) -> None:
