@@ -3,10 +3,12 @@
 python -m benchmarks.rollout --json FILE                    both models, batches of 8, 64 and 256, context 4k, uneven
 python -m benchmarks.rollout llama-1b --batches 64          one row
 python -m benchmarks.rollout llama-1b --batches 64 --profile    and what the GPU did in a decode step
+python -m benchmarks.rollout llama-1b --base nf4 --no-hf            another base: nf4, fp8, or all weights in fp32
 python -m benchmarks.rollout --smoke                        toy sizes, any machine; the times mean nothing
 
-Random weights of the real shapes, bf16, LoRA r = 16 on all linears, 8 completions a prompt. The bound of a step: every
-weight once, and the cache of every row at its middle length, at the copy bandwidth measured here. Beside each time
+Random weights of the real shapes, bf16, LoRA r = 16 on all linears, 8 completions a prompt; with `--base full` all
+weights train instead, in fp32 under autocast to bf16. The bound of a step: every weight once, as it lies there, and the
+cache of every row at its middle length, at the copy bandwidth measured here. Beside each time
 stands what makes it count: |log-prob when drawn - log-prob of a forward over the whole row|, mean and largest; and what
 the engine's memory costs: a first call with its captures, and a call after a release beside an ordinary one.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -26,29 +29,55 @@ from typing import Any
 from benchmarks.sft.workloads import MODELS
 
 GROUP = 8
+BASES = ("bf16", "nf4", "fp8", "full")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def model_of(name: str, device: str, *, lora: bool) -> Any:
-    """Random weights on the device, LoRA factors of both kinds away from zero."""
+def model_of(name: str, device: str, *, lora: bool, base: str = "bf16") -> Any:
+    """Random weights on the device, LoRA factors of both kinds away from zero; `base` is one of BASES."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, settings = MODELS[name]
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if device == "cuda" and base != "full" else torch.float32
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=dtype)
-    if not lora:
-        return model.eval()
-    from peft import LoraConfig, get_peft_model
+    if base == "nf4":
+        _in_nf4(model, device)
+    if lora and base != "full":
+        from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS))
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "lora_B" in key:
-                parameter.normal_(0, 0.02)
-    return model.to(device).eval()
+        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS))
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "lora_B" in key:
+                    parameter.normal_(0, 0.02)
+        model = model.to(device)
+    if base == "fp8":
+        from aligntune.backends.fast import fp8_base
+
+        fp8_base.install(model)
+    return model.eval()
+
+
+def _in_nf4(model: Any, device: str) -> None:
+    """Each linear of a layer in 4 bits, the scales of its blocks quantised as well: as transformers loads QLoRA's."""
+    import bitsandbytes as bnb
+    import torch
+
+    for name, linear in [*model.named_modules()]:
+        if isinstance(linear, torch.nn.Linear) and name.rpartition(".")[2] in TARGETS:
+            parent, _, own = name.rpartition(".")
+            four = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None,
+                                     compute_dtype=linear.weight.dtype, quant_type="nf4", device="meta")
+            four.weight = bnb.nn.Params4bit(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4",
+                                            compress_statistics=True)
+            if linear.bias is not None:
+                four.bias = linear.bias
+            model.get_submodule(parent)._modules[own] = four.to(device)
+    model.is_loaded_in_4bit = True
+    model.requires_grad_(False)
 
 
 def prompts_of(count: int, length: int, vocab: int) -> list[list[int]]:
@@ -58,27 +87,35 @@ def prompts_of(count: int, length: int, vocab: int) -> list[list[int]]:
     return torch.randint(10, vocab, (count, length), generator=torch.Generator().manual_seed(1)).tolist()
 
 
-def bound_ms(model: Any, rows: int, context: float, bandwidth: float) -> float:
+def bound_ms(model: Any, rows: int, context: float, bandwidth: float, *, base: str = "bf16") -> float:
     """Milliseconds that one step's bytes take: each weight that a matrix product reads, and the rows' caches."""
     config = model.config
     embeddings = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if base == "fp8":  # a byte of each copy, and its scales, where the weight has two
+        weights -= sum(p.numel() for name, p in model.named_parameters() if "base_layer.weight" in name)
+    for parameter in model.parameters():
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            weights += state.absmax.numel() * state.absmax.element_size()
     if head.data_ptr() != embeddings.data_ptr():
         weights -= embeddings.numel() * embeddings.element_size()  # a step reads a row of it a token
+    number = 2 if base == "full" else embeddings.element_size()  # of the cache, in bytes
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * embeddings.element_size()
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * number
     return (weights + rows * context * per_token) / bandwidth * 1e3
 
 
-def forced_difference(model: Any, prompts: list[list[int]], rollout: Any, checked: int = 16) -> dict[str, float]:
+def forced_difference(
+    model: Any, prompts: list[list[int]], rollout: Any, autocast: Any, checked: int = 16
+) -> dict[str, float]:
     """Log-probs of the drawn tokens against those of one forward over each whole row."""
     import torch
 
     apart = []
     for i in range(0, len(rollout.completion_ids), max(1, len(rollout.completion_ids) // checked)):
         prompt, ids = prompts[i * len(prompts) // len(rollout.completion_ids)], rollout.completion_ids[i]
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None):
             logits = model(torch.tensor([prompt + ids], device=model.device)).logits[0, len(prompt) - 1 : -1].float()
         truth = logits.log_softmax(-1).gather(1, torch.tensor(ids, device=model.device)[:, None])[:, 0]
         apart.append((truth.cpu() - torch.tensor(rollout.log_probs[i])).abs())
@@ -97,10 +134,13 @@ def measure_ours(model: Any, prompts: list[list[int]], args: Any, *, rows: int, 
     from aligntune.backends.fast.rollout import RolloutEngine, Sampling
 
     on_gpu = next(model.parameters()).is_cuda
+    gc.collect()  # an engine before this one
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    engine = RolloutEngine(model, max_batch=slots or rows, max_len=len(prompts[0]) + new, memory_gib=args.memory_gib)
+    autocast = torch.bfloat16 if args.base == "full" and on_gpu else None
+    engine = RolloutEngine(model, max_batch=slots or rows, max_len=len(prompts[0]) + new, memory_gib=args.memory_gib,
+                           autocast=autocast)
     sampling = Sampling(max_new_tokens=new, stop_token_ids=stops)
 
     def call(seed: int) -> Any:
@@ -112,13 +152,15 @@ def measure_ours(model: Any, prompts: list[list[int]], args: Any, *, rows: int, 
     entry = {**best.stats.to_dict(), "first_call_s": first.stats.seconds, "captures": first.stats.captures,
              "capture_seconds": first.stats.capture_seconds,
              "later_captures": sum(run.stats.captures for run in runs)}  # fmt: skip
-    entry |= forced_difference(model, prompts, best)
     if on_gpu:
         entry["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    entry |= forced_difference(model, prompts, best, autocast)
+    if on_gpu:
         entry["step_ms"] = step_ms(engine, min(rows, engine.max_batch), len(prompts[0]) + new // 2, args.profile)
         if isinstance(entry["step_ms"], dict):
             entry |= entry.pop("step_ms")
-        entry["bound_ms"] = bound_ms(model, min(rows, engine.max_batch), len(prompts[0]) + new / 2, bandwidth or 1.0)
+        entry["bound_ms"] = bound_ms(model, min(rows, engine.max_batch), len(prompts[0]) + new / 2, bandwidth or 1.0,
+                                     base=args.base)
         entry["of_bound"] = entry["bound_ms"] / entry["step_ms"]
     return entry | after_release(engine, call)
 
@@ -234,15 +276,16 @@ def run_model(name: str, args: argparse.Namespace, device: str, bandwidth: float
     from aligntune.backends.fast import attach
     from aligntune.backends.fast.ops._runtime import interpreting
 
-    model = model_of(name, device, lora=not args.no_lora)
+    model = model_of(name, device, lora=not args.no_lora, base=args.base)
     vocab = MODELS[name][1]["vocab_size"]
     rows: list[dict[str, Any]] = []
 
     def add(what: str, entry: dict[str, Any]) -> None:
-        rows.append({"model": name, "what": what} | entry)
+        rows.append({"model": name, "base": args.base, "what": what} | entry)
         print(line(rows[-1]), flush=True)
 
-    print(f"{name}, {'bf16' if device == 'cuda' else 'fp32'}{'' if args.no_lora else ', LoRA r = 16'}")
+    kind = args.base if device == "cuda" or args.base != "bf16" else "fp32"
+    print(f"{name}, {kind}{'' if args.no_lora or args.base == 'full' else ', LoRA r = 16'}")
     if not args.no_hf:
         for batch in args.batches:
             prompts = prompts_of(max(1, batch // GROUP), args.prompt, vocab)
@@ -278,6 +321,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory-gib", type=float, default=48.0, help="most that the cache may take")
     parser.add_argument("--no-hf", action="store_true")
     parser.add_argument("--no-lora", action="store_true")
+    parser.add_argument("--base", default="bf16", choices=BASES, help="full: all weights train, in fp32 under autocast")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--json", type=Path)

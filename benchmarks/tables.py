@@ -272,7 +272,9 @@ def rollout(report: Report) -> str:
             *([f"{entry['seconds']:.2f}", f"{entry['after_release_s']:.2f}", f"{entry['graphs_gib']:.2f}"]
               if "after_release_s" in entry else ["-"] * 3 if released else []),
         ])  # fmt: skip
-    head = ["Llama 1B shape, bf16, LoRA", "tokens/s", "step ms", "bound ms", "log-probs apart", "cache GiB", "peak GiB",
+    kind = {"nf4": "NF4, LoRA", "fp8": "e4m3, LoRA", "full": "fp32 under autocast, all weights"}
+    head = [f"Llama 1B shape, {kind.get(report['rows'][0].get('base'), 'bf16, LoRA')}", "tokens/s", "step ms",
+            "bound ms", "log-probs apart", "cache GiB", "peak GiB",
             *(["a call, s", "after a release, s", "graphs GiB"] if released else [])]
     return markdown(head, rows) + "\n" + source(
         report | {"versions": {"torch": report["torch"]}, "copy_bytes_per_s": report["ceilings"]["bytes_per_s"]})

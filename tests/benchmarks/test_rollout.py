@@ -38,8 +38,8 @@ def test_a_row_tells_what_captures_and_a_release_cost(monkeypatch: pytest.Monkey
     monkeypatch.setattr(rollout, "RolloutEngine", Capturing, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     prompts = benchmark.prompts_of(2, 5, 101)
-    entry = benchmark.measure_ours(build("llama"), prompts, argparse.Namespace(memory_gib=0.01), rows=4, new=6,
-                                   bandwidth=None)
+    entry = benchmark.measure_ours(build("llama"), prompts, argparse.Namespace(memory_gib=0.01, base="bf16"), rows=4,
+                                   new=6, bandwidth=None)
     assert (Capturing.calls, Capturing.released) == (7, 3)
     assert (entry["first_call_s"], entry["seconds"], entry["tokens"]) == (1.5, 3.0, 4 * 6)
     assert (entry["captures"], entry["capture_seconds"], entry["later_captures"]) == (2, 0.5, 0)
@@ -49,6 +49,19 @@ def test_a_row_tells_what_captures_and_a_release_cost(monkeypatch: pytest.Monkey
     assert entry["log_prob_difference_max"] < 1e-4
     line = benchmark.line({"what": "fast, batch 4"} | entry)
     assert "first 1.5 s, 2 captures 0.5 s, 0 later, none: " in line and line.endswith("GiB 6.50 s"), line
+
+
+def test_the_bytes_of_a_step_are_those_of_the_base_as_it_lies_there() -> None:
+    """A smoke model's products: the linears of its layers, and the head; of the embedding a step reads few rows."""
+    models = {base: benchmark.model_of("smoke", "cpu", lora=False, base=base) for base in ("bf16", "nf4", "full")}
+    found = {base: benchmark.bound_ms(model, 0, 0.0, 1e3, base=base) for base, model in models.items()}
+    linears = sum(p.numel() for name, p in models["bf16"].named_parameters()
+                  if name.split(".")[-2] in benchmark.TARGETS)
+    assert found["full"] == found["bf16"] > 4 * linears > 0  # all in fp32, on a CPU
+    # Half a byte a number, and for 64 of them one of scale.
+    assert found["bf16"] - found["nf4"] == pytest.approx((4 - 1 / 2 - 1 / 64) * linears, rel=0.01)
+    cache = {base: benchmark.bound_ms(models["bf16"], 3, 5.0, 1e3, base=base) - found["bf16"] for base in models}
+    assert cache["bf16"] == pytest.approx(2 * cache["full"]) and cache["full"] > 0, "in 16 bits under autocast"
 
 
 def test_the_table_shows_a_release_where_it_was_measured() -> None:
