@@ -32,6 +32,12 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="Greedy without it.", show_default=False)] = None,
     top_p: Annotated[float | None, typer.Option(show_default=False)] = None,
     top_k: Annotated[int | None, typer.Option(show_default=False)] = None,
+    min_p: Annotated[float | None, typer.Option(help="Leave out tokens below this share of the likeliest one's "
+                                                "probability.", show_default=False)] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 tokens that occurred already become "
+                                                             "unlikelier.", show_default=False)] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends an answer; the answer keeps it. May be given "
+                                                   "several times.", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.", show_default=False)] = None,
     system_prompt: Annotated[str | None, typer.Option(show_default=False)] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without chat template.")] = False,
@@ -54,7 +60,8 @@ def generate(
         asked = [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not asked:
         raise ConfigError("generate: no prompt given")
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
+               "min_p": min_p, "repetition_penalty": repetition_penalty, "stop_strings": stop}
     sampling = {name: value for name, value in options.items() if value is not None}
     check_options(sampling)  # before a model is loaded for nothing
     check_engine(engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from aligntune.backends.base import Backend, Prepared, gate_of, require, support
 from aligntune.core.config import common_options
 from aligntune.core.options import UNSET, Unset, describe, infos
 from aligntune.core.resolve import Job, resolve
+from aligntune.core.rules import VLLM_STOPS, asked
 from aligntune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -185,9 +187,28 @@ def create_trainer(config: Any, overrides: Mapping[str, Any] | None = None, **op
 def choose_backend(job: Job) -> Backend:
     """The job's backend; for "auto" the first of fast and trl that runs it here, with the reason in the notices.
 
+    Of trl's rollout engines "auto" is then vLLM where stop strings ask for it and it is here.
+
     Raises:
         UnsupportedAlgorithmError, BackendUnavailableError: an explicit backend that cannot run this job.
     """
+    backend = _backend_of(job)
+    options = vars(job.options)
+    stops = options.get("stop_strings") and options["rollout_engine"] == "auto"
+    if stops and backend.name == "trl" and "use_vllm" not in asked(options) and _vllm_is_here(job):
+        job.set("rollout_engine", "vllm")
+        job.notices += ["rollout_engine: vllm, because stop_strings do not go with transformers' generate", VLLM_STOPS]
+    return backend
+
+
+def _vllm_is_here(job: Job) -> bool:
+    import torch
+
+    return (job.options.device != "cpu" and torch.cuda.is_available()
+            and importlib.util.find_spec("vllm") is not None)
+
+
+def _backend_of(job: Job) -> Backend:
     options = vars(job.options)
     if job.backend != "auto":
         backend = BACKENDS.load(job.backend)
@@ -228,7 +249,7 @@ def check_names(job: Job) -> None:
         from aligntune.rewards import resolve_rewards
 
         resolve_rewards(list(job.options.reward_functions or []), None, build=False)
-    if job.options.trainer_options:  # the one check that needs TRL imported
+    if job.options.trainer_options or vars(job.options).get("stop_strings"):  # the one check that needs TRL imported
         from aligntune.backends.loading import precision_of
         from aligntune.backends.trl.options import trl_config
         from aligntune.core.rules import evaluates
@@ -271,7 +292,6 @@ def columns_check(job: Job) -> Callable[[Any, str], None]:
     """What raises DataError where prepared rows lack a column that a reward of the job asks for."""
     if not job.spec.online:
         return lambda rows, where: None
-    from aligntune.core.rules import asked
     from aligntune.rewards import check_columns, resolve_rewards
 
     functions, _ = resolve_rewards(list(job.options.reward_functions or []), None, build=False)

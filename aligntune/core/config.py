@@ -171,6 +171,9 @@ class TrainSection:
 class RolloutSection:
     num_generations: int = option(8, "Completions per prompt (the group size G).", ge=1, audience="online")
     max_completion_length: int = option(256, "Longest completion in tokens.", ge=1, audience="online")
+    stop_strings: str | list[str] | None = option(
+        None, "Texts that end a completion, beside the model's own end; the text stays in it. For the engines fast and "
+        "vllm.", filled=True, audience="online")
     temperature: float = option(1.0, "Sampling temperature.", gt=0, audience="online")
     top_p: float = option(1.0, "Sample from the smallest set of tokens with this much probability.", gt=0, le=1,
                           audience="online")

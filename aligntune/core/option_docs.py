@@ -116,12 +116,14 @@ def _schema(row: OptionInfo, value: Any) -> dict[str, Any]:
 def _form(row: OptionInfo, kind: type) -> dict[str, Any]:
     form: dict[str, Any] = {"type": _TYPES[kind]}
     bounds = {"minimum": row.ge, "exclusiveMinimum": row.gt, "maximum": row.le, "exclusiveMaximum": row.lt}
+    if row.filled and kind in (str, list):
+        form["minLength" if kind is str else "minItems"] = 1
     if kind in (int, float):
         form |= {name: bound for name, bound in bounds.items() if bound is not None}
     elif kind is str and row.choices:
         form = {"enum": [choice for choice in row.choices if isinstance(choice, str)]}
     elif kind is list and row.item in _TYPES:
-        form["items"] = {"type": _TYPES[row.item]}
+        form["items"] = {"type": _TYPES[row.item]} | ({"minLength": 1} if row.filled else {})
         if row.item is str and row.choices:
             form["items"] = {"enum": list(row.choices)}
     return form

@@ -51,6 +51,7 @@ def option(
     lt: float | None = None,
     objects: str | None = None,
     infinite: bool = False,
+    filled: bool = False,
     audience: Audience = "all",
 ) -> Any:
     """A dataclass field that is an option.
@@ -62,11 +63,12 @@ def option(
         ge, gt, le, lt: the range of a number (each item's, for a list of numbers).
         objects: the noun for Python objects that are accepted beside plain values ("a datasets.Dataset"), or None.
         infinite: whether +inf is a valid number.
+        filled: whether a string, and a list, has to hold something.
         audience: the kind of algorithm that has this option.
     """
     metadata = {
         "help": help, "choices": choices, "ge": ge, "gt": gt, "le": le, "lt": lt, "objects": objects,
-        "infinite": infinite, "audience": audience,
+        "infinite": infinite, "filled": filled, "audience": audience,
     }
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -89,6 +91,7 @@ class OptionInfo:
     lt: float | None
     objects: str | None
     infinite: bool
+    filled: bool
     audience: Audience
 
     @property
@@ -121,7 +124,10 @@ class OptionInfo:
                 words.append({int: "an integer", float: "a number"}[kind] + self._range())
             elif kind is list:
                 items = {str: " of strings", float: " of numbers" + self._range(), int: " of integers"}
-                words.append("a list" + items.get(self.item, ""))
+                items = {str: " of non-empty strings"} if self.filled else items
+                words.append(("a non-empty list" if self.filled else "a list") + items.get(self.item, ""))
+            elif kind is str and self.filled:
+                words.append("a non-empty string")
             else:
                 words.append({bool: "true or false", str: "a string", dict: "a mapping", types.NoneType: "null"}
                              .get(kind, "any value"))
@@ -147,6 +153,9 @@ class OptionInfo:
             elif isinstance(value, float):
                 return value, self._fault(value)
             return value, self._number_fault(value)
+        if self.filled and isinstance(value, str | list | tuple) and not (
+                value and all(isinstance(item, str) and item for item in value)):
+            return value, self._fault(value)
         if isinstance(value, str) and str in kinds:
             if self.choices and value not in self.choices:
                 from aligntune.errors import nearest

@@ -52,6 +52,7 @@ INSTEAD: Mapping[str, str] = {
     "peft_config": "use_peft=True with lora_r, lora_alpha, lora_dropout and lora_target_modules",
     "lora_config": "use_peft=True with lora_r, lora_alpha, lora_dropout and lora_target_modules",
     "random_state": "seed", "max_new_tokens": "max_completion_length", "use_vllm": "rollout_engine='vllm'",
+    "stop": "stop_strings", "stop_sequences": "stop_strings",
     "max_prompt_length": "max_seq_length, which counts prompt and completion",
     "group_size": "num_generations", "save_strategy": "save_steps",
     "eval_strategy": "eval_steps", "evaluation_strategy": "eval_steps",

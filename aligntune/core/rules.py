@@ -12,6 +12,7 @@ from aligntune.errors import ConfigError, nearest
 Values = dict[str, Any]
 Origin = dict[str, str]
 
+VLLM_STOPS = "stop_strings: TRL counts a completion that vLLM ends at one as cut off (completions/clipped_ratio)"
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 """TRL's values of `f_divergence_type`, which it looks at in the first step."""
 NOT_BOTH = "resume and overwrite: give one of the two; overwrite removes what resume continues from"
@@ -31,6 +32,11 @@ VLLM_CHOICES = {
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
 }
 """TRL's values of fields that it looks at when the model is loaded, and when the first rollout is done."""
+GENERATE_FIELDS: Mapping[str, Any] = {
+    "cache_implementation": None, "ds3_gather_for_generation": True, "use_transformers_continuous_batching": False,
+    "transformers_continuous_batching_config": None, "use_transformers_paged": False,
+}
+"""Fields of TRL's online configs that only its rollouts by transformers read, with TRL's defaults."""
 
 
 def asked(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,6 +91,7 @@ def check(values: Values, origin: Origin, spec: AlgorithmSpec, faults: list[str]
             _rollout(values, faults, world_size())
         _rewards(values, faults)
         _vllm(values, origin, faults, notices)
+        _engine(values, notices)
         if values["rollout_memory_gib"] is not None and values["rollout_engine"] in ("hf", "vllm"):
             notices.append(f"rollout_engine is {values['rollout_engine']!r}: nothing reads rollout_memory_gib")
 
@@ -215,6 +222,23 @@ def _vllm(values: Values, origin: Origin, faults: list[str], notices: list[str])
     else:
         faults.append(f"train.trainer_options.{idle[0]} is given and rollout.rollout_engine is not: pass "
                       "rollout_engine='vllm' to generate with it")
+
+
+def _engine(values: Values, notices: list[str]) -> None:
+    """What another engine than transformers' `generate` does not read, or counts otherwise."""
+    fields = values["trainer_options"] if isinstance(values["trainer_options"], Mapping) else {}
+    engine = "vllm" if fields.get("use_vllm") is True else values["rollout_engine"]
+    idle = unread(fields)
+    if idle and engine in ("fast", "vllm"):
+        notices.append(f"rollout_engine is {engine!r}: nothing reads {', '.join(idle)} of trainer_options")
+    if values["stop_strings"] and engine == "vllm":
+        notices.append(VLLM_STOPS)
+
+
+def unread(fields: Mapping[str, Any]) -> list[str]:
+    """Which of these fields of `trainer_options` only transformers' `generate` reads; at TRL's default none counts."""
+    return sorted(name for name, value in fields.items()
+                  if name in GENERATE_FIELDS and value not in (None, GENERATE_FIELDS[name]))
 
 
 def _evaluation(values: Values, faults: list[str]) -> None:

@@ -242,6 +242,9 @@ def test_options_show_the_algorithms_own_defaults() -> None:
     beta = schema["properties"]["loss"]["properties"]["beta"]
     assert (beta["default"], schema["properties"]["algorithm"]) == (0.04, {"const": "grpo"})
     assert schema["properties"]["data"]["properties"]["on_bad_row"]["enum"] == ["raise", "skip", "quarantine"]
+    assert schema["properties"]["rollout"]["properties"]["stop_strings"]["anyOf"] == [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "minItems": 1, "items": {"type": "string", "minLength": 1}}, {"type": "null"}]
     assert "unknown algorithm 'gropo'" in run("options", "gropo").stderr
     everything = run("options").stdout
     assert "loss (dpo)" in everything and f"Only {', '.join(takers('num_generations'))}." in everything

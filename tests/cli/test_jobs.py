@@ -112,6 +112,51 @@ def test_both_engines_give_the_same_answers(shop: Path, monkeypatch: pytest.Monk
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+@pytest.mark.parametrize("engine", ["fast", "hf"])
+def test_generate_ends_at_any_stop_string_and_penalises(
+    lora_run: Path, shop: Path, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run folder of backend trl and of a plain model."""
+    drawn = watched(monkeypatch)
+    for model in (lora_run, shop / "model"):
+        asked = ["generate", str(model), "Say 3", "--raw", "--max-new-tokens", "24", "--device", "cpu"]
+        asked += ["--engine", engine]
+
+        def answer(*flags: str, asked: list[str] = asked) -> str:
+            result = run(*asked, *flags)
+            assert result.exit_code == 0, result.output
+            return result.stdout.removesuffix("\n")
+
+        plain = answer()
+        first, second = [letter for letter in dict.fromkeys(plain) if letter.isascii() and letter not in "Say 3"][:2]
+        assert 0 < plain.index(second) < len(plain) - 1
+        ended = answer("--stop", "not in it", "--stop", second, "--stop", first)
+        assert ended == plain[: plain.index(first) + 1]
+        assert answer("--stop", second) == plain[: plain.index(second) + 1]
+        assert answer("--repetition-penalty", "50") != plain and answer("--repetition-penalty", "1") == plain
+        # Only the likeliest token has a probability of all of its own; without a share others are drawn at this heat.
+        heat = ("--temperature", "3", "--seed", "1")
+        assert answer("--min-p", "1", *heat) == plain != answer("--min-p", "0", *heat)
+        assert answer("--min-p", "1", "--seed", "1") == plain  # samples, as --top-p alone does
+    assert bool(drawn) == (engine == "fast")
+
+
+@pytest.mark.parametrize("engine", ["fast", "hf"])
+def test_generate_samples_as_align_trainer_does(shop: Path, engine: str) -> None:
+    from aligntune.core import generation
+    from aligntune.core.inference import generator_for, load
+
+    asked = ["generate", str(shop / "model"), "Say 3", "--max-new-tokens", "9", "--device", "cpu", "--engine", engine]
+    options: dict[str, Any] = {"temperature": 1.7, "top_p": 0.9, "top_k": 40, "min_p": 0.02, "repetition_penalty": 1.3,
+                               "seed": 5}
+    flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    result = run(*asked, *flags)
+    assert result.exit_code == 0, result.output
+    model, tokenizer = load(str(shop / "model"), device="cpu")
+    generator, _ = generator_for(model, tokenizer, engine)
+    wanted = generation.generate(model, tokenizer, ["Say 3"], max_new_tokens=9, generator=generator, **options)
+    assert result.stdout == wanted[0] + "\n"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("engine", ["auto", "fast", "hf"])
 def test_on_a_gpu_our_engine_answers(shop: Path, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +172,11 @@ def test_on_a_gpu_our_engine_answers(shop: Path, engine: str, monkeypatch: pytes
 @pytest.mark.parametrize(("arguments", "code", "told"), [
     (["{shop}", "hi"], 2, "holds no model"), (["./nowhere", "hi"], 2, "no folder here"),
     (["{shop}/model"], 2, "no prompt"),
-    (["{shop}/model", "hi", "--temperature", "-1"], 2, "temperature"), (["builtin:tniy", "hi"], 2, "builtin:tiny"),
+    (["{shop}/model", "hi", "--temperature", "-1"], 2, "temperature"),
+    (["{shop}/model", "hi", "--min-p", "1.5"], 2, "min_p = 1.5: a number >= 0 and <= 1 is wanted"),
+    (["{shop}/model", "hi", "--repetition-penalty", "0"], 2, "repetition_penalty = 0.0: a number > 0 is wanted"),
+    (["{shop}/model", "hi", "--stop", "a", "--stop", ""], 2, "stop_strings = ['a', '']: a string or a list of"),
+    (["{shop}/model", "hi", "--min-p", "2", "--stop", ""], 2, "2 faults"), (["builtin:tniy", "hi"], 2, "builtin:tiny"),
     (["{shop}/model", "hi", "--engine", "vllm"], 2, "unknown engine 'vllm'"),
     (["{shop}/unfinished", "hi"], 6, "a run without a checkpoint"),
     (["runs/none", "hi"], 1, "'runs/none' cannot be loaded (no folder here has this name, so"),

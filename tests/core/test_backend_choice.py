@@ -17,6 +17,7 @@ from aligntune.backends.fast.support import SEQUENCE_RATIOS, FastBackend
 from aligntune.core.backend_factory import choose_backend, create_rl_trainer, create_sft_trainer
 from aligntune.core.registry import Support
 from aligntune.core.resolve import Job, resolve
+from aligntune.core.rules import VLLM_STOPS
 from aligntune.errors import BackendUnavailableError
 
 HERE = Support("supported", "NVIDIA Stub 9000")
@@ -119,6 +120,31 @@ def test_a_tracker_that_is_not_installed_is_told_before_anything_is_read(
         assert choose_backend(job_of(backend="trl", report_to=other)).name == "trl"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
     assert choose_backend(job_of(backend="trl", **given)).name == "trl"
+
+
+@pytest.mark.parametrize(("backend", "algorithm", "options", "engine"), [
+    ("trl", "grpo", {}, "vllm"), ("auto", "gspo", {}, "vllm"), ("trl", "grpo", {"rollout_engine": "hf"}, "hf"),
+    ("trl", "gspo", {"trainer_options": {"optim": "sgd"}}, "vllm"), ("trl", "grpo", {"device": "cpu"}, "auto"),
+    ("trl", "grpo", {"stop_strings": None}, "auto"), ("trl", "grpo", {"trainer_options": {"use_vllm": False}}, "auto"),
+    ("fast", "grpo", {}, "auto"), ("auto", "grpo", {}, "auto"),
+])
+@pytest.mark.parametrize("here", ["vllm", "no vllm", "no GPU"])
+def test_with_stop_strings_auto_is_an_engine_that_ends_completions_at_them(
+    backend: str, algorithm: str, options: dict[str, Any], engine: str, here: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: (
+        (object() if here != "no vllm" else None) if name == "vllm" else find(name, *rest)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: here != "no GPU")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(FastBackend, "available", lambda self: HERE)
+    job = job_of(algorithm, backend=backend, **{"stop_strings": "x", **options})
+    assert choose_backend(job).name == choose_backend(job).name  # recipes ask, and ask again when they build
+    chosen = engine if here == "vllm" or engine != "vllm" else "auto"
+    assert job.options.rollout_engine == job.config.rollout.rollout_engine == chosen
+    told = [line for line in job.notices if "stop_strings" in line]
+    assert [line.partition(",")[0] for line in told] == (
+        ["rollout_engine: vllm", VLLM_STOPS] if chosen == "vllm" else [])
 
 
 @pytest.mark.parametrize("wish", [

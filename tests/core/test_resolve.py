@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 
 from aligntune.algorithms import ALGORITHMS
 from aligntune.core.options import UNSET, OptionInfo
-from aligntune.core.resolve import INSTEAD, OLD_NAMES, OLD_VALUES, option_table, read_config, resolve
-from aligntune.core.rules import DIVERGENCES
+from aligntune.core.resolve import INSTEAD, OLD_NAMES, OLD_VALUES, option_table, read_config, resolve, takers
+from aligntune.core.rules import DIVERGENCES, GENERATE_FIELDS, VLLM_STOPS
 from aligntune.errors import ConfigError
 
 BASE = {"model_name": "m", "dataset_name": "d"}
@@ -374,6 +374,47 @@ def test_what_trl_takes_is_left_alone() -> None:
         told = resolve({**needs("grpo"), "rollout_engine": engine, "rollout_memory_gib": 1.0}).notices
         idle = [f"rollout_engine is {engine!r}: nothing reads rollout_memory_gib"]
         assert told == (idle if engine in ("hf", "vllm") else [])
+
+
+@pytest.mark.parametrize(("given", "told"), [
+    ({"cache_implementation": "static"}, "cache_implementation"),
+    ({"use_transformers_continuous_batching": True, "ds3_gather_for_generation": False, "optim": "sgd"},
+     "ds3_gather_for_generation, use_transformers_continuous_batching"),
+    (dict(GENERATE_FIELDS), None), ({"cache_implementation": None}, None),
+], ids=str)
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "ppo"])
+def test_fields_that_transformers_generate_alone_reads(algorithm: str, given: dict, told: str | None) -> None:
+    for engine in ("fast", "vllm", "hf", "auto"):
+        found = resolve({**needs(algorithm), "rollout_engine": engine, "trainer_options": given}).notices
+        idle = told is not None and engine in ("fast", "vllm")
+        assert found == [f"rollout_engine is {engine!r}: nothing reads {told} of trainer_options"] * idle
+    found = resolve({**needs(algorithm), "trainer_options": given | {"use_vllm": True}}).notices
+    assert found == [f"rollout_engine is 'vllm': nothing reads {told} of trainer_options"] * (told is not None)
+
+
+@pytest.mark.parametrize("value", ["", [], [""], ["a", ""], ["a", 3], [["a"]], 3, True, {"a": "b"}], ids=repr)
+def test_stop_strings_that_cannot_be(value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve({**needs("grpo"), "stop_strings": value, "temperature": 0}, {"rollout": {"top_p": 2}})
+    must = "must be a non-empty string or a non-empty list of non-empty strings or null"
+    assert f"rollout.stop_strings = {value!r}: {must}" in caught.value.faults
+    assert len(caught.value.faults) == 3, "all at once"
+
+
+def test_stop_strings() -> None:
+    takes = ["rloo", "grpo", "gspo", "dapo", "dr_grpo", "ppo"]
+    assert takers("stop_strings") == takes
+    for algorithm in takes:
+        config = {"rollout": {"stop_strings": ["a", "\n"]}}
+        job = resolve(needs(algorithm), config)
+        assert job.options.stop_strings == ["a", "\n"] == OmegaConf.to_container(job.config)["rollout"]["stop_strings"]
+        assert resolve({**needs(algorithm), "stop_strings": ("b", "c")}, config).options.stop_strings == ["b", "c"]
+        assert resolve({**needs(algorithm), "stop_strings": None}, config).options.stop_strings is None
+        for engine in ("vllm", "fast", "auto"):
+            told = resolve({**needs(algorithm), "rollout_engine": engine, "stop_strings": "b"}).notices
+            assert told == [VLLM_STOPS] * (engine == "vllm")
+    with pytest.raises(ConfigError, match="stop_sequences: unknown option; here it is stop_strings"):
+        resolve({**needs("grpo"), "stop_sequences": ["a"]})
 
 
 @pytest.mark.parametrize(("algorithm", "options", "told"), [

@@ -24,13 +24,14 @@ from aligntune.backends.fast.rollout.trl import (
     FastRollouts,
     cache_cannot_because,
     engine_cannot_because,
-    stops_given,
 )
 from aligntune.backends.fast.scripts import attach_trainer, detach_trainer
 from aligntune.backends.fast.token_gradients import TokenGradients
 from aligntune.backends.fast.trainers import FAST_TRAINERS, FastSFT, padded_because
 from aligntune.backends.fast.updates import by_torch_because
 from aligntune.backends.trl.build import build as build_trl
+from aligntune.backends.trl.generation_kwargs import cannot_end, ends_given
+from aligntune.core.rules import unread
 from aligntune.errors import AlignTuneError, ConfigError
 
 if TYPE_CHECKING:
@@ -239,10 +240,15 @@ def _rollouts(job: Job, built: Built) -> str:
         return "vllm, as was asked for"
     cache = {"max_len": job.options.max_seq_length, "memory_gib": job.options.rollout_memory_gib}
     why = engine_cannot_because(trainer, max_len=cache["max_len"]) or cache_cannot_because(trainer, **cache)
-    if wanted == "auto" and why is not None and not stops_given(trainer):
+    if why is not None and (ends := ends_given(job, trainer.args)):
+        raise cannot_end(ends[0], why)
+    if wanted == "auto" and why is not None:
         built.notices.append(f"rollouts: hf, {why}")
         return f"hf, {why}"
     trainer.rollouts_on(**cache)
+    if wanted == "auto" and (idle := unread(job.options.trainer_options)):
+        built.notices.append(f"rollouts: our engine; nothing reads {', '.join(idle)} of trainer_options "
+                             "(rollout_engine='hf' does)")
     return f"{described(trainer.model)}, in the model's own memory"
 
 

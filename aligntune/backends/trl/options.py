@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, RLOOConfig, SFTConfig
 
 from aligntune.backends._compat import config_kwargs
-from aligntune.backends.trl.generation_kwargs import generation_faults
+from aligntune.backends.trl.generation_kwargs import generation_faults, with_stops
 from aligntune.backends.trl.offline import CPOConfig, ORPOConfig
 from aligntune.backends.trl.ppo_config import PPOConfig
 from aligntune.core.rules import world_size
@@ -104,7 +104,8 @@ def trl_config(job: Job, precision: Precision, *, eval_rows: int, fields: Mappin
 
     Raises:
         ConfigError: `trainer_options` holds a field that the class lacks or that another option already sets; or
-            `generation_kwargs` something that nothing reads, or that is an option here.
+            `generation_kwargs` something that nothing reads, or that is an option here; or `stop_strings` are asked
+            for where nothing ends completions at them.
     """
     options, name = job.options, job.spec.name
     cls = CONFIGS[name]
@@ -139,8 +140,10 @@ def trl_config(job: Job, precision: Precision, *, eval_rows: int, fields: Mappin
         raise ConfigError(f"{cls.__name__}: {error}") from error
     if getattr(args, "activation_offloading", False) and precision.device == "cpu":
         raise ConfigError("trainer_options activation_offloading=True: no GPU is used here whose memory it would spare")
-    if job.spec.online and (faults := generation_faults(job, args)):
-        raise ConfigError.from_faults(faults, "generation_kwargs")
+    if job.spec.online:
+        if faults := generation_faults(job, args):
+            raise ConfigError.from_faults(faults, "generation_kwargs")
+        args.generation_kwargs = with_stops(job, args)
     return args
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from trl import GRPOTrainer, RLOOTrainer
 
 from aligntune.algorithms import ALGORITHMS
 from aligntune.backends.loading import Precision
@@ -14,6 +17,7 @@ from aligntune.backends.trl import options as table
 from aligntune.backends.trl.options import CONFIGS, FIXED, MADE_OF, SAME_FIELD, trl_config
 from aligntune.core.backend_factory import create_rl_trainer
 from aligntune.core.resolve import Job, option_table, resolve
+from aligntune.core.rules import GENERATE_FIELDS
 from aligntune.errors import ConfigError
 
 MADE_BY = MADE_OF | {field: (option,) for option, field in SAME_FIELD.items()}
@@ -170,8 +174,93 @@ def test_ends_that_the_engine_of_fast_alone_takes(tmp_path: Path) -> None:
         args_of({"max_tokens": 3}, rollout_engine="vllm")
 
 
-def test_generation_kwargs_are_looked_at_before_a_model_is(tmp_path: Path) -> None:
-    stops = {"generation_kwargs": {"stop_strings": "x"}}
+def stops_of(given: Any = None, *, folder: Path, name: str = "grpo", stops: Any = "x", **options: Any) -> Any:
+    """`generation_kwargs` as TRL gets them, made of those given and the option."""
+    fields = {} if given is None else {"trainer_options": {"generation_kwargs": given}}
+    job = job_of(name, folder, stop_strings=stops, **fields, **options)
+    return trl_config(job, CPU, eval_rows=0).generation_kwargs
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "rloo", "ppo", "gspo"])
+@pytest.mark.parametrize("stops", ["x", ["x", "\n"]])
+def test_stop_strings_under_the_name_of_the_engine(name: str, stops: Any, tmp_path: Path) -> None:
+    listed = ["x"] if stops == "x" else stops
+    given: dict[str, Any] = {"folder": tmp_path, "name": name, "stops": stops}
+    for engine in ("auto", "fast") if name != "gspo" else ():
+        ours = given | {"backend": "fast", "rollout_engine": engine}
+        assert stops_of(**ours) == {"stop_strings": listed}
+        assert stops_of({"eos_token_id": 7}, **ours) == {"eos_token_id": 7, "stop_strings": listed}
+    for backend in ("trl", "fast"):
+        assert stops_of({"seed": 1}, rollout_engine="vllm", backend=backend, **given) == {"seed": 1, "stop": listed}
+        by_field = job_of(name, tmp_path, stop_strings=stops, backend=backend, trainer_options={"use_vllm": True})
+        assert trl_config(by_field, CPU, eval_rows=0).generation_kwargs == {"stop": listed}
+    assert stops_of({"seed": 1}, rollout_engine="vllm", **given | {"stops": None}) == {"seed": 1}
+    assert stops_of(**given | {"stops": None}) is None
+
+
+@pytest.mark.parametrize(("backend", "engine"), [("trl", "hf"), ("trl", "auto"), ("fast", "hf")])
+@pytest.mark.parametrize("name", ["grpo", "rloo", "ppo", "gspo"])
+def test_stop_strings_do_not_go_with_transformers_generate(
+    name: str, backend: str, engine: str, tmp_path: Path) -> None:
+    ours = "backend='fast' with rollout_engine='fast' or " if backend == "trl" else "rollout_engine='fast' or "
+    told = (r"^rollout\.stop_strings: TRL on transformers' generate takes the padding behind .* completion; "
+            f"{ours * (name != 'gspo')}rollout_engine='vllm' ends completions so$")
+    with pytest.raises(ConfigError, match=told):
+        stops_of(folder=tmp_path, name=name, backend=backend, rollout_engine=engine)
+
+
+def test_stop_strings_beside_generation_kwargs(tmp_path: Path) -> None:
+    fast = {"folder": tmp_path, "backend": "fast", "stops": ["x", "y"]}
+    vllm = {"folder": tmp_path, "rollout_engine": "vllm", "stops": ["x", "y"]}
+    both = r"rollout\.stop_strings = \['x', 'y'\] and train\.trainer_options\.generation_kwargs\.{} = .*: give one of"
+    for other in ("x", ["x"], ["x", "y", "z"], ["x", "z"], [["x"]]):
+        with pytest.raises(ConfigError, match=both.format("stop_strings")):
+            stops_of({"stop_strings": other}, **fast)
+        for name in ("stop", "stop_strings"):
+            with pytest.raises(ConfigError, match=both.format(name)):
+                stops_of({name: other}, **vllm)
+    assert stops_of({"stop_strings": ["y", "x"]}, **fast) == {"stop_strings": ["x", "y"]}
+    assert stops_of({"stop": ["y", "x"], "stop_strings": None}, **vllm) == {"stop": ["x", "y"]}
+    with pytest.raises(ConfigError, match=r"^rollout\.stop_strings: our engine ends completions so, and it has no nu"):
+        stops_of({"num_beams": 2}, **fast)
+    with pytest.raises(ConfigError, match="3 faults in generation_kwargs"):
+        stops_of({"stop_strings": "z", "num_beam": 2}, **fast | {"stops": ["z"]})
+    with pytest.raises(ConfigError, match="stop_strings: give the option stop_strings, which is vLLM's stop"):
+        stops_of({"stop_strings": "z"}, **vllm | {"stops": None})
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("grpo", {"mask_truncated_completions": True}), ("rloo", {"mask_truncated_completions": True}),
+    ("gspo", {"mask_truncated_completions": True}), ("ppo", {"missing_eos_penalty": 1.0}),
+])
+def test_what_trl_takes_for_cut_off_is_neither_masked_nor_penalised(
+    name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    field = next(iter(options))
+    way = "$" if name == "gspo" else ", or take backend='fast' with rollout_engine='fast', which counts it as ended"
+    with pytest.raises(ConfigError, match=rf"rollout\.stop_strings with {field} = .*; leave {field} out{way}"):
+        stops_of(folder=tmp_path, name=name, rollout_engine="vllm", **options)
+    if name != "gspo":
+        assert stops_of(folder=tmp_path, name=name, backend="fast", **options) == {"stop_strings": ["x"]}
+
+
+@pytest.mark.parametrize("options", [
+    {"trainer_options": {"generation_kwargs": {"stop_strings": "x"}}}, {"stop_strings": "x"}], ids=["field", "option"])
+@pytest.mark.parametrize("engine", ["hf", "auto"])
+def test_ends_of_completions_are_looked_at_before_a_model_is(
+    options: dict[str, Any], engine: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="stop_strings: TRL on transformers' generate"):
         create_rl_trainer("no/model", [{"prompt": "a"}], algorithm="grpo", backend="trl", output_dir=str(tmp_path),
-                          reward_functions=["exact_match"], trainer_options=stops)
+                          reward_functions=["exact_match"], rollout_engine=engine, **options)
+
+
+def test_fields_that_transformers_generate_alone_reads_are_trls() -> None:
+    """The rule would take another default for a wish; and what the rest of a trainer reads is not idle."""
+    for name in ("grpo", "rloo", "ppo"):
+        fields = {item.name: item.default for item in dataclasses.fields(CONFIGS[name])}
+        assert {field: fields[field] for field in GENERATE_FIELDS} == GENERATE_FIELDS
+    for trainer in (GRPOTrainer, RLOOTrainer):
+        source, own = inspect.getsource(trainer), inspect.getsource(trainer._generate_single_turn)
+        assert own.count("ds3_gather_for_generation") == source.count("ds3_gather_for_generation") == 2
+        read = {field: len(re.findall(rf"args\.{field}\b", source)) for field in GENERATE_FIELDS}
+        assert read == {"cache_implementation": 1, "ds3_gather_for_generation": 2, "use_transformers_paged": 0,
+                        "use_transformers_continuous_batching": 2, "transformers_continuous_batching_config": 1}

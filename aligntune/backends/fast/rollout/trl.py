@@ -105,9 +105,6 @@ class FastRollouts:
         why = engine_cannot_because(self, max_len=max_len) or cache_cannot_because(
             self, max_len=max_len, memory_gib=memory_gib)
         if why is not None:
-            if stops := stops_given(self):
-                raise ConfigError(f"train.trainer_options.generation_kwargs.{stops[0]}: our engine alone ends "
-                                  f"completions so, and it cannot run here: {why}")
             raise ConfigError(f"rollout.rollout_engine = 'fast': {why}; 'hf' generates with transformers")
         self._engine_options = {"max_len": max_len, "memory_gib": memory_gib} | options
         if stops_given(self):

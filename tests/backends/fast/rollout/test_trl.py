@@ -252,11 +252,14 @@ def test_what_the_engine_cannot_run_is_said_when_building(tmp_path: Any) -> None
     assert told in built.attestation()["layout"] and told in built.notices
 
 
+@pytest.mark.parametrize("given", ["option", "field"])
 @pytest.mark.parametrize("algorithm", [
-    "grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ppo", "dapo", "rloo"))])
-def test_a_completion_that_a_stop_string_ends_is_not_cut_off(algorithm: str, tmp_path: Any) -> None:
+    "grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ppo", "dapo", "dr_grpo", "rloo"))])
+def test_a_completion_that_a_stop_string_ends_is_not_cut_off(algorithm: str, given: str, tmp_path: Any) -> None:
     """TRL masks what is cut off, and PPO takes a penalty off it; both go by `eos_token_ids`."""
-    stops = {"stop_strings": ["^"], "eos_token_id": [86, 105]}
+    ends: dict[str, Any] = {"eos_token_id": [86, 105]}
+    options = {"option": {"stop_strings": "^", "trainer_options": {"generation_kwargs": ends}},
+               "field": {"trainer_options": {"generation_kwargs": ends | {"stop_strings": ["^"]}}}}[given]
     masks = {} if algorithm == "ppo" else {"mask_truncated_completions": True, "beta": 0.0}
     graded: list[list[int]] = []
 
@@ -265,32 +268,47 @@ def test_a_completion_that_a_stop_string_ends_is_not_cut_off(algorithm: str, tmp
         return [float(len(text)) for text in completions]
 
     built = built_of("fast", algorithm, tmp_path, max_completion_length=12, reward_functions=[reward],
-                     trainer_options={"generation_kwargs": stops}, **masks)
+                     **options, **masks)
     trainer = built.trainer
     assert "rollouts: our engine" in built.attestation()["layout"]
     rollout = rollout_of(trainer)
     decode, metrics = trainer._tokenizer.decode, trainer._metrics["train"]
-    ends = ["^" in decode(ids) or ids[-1] in (2, 86, 105) for ids in graded]
-    assert {86, 105} & {ids[-1] for ids in graded} and any("^" in decode(ids) for ids in graded) and not all(ends)
+    ended = ["^" in decode(ids) or ids[-1] in (2, 86, 105) for ids in graded]
+    assert {86, 105} & {ids[-1] for ids in graded} and any("^" in decode(ids) for ids in graded) and not all(ended)
     for ids in graded:
         assert not {2, 86, 105} & {*ids[:-1]} and "^" not in decode(ids[:-1]), "drawn on after an end"
     lengths = [len(ids) for ids in graded]
     if algorithm == "ppo":
-        assert metrics["val/num_eos_tokens"] == [sum(ends)]
+        assert metrics["val/num_eos_tokens"] == [sum(ended)]
     else:
-        expected = [length * end for length, end in zip(lengths, ends, strict=True)]
+        expected = [length * end for length, end in zip(lengths, ended, strict=True)]
         assert rollout["completion_mask"].sum(1).tolist() == expected
-    terminated = [length for length, end in zip(lengths, ends, strict=True) if end]
-    assert metrics["completions/clipped_ratio"] == [1 - sum(ends) / len(ends)]
+    terminated = [length for length, end in zip(lengths, ended, strict=True) if end]
+    assert metrics["completions/clipped_ratio"] == [1 - sum(ended) / len(ended)]
     assert metrics["completions/mean_terminated_length"] == [pytest.approx(sum(terminated) / len(terminated))]
 
 
 def test_ends_that_our_engine_alone_takes_are_no_reason_for_another(tmp_path: Any) -> None:
-    options = {"trainer_options": {"generation_kwargs": {"stop_strings": ["^"]}}, "rollout_memory_gib": 1e-6}
+    field = {"trainer_options": {"generation_kwargs": {"stop_strings": ["^"]}}}
     for engine in ("auto", "fast"):
         with pytest.raises(ConfigError, match=r"generation_kwargs\.stop_strings: our engine alone ends completions so, "
                                               r"and it cannot run here: one row of 64"):
-            built_of("fast", "grpo", tmp_path, rollout_engine=engine, **options)
+            built_of("fast", "grpo", tmp_path, rollout_engine=engine, rollout_memory_gib=1e-6, **field)
+        with pytest.raises(ConfigError, match=r"^rollout\.stop_strings: our engine ends completions so, and it cannot "
+                                              "run here: one row of 64.*; rollout_engine='vllm' ends them so too$"):
+            built_of("fast", "grpo", tmp_path, rollout_engine=engine, rollout_memory_gib=1e-6, stop_strings="^")
+
+
+def test_fields_that_only_transformers_generate_reads_are_told(tmp_path: Any) -> None:
+    options = {"trainer_options": {"cache_implementation": "static"}}
+    told = ("rollouts: our engine; nothing reads cache_implementation of trainer_options (rollout_engine='hf' does)")
+    built = built_of("fast", "grpo", tmp_path, **options)
+    assert built.notices == [told]
+    detach(built.trainer.model)
+    for others in ({"rollout_engine": "fast"}, {"rollout_engine": "hf"}):  # of the first the resolved job says it
+        built = built_of("fast", "grpo", tmp_path, **options, **others)
+        assert told not in built.notices
+        detach(built.trainer.model)
 
 
 def test_gates() -> None:

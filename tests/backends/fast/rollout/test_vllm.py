@@ -27,13 +27,15 @@ class Engine:
     """What vLLM is to TRL, colocated or as the client of a server: takes weights, and answers for the n-th time.
 
     `syncs`: the weights of each time that they were sent. `policies`: those that `watched` held at that time, adapters
-    merged. `asked`: rows of each round of generation. `scores`: whether log-probs were asked for.
+    merged. `asked`: rows of each round of generation. `scores`: whether log-probs were asked for. `stops`: the strings
+    that were to end completions.
     """
 
     def __init__(self, **options: Any) -> None:
         self.watched: Any = None
         self.asked: list[int] = []
         self.scores: set[bool] = set()
+        self.stops: list[Any] = []
         self.syncs: list[dict[str, torch.Tensor]] = [{}]
         self.policies: list[dict[str, torch.Tensor]] = []
         worker = SimpleNamespace(driver_worker=SimpleNamespace(model_runner=SimpleNamespace(model=self)))
@@ -61,6 +63,8 @@ class Engine:
         served = sampling_params is None
         scores = (options["logprobs"] if served else sampling_params.logprobs) is not None
         self.scores.add(scores)
+        sent = (options["generation_kwargs"] or {}) if served else vars(sampling_params)
+        self.stops.append(sent.get("stop"))
         rows = []
         for row in range(len(prompts) * n):
             noise = torch.Generator().manual_seed(100 * len(self.asked) + row)
@@ -169,6 +173,15 @@ def test_two_steps_are_those_of_the_trl_backend(
         compared = 1 if options is FP8 else 2
         assert found[:compared] == pytest.approx(expected[:compared], **near), key
     assert min(logged(built.trainer, "grad_norm")) > 1e-3
+
+
+@pytest.mark.parametrize("options", [LORA, pytest.param(LORA | SERVER, marks=_SLOW)], ids=str)
+@pytest.mark.parametrize("algorithm", ["grpo", pytest.param("rloo", marks=_SLOW), pytest.param("ppo", marks=_SLOW)])
+def test_stop_strings_are_sent_as_stop(
+    algorithm: str, options: dict[str, Any], engines: list[Engine], tmp_path: Any) -> None:
+    for backend, given in (("trl", "^"), ("fast", ["^", "\n"])):
+        _, engine = trained(backend, algorithm, engines, tmp_path, stop_strings=given, **options)
+        assert engine.stops == [["^"] if given == "^" else given] * 2
 
 
 @pytest.mark.parametrize(("options", "said"), [
