@@ -1,6 +1,6 @@
 """SFT on one GPU: backend "fast" beside trl, trl with liger, and unsloth, each at its best setting.
 
-python -m benchmarks.sft                                    every row and arm, into benchmarks/results and the docs
+python -m benchmarks.sft                                    all that follows, into benchmarks/results and the docs
 python -m benchmarks.sft lora-1b qlora-8b --json FILE       some
 python -m benchmarks.sft lora-1b --arms fast,fast-gc        some arms
 python -m benchmarks.sft smoke --arms trl,fast              toy sizes, any machine; the times mean nothing
@@ -320,7 +320,20 @@ def main(argv: list[str] | None = None, runner: Runner | None = None) -> int:
             for name in args.rows:
                 rows += of_row(name, arms, Path(folder), args, gpu=gpu, runner=runner, keep=write)
                 write([])
-    return tables.main() if args.all else 0
+    return max(*(main([*command, *also_given(args)]) for command in also(args.json)), tables.main()) if args.all else 0
+
+
+def also(folder: Path) -> list[list[str]]:
+    """Commands of the results that are no row of all arms: the time to the first step, the longest row that trains."""
+    return [["lora-1b", "--arms", f"trl,{COLD},fast", "--json", str(folder / "start.json")],
+            ["--longest", "qlora-8b", "--start", "343040", "--json", str(folder / "longest.json")]]
+
+
+def also_given(args: argparse.Namespace) -> list[str]:
+    """What a command says of the machine and the checkout, for the commands that follow it."""
+    names = ("site_liger", "site_unsloth", "commit", "repeats", "limit")
+    return [word for name in names if (value := getattr(args, name)) is not None
+            for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 if __name__ == "__main__":

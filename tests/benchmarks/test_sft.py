@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from aligntune.compare.protocol import in_a_fresh_process
 from aligntune.errors import ComparisonError, ConfigError
 from benchmarks import tables
+from benchmarks.ops import bench
 from benchmarks.rl import __main__ as rl
 from benchmarks.sft import __main__ as benchmark
 from benchmarks.sft.workloads import WORKLOADS, recipe
@@ -159,6 +161,30 @@ def test_a_command_that_names_nothing_writes_the_results(monkeypatch: pytest.Mon
         assert args.json is None and not args.all, "one row of some arms is not what is committed"
     elsewhere = benchmark.parse(["--json", "x.json"])
     assert str(elsewhere.json) == "x.json" and not elsewhere.all
+
+
+def test_a_command_that_names_nothing_measures_starts_and_the_longest_row_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what it says of the machine; each of the commands that follow is one that a user can give."""
+    args = benchmark.parse(["--site-unsloth", "here", "--commit", "c" * 40, "--repeats", "1"])
+    start, longest = [benchmark.parse([*command, *benchmark.also_given(args)]) for command in benchmark.also(args.json)]
+    assert (start.rows, start.arms, start.json.name) == (["lora-1b"], ["trl", "fast-cold", "fast"], "start.json")
+    assert (longest.longest, longest.arms, longest.json.name) == ("qlora-8b", ["fast-offload"], "longest.json")
+    for one in (start, longest):
+        assert (str(one.site_unsloth), one.commit, one.repeats, one.all) == ("here", "c" * 40, 1, False)
+        assert one.limit == args.limit and one.site_liger is None
+    ran: list[list[str]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(bench.Ceilings, "measure", staticmethod(lambda: bench.Ceilings(1.0, 1.0)))
+    monkeypatch.setattr(benchmark, "of_row", lambda name, *_, **__: ran.append([name]) or [])
+    monkeypatch.setattr(benchmark, "write_report", lambda *_: None)
+    monkeypatch.setattr(benchmark, "longest", lambda row, *_, **__: ran.append(["longest", row]) or {})
+    monkeypatch.setattr(tables, "main", lambda: ran.append(["tables"]) or 0)
+    assert benchmark.main([]) == 0
+    assert ran[-3:] == [["lora-1b"], ["longest", "qlora-8b"], ["tables"]]
+    assert [name for name, in ran[:-3]] == [name for name in WORKLOADS if name != "smoke"]
 
 
 @pytest.mark.parametrize("path", sorted([*tables.RESULTS.glob("sft/**/*.json"), *tables.RESULTS.glob("rl/*.json")]),
