@@ -53,8 +53,8 @@ def longest_drawn(trainer: Any, lengths: Lengths) -> Lengths:
         if isinstance(sampler, SeedableRandomSampler):
             sampler.set_epoch(epoch)
         order = np.fromiter(itertools.islice(sampler, batches * size), np.int64)
-        if processes > 1:  # the last is filled up with the epoch's first
-            order = np.resize(order, -(-len(order) // size) * size)
+        if processes > 1:  # the last of each are filled up with the epoch's first rows
+            order = np.resize(order, -(-len(order) // (size * processes)) * size * processes)
         tokens = np.add.reduceat(lengths[order], np.arange(0, len(order), size))
         if tokens.max() > most:
             most, begun = int(tokens.max()), int(tokens.argmax()) * size

@@ -7,15 +7,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import BatchSampler
 from transformers import TrainerCallback
 
 from aligntune.backends.fast import rehearsal
@@ -45,6 +48,13 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(rehearsal, "rehearse", rehearse)
     monkeypatch.setattr(rehearsal, "wanted", traceless)
     return found
+
+
+@pytest.fixture
+def longest_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the pass does and leaves is looked at in runs of so few steps that their own longest is their first."""
+    monkeypatch.setattr(rehearsal, "longest_drawn",
+                        lambda trainer, lengths: np.argsort(lengths, kind="stable")[-trainer._train_batch_size :])
 
 
 def test_lengths_are_the_table_s() -> None:
@@ -120,6 +130,7 @@ def test_a_backward_that_does_more_than_fill_gradients_is_not_rehearsed(
     pytest.param({"use_peft": True, "lora_dropout": 0.3, "lora_r": 4, "optimizer": "adamw"}, id="dropout",
                  marks=pytest.mark.slow),
 ])
+@pytest.mark.usefixtures("longest_of_all")
 def test_a_run_is_the_same_with_the_pass_and_without(
     options: dict[str, Any], passes: list[int], tmp_path: Any, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -171,11 +182,32 @@ def test_the_longest_batch_is_the_one_that_a_run_draws(
     assert max(drawn) == expected[0].sum()
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_the_longest_batch_of_several_processes(seed: int) -> None:
+    """Of what accelerate hands to each of three, the last batches filled up; the sampler itself is not moved on."""
+    lengths, drawn = 2 ** np.arange(25), []  # a sum tells its rows
+    sampler = SeedableRandomSampler(range(25), generator=torch.Generator(), data_seed=seed)
+    plain = BatchSampler(sampler, 4, drop_last=False)
+    shards = [BatchSamplerShard(plain, 3, index) for index in range(3)]
+    for epoch in range(3):
+        for shard in shards:
+            plain.sampler.set_epoch(epoch)
+            drawn += [lengths[batch].sum() for batch in shard]
+    trainer: Any = SimpleNamespace(
+        args=SimpleNamespace(gradient_accumulation_steps=2), _train_batch_size=4,
+        accelerator=SimpleNamespace(num_processes=3), state=SimpleNamespace(max_steps=3 * 2, global_step=0),
+        callback_handler=SimpleNamespace(train_dataloader=SimpleNamespace(batch_sampler=shards[1])))
+    plain.sampler.set_epoch(0)
+    found = lengths[rehearsal.longest_drawn(trainer, lengths)]
+    assert found.sum() == max(drawn) and len(found) == 4 and plain.sampler.epoch == 0
+
+
 def test_rows_of_about_one_length_need_no_pass(passes: list[int], tmp_path: Any) -> None:
     run(trainer_of("fast", "llama", tmp_path, rows((20,) * 12), max_steps=1))
     assert passes == [-1]
 
 
+@pytest.mark.usefixtures("longest_of_all")
 def test_memory_that_does_not_suffice_shows_before_the_first_step(
     passes: list[int], tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -195,6 +227,7 @@ def test_memory_that_does_not_suffice_shows_before_the_first_step(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("longest_of_all")
 def test_what_watches_a_run_does_not_see_the_pass(passes: list[int], tmp_path: Any) -> None:
     built = trainer_of("fast", "llama", tmp_path, rows(UNEVEN), max_steps=1)
     seen = []
@@ -205,6 +238,7 @@ def test_what_watches_a_run_does_not_see_the_pass(passes: list[int], tmp_path: A
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("longest_of_all")
 def test_a_subset_of_columns_is_enough(passes: list[int], tmp_path: Any) -> None:
     data = rows(UNEVEN)
     without = Dataset.from_list([{"input_ids": ids} for ids in data["input_ids"]])
@@ -225,6 +259,7 @@ class _Each(TrainerCallback):
         self.at("step")
 
 
+@pytest.mark.usefixtures("longest_of_all")
 def test_an_optimizer_that_works_in_the_backward_makes_no_step_more(passes: list[int], tmp_path: Any) -> None:
     """It is there only when the training has begun: transformers makes it after the rows."""
     trainer = trainer_of("fast", "llama", tmp_path, rows(UNEVEN), max_steps=1).trainer
@@ -242,6 +277,7 @@ def test_an_optimizer_that_works_in_the_backward_makes_no_step_more(passes: list
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("longest_of_all")
 def test_no_steps_time_has_the_pass_in_it(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A comparison tells it apart: of the first step, whose data it lies in, neither the time nor that of its data."""
     hours: list[float] = []
@@ -304,6 +340,7 @@ class _Wrapped(torch.nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("longest_of_all")
 def test_the_pass_is_within_what_a_step_is_within(
     passes: list[int], tmp_path: Any, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -339,6 +376,7 @@ def test_the_pass_is_within_what_a_step_is_within(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.usefixtures("longest_of_all")
 def test_no_kernel_of_the_pass_is_attested(
     resumed: bool, passes: list[int], tmp_path: Any, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
