@@ -164,8 +164,7 @@ class Decoder:
         if fingerprint != self.capture.fingerprint:
             self.capture.graphs.clear()
             self.capture.fingerprint = fingerprint
-            # Under autocast the layers cast their own weights.
-            self.capture.projections = Projections(self.model) if self.autocast is None else None
+            self.capture.projections = Projections(self.model, autocast=self.autocast, kernels=self.kernels)
         if self.capture.projections is not None:
             self.capture.projections.refresh()
 

@@ -168,6 +168,42 @@ def test_replayed_steps_over_a_base_in_nf4():
         assert forced(model, prompts, first)[0].mean() > 0.2  # 0.65 on a CPU
 
 
+def test_replayed_steps_of_full_fine_tuning():
+    """fp32 weights under bf16 autocast: the steps that were launched, and the policy that learns, as it moves."""
+    model = wide("qwen2", dtype=torch.float32)
+    attach(model)
+    sampling, prompts = Sampling(max_new_tokens=40, temperature=0, stop_token_ids=()), prompts_of((5, 40, 17, 1))
+    options = {"max_batch": 4, "max_len": 128, "autocast": torch.bfloat16}
+    engine = RolloutEngine(model, **options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for again in (False, True):
+        first = engine.generate(prompts, sampling=sampling)
+        launched = RolloutEngine(model, graphs=False, **options).generate(prompts, sampling=sampling)
+        assert first.stats.graphs == "replayed" and first.stats.captures == (0 if again else 1)
+        assert (launched.completion_ids, launched.log_probs) == (first.completion_ids, first.log_probs)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            apart, _ = forced(model, prompts, first)
+        assert apart.mean() < 0.02 and apart.max() < 0.3, (apart.mean(), apart.max())
+        model.train()
+        ids = torch.tensor([prompts[1]], device="cuda")
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_launches_of_full_fine_tuning():
+    """Of up to 64 rows every group of layers is one, and so is the head; of more none is."""
+    model = wide("llama", dtype=torch.float32)
+    attachment = attach(model)
+    sampling = Sampling(max_new_tokens=2, temperature=0, stop_token_ids=())
+    for rows, launches in ((4, 3 * 4 * 2 + 2), (65, 0)):
+        engine = RolloutEngine(model, max_batch=rows, max_len=128, autocast=torch.bfloat16, graphs=False)
+        result = attachment.attest(lambda engine=engine, rows=rows: engine.generate(
+            [[3]] * rows, sampling=sampling))  # one token: there is nothing to prefill
+        assert result.problems == () and result.kernels.get("decode_linear_kernel", 0) == launches
+
+
 def test_graphs_live_across_optimizer_steps():
     model = lora(wide("qwen3", dtype=torch.bfloat16))
     attach(model)
