@@ -4,7 +4,8 @@
 
 Rows are those of a Llama 1B's step at several batch sizes; the bound is the bytes that must move, at the card's copy
 bandwidth: the weights and factors read once, the cache of every row read once, the logits read once. `products apart`
-is what adapted layers cost with one launch a product, as cuBLAS runs them; `eager` of attention gathers the pages.
+is what adapted layers cost with one launch a product, as cuBLAS runs them, weights of fp32 and of NF4 cast and unpacked
+before theirs; `unpacked` is the kernel over an unpacked copy. `eager` of attention gathers the pages.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from aligntune.backends.fast.ops import decode_linear as linear
+from aligntune.backends.fast.ops import decode_linear_nf4 as packed
 from aligntune.backends.fast.ops.decode_attention import decode_attention, decode_attention_reference
+from aligntune.backends.fast.ops.nf4 import NF4Weight, dequantize_nf4
 from aligntune.backends.fast.ops.sample import FIELDS, Outputs, sample_step
 from benchmarks.ops._rows import Row, in_turn, main, measure
 from benchmarks.ops.bench import ROTATE_OVER_BYTES
@@ -42,8 +46,19 @@ class Case:
     methods: Mapping[str, Callable[..., Any]]
 
 
-def linear_case(group: str, rows: int, inner: int, widths: Sequence[int]) -> Case:
-    """The layers of a group under adapters of rank 16 on (rows, inner)."""
+BYTES = {"bf16": 2.0, "fp32": 4.0, "nf4": 1 / 2 + 1 / 64 + 4 / 16384}
+"""Of a weight; NF4's with its scales, in blocks of 64 and these in blocks of 256."""
+
+
+def in_nf4(weight: torch.Tensor) -> NF4Weight:
+    from bitsandbytes.functional import quantize_4bit
+
+    codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    return NF4Weight.from_param(SimpleNamespace(data=codes, quant_state=state))
+
+
+def linear_case(group: str, rows: int, inner: int, widths: Sequence[int], base: str = "bf16") -> Case:
+    """The layers of a group under adapters of rank 16 on (rows, inner); `base` is one of BYTES."""
     layers = len(widths)
 
     def arguments(device: str) -> tuple[Any, ...]:
@@ -55,25 +70,41 @@ def linear_case(group: str, rows: int, inner: int, widths: Sequence[int]) -> Cas
             diagonal[column : column + width, number * RANK : (number + 1) * RANK] = up[column : column + width]
             column += width
         made = (draw(rows, inner), draw(layers * RANK, inner) * inner**-0.5, up, diagonal)
-        weights = [(draw(width, inner) * inner**-0.5).to(DTYPE) for width in widths]
+        weights: list[Any] = [draw(width, inner) * inner**-0.5 for width in widths]
+        if base != "fp32":
+            weights = [weight.to(DTYPE) for weight in weights]
+        if base == "nf4":
+            weights = [in_nf4(weight) for weight in weights]
         return (*(x.to(DTYPE) for x in made), weights,
                 torch.zeros(linear.MAX_PLACES, dtype=torch.int32, device=device))  # fmt: skip
 
+    kernel, reference = (linear.decode_linear, linear.decode_linear_reference) if base != "nf4" else (
+        packed.decode_linear_nf4, packed.decode_linear_nf4_reference)
+
+    def whole(weight: Any) -> torch.Tensor:
+        return dequantize_nf4(weight, dtype=DTYPE) if base == "nf4" else weight.to(DTYPE)
+
     def ours(x: Any, down: Any, up: Any, diagonal: Any, weights: Any, counts: Any) -> Any:
-        return linear.decode_linear(x, weights, down=down, up=up, counts=counts)
+        return kernel(x, weights, down=down, up=up, counts=counts)
+
+    def unpacked(x: Any, down: Any, up: Any, diagonal: Any, weights: Any, counts: Any) -> Any:
+        return linear.decode_linear(x, [whole(weight) for weight in weights], down=down, up=up, counts=counts)
 
     def apart(x: Any, down: Any, up: Any, diagonal: Any, weights: Any, counts: Any) -> Any:
         out = torch.empty((rows, sum(widths)), dtype=x.dtype, device=x.device)
         for weight, part in zip(weights, out.split(list(widths), dim=1), strict=True):
-            torch.mm(x, weight.t(), out=part)
+            torch.mm(x, whole(weight).t(), out=part)
         return out.addmm_(torch.mm(x, down.t()), diagonal.t())
 
     def eager(x: Any, down: Any, up: Any, diagonal: Any, weights: Any, counts: Any) -> Any:
-        return linear.decode_linear_reference(x, weights, down=down, up=up)
+        return reference(x, weights, down=down, up=up)
 
-    numbers = rows * inner + sum(widths) * (inner + RANK + rows) + layers * RANK * inner
-    methods = {"ours": ours, "products apart": apart, "eager": eager}
-    return Case("decode_linear", f"{group}, {rows} rows", 2 * numbers, arguments, methods)
+    numbers = rows * inner + sum(widths) * (RANK + rows) + layers * RANK * inner
+    methods = {"ours": ours, **({} if base == "bf16" else {"unpacked": unpacked}), "products apart": apart,
+               "eager": eager}  # fmt: skip
+    name = "decode_linear" if base == "bf16" else f"decode_linear, {base}"
+    moved = 2 * numbers + BYTES[base] * sum(widths) * inner
+    return Case(name, f"{group}, {rows} rows", moved, arguments, methods)
 
 
 def attention_case(rows: int, tokens: int) -> Case:
@@ -121,7 +152,7 @@ def sample_case(rows: int, vocab: int = VOCAB) -> Case:
 
 
 CASES = (
-    *(linear_case(group, rows, *shape) for rows in (8, 64) for group, shape in GROUPS.items()),
+    *(linear_case(group, rows, *shape, base) for base in BYTES for rows in (8, 64) for group, shape in GROUPS.items()),
     *(attention_case(*shape) for shape in ((8, 512), (64, 512), (256, 512), (64, 4096))),
     *(sample_case(rows) for rows in (8, 64, 256)),
 )

@@ -10,7 +10,8 @@ from benchmarks.ops import decode, fp8
 
 
 def test_a_rows_methods_compute_the_same(device):
-    for case in (decode.linear_case("q, k, v", 3, 64, (32, 16, 16)), decode.attention_case(2, 20)):
+    linear = [decode.linear_case("q, k, v", 3, 64, (32, 16, 16), base) for base in decode.BYTES]
+    for case in (*linear, decode.attention_case(2, 20)):
         torch.manual_seed(0)
         arguments = case.arguments(device)
         found = {name: call(*arguments).float() for name, call in case.methods.items()}
@@ -37,9 +38,11 @@ def test_bounds_in_bytes_by_hand():
     # A (4, 64) in, three weights and their B, out, and three A of rank 16.
     assert decode.linear_case("q, k, v", 4, 64, (32, 16, 16)).moved == 2 * (
         4 * 64 + 64 * 64 + 64 * 16 + 4 * 64 + 3 * 16 * 64)
+    wide, four = (decode.linear_case("q, k, v", 4, 64, (32, 16, 16), base).moved for base in ("fp32", "nf4"))
+    assert wide - four == 64 * 64 * (4 - 0.5 - 1 / 64 - 1 / 4096)
     assert decode.attention_case(2, 32).moved == 2 * 2 * (2 * 32 * 8 * 64 + 2 * 32 * 64)
     names = [f"{case.op}: {case.shape}" for case in decode.CASES]
-    assert len(set(names)) == len(names) == 15 and min(case.moved for case in decode.CASES) > 1e6
+    assert len(set(names)) == len(names) == 31 and min(case.moved for case in decode.CASES) > 1e6
 
 
 def test_there_is_no_sweep():
