@@ -93,7 +93,9 @@ def runner() -> Iterator[Runner]:
         yield running
 
 
-@pytest.mark.parametrize("page", [page for page in WITH_CODE if page not in ALONE], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [
+    pytest.param(page, marks=pytest.mark.slow) if page.name == "cpo.md" else page
+    for page in WITH_CODE if page not in ALONE], ids=lambda p: p.name)
 def test_the_code_of_a_page_runs(page: Path, runner: Runner, tmp_path: Path) -> None:
     """A process and an empty folder each as well, forked from one that has done the imports that all of them share."""
     (tmp_path / "page.py").write_text("\n".join(python_blocks(page.read_text())))

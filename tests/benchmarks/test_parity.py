@@ -378,6 +378,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return parity.write_model(tmp_path_factory.mktemp("model") / "model")
 
 
+@pytest.mark.slow
 def test_fp32_on_nf4_is_fp32_in_its_adapters(source):
     toy = {"batch_size": 2, "max_seq_length": 32, "max_samples": 4, "device": "cpu", "quantization": "nf4"}
     for name, dtype in (("trl", torch.float32), ("trl-bf16", torch.bfloat16)):

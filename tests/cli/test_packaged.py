@@ -155,7 +155,7 @@ def test_settings_of_simpo_are_those_that_its_authors_have_for_its_dataset() -> 
     assert "llama-3-8b-instruct-simpo-v2.yaml" in packaged()["simpo-llama-1b"].read_text()
 
 
-IN_CI = ("sft-builtin", "dpo-builtin", "grpo-builtin", "ppo-builtin", "quickstart")
+IN_CI = ("sft-builtin", "grpo-builtin", "quickstart")
 
 
 @pytest.mark.parametrize("name", [

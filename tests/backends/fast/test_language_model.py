@@ -114,6 +114,7 @@ def test_training_goes_on_from_adapters_under_four_bits(tmp_path):
     assert len(losses(trainer)) == 2 and min(losses(trainer)) > 4
 
 
+@pytest.mark.slow
 def test_adapters_beside_a_whole_model_train_on_it(saved, tmp_path):
     model = adapters(saved, tmp_path / "both", target_modules=["q_proj"])
     shutil.copytree(saved, tmp_path / "both", dirs_exist_ok=True)

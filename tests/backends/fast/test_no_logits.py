@@ -24,7 +24,8 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_op, "plan_rows", lambda *args: ROWS)
 
 
-@pytest.mark.parametrize("algorithm", ["dpo", "ipo", "kto"])
+@pytest.mark.parametrize("algorithm", [
+    "dpo", pytest.param("ipo", marks=pytest.mark.slow), pytest.param("kto", marks=pytest.mark.slow)])
 def test_losses_of_preferences(algorithm: str, tmp_path: Any) -> None:
     """The pass of the reference, the policy's and its backward."""
     rows = unpaired() if algorithm == "kto" else pairs()

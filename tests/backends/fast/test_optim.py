@@ -375,6 +375,7 @@ def test_a_manager_of_another_make_is_left_alone():
     assert optimizer.mng is before
 
 
+@pytest.mark.slow
 def test_dpo(tmp_path):
     trainer = create_rl_trainer(
         tiny.llama(num_hidden_layers=1), list(tiny.pairs()), algorithm="dpo", backend="fast", max_steps=1, batch_size=2,

@@ -46,6 +46,7 @@ def sees_bools(args: Any) -> bool:
 
 @pytest.mark.parametrize(("said", "kept", "layout"), [
     ("offload", "offload", HOST), ("unsloth", "offload", HOST), ("auto", "auto", EVERY)])  # a plan needs a GPU
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [FastTrainingArguments, trl.SFTConfig, TrainingArguments])
 def test_a_string_in_the_arguments(kind: Any, said: str, kept: str, layout: str, tmp_path: Path) -> None:
     args = arguments(tmp_path, kind, gradient_checkpointing=said)

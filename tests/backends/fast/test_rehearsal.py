@@ -202,6 +202,7 @@ def test_the_longest_batch_of_several_processes(seed: int) -> None:
     assert found.sum() == max(drawn) and len(found) == 4 and plain.sampler.epoch == 0
 
 
+@pytest.mark.slow
 def test_rows_of_about_one_length_need_no_pass(passes: list[int], tmp_path: Any) -> None:
     run(trainer_of("fast", "llama", tmp_path, rows((20,) * 12), max_steps=1))
     assert passes == [-1]

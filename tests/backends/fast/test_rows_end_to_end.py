@@ -295,9 +295,8 @@ FORMATS = {
 AS_PLAIN = ("torch", "arrays, labels as lists", "lengths of somebody else's")
 
 
-@pytest.mark.parametrize("how", [
-    how if how == "a transform" else pytest.param(how, marks=pytest.mark.slow)
-    for how in FORMATS])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", FORMATS)
 def test_the_labels_are_those_that_trl_trains_on(how: str, tmp_path: Any) -> None:
     data = FORMATS[how](rows())
     shown = data.format

@@ -160,7 +160,7 @@ def test_a_reward_model_s_rows() -> None:
     ("dpo", {"use_peft": True}),
     pytest.param("dpo", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
     pytest.param("dpo", {"use_peft": True, "precompute_ref_log_probs": True}, marks=pytest.mark.slow),
-    ("orpo", {}),
+    pytest.param("orpo", {}, marks=pytest.mark.slow),
     pytest.param("simpo", {"use_peft": True}, marks=pytest.mark.slow),
     pytest.param("cpo", {}, marks=pytest.mark.slow),
 ])

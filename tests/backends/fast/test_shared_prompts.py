@@ -134,7 +134,8 @@ def test_queries_that_are_their_row_s_last_on_a_gpu(window: int | None, dim: int
         assert (ours.float() - truth).norm() < 1e-2 * truth.norm() and truth.norm() > 1
 
 
-@pytest.mark.parametrize("options", [{}, {"use_peft": True, "lora_r": 4}], ids=["full", "lora"])
+@pytest.mark.parametrize("options", [
+    pytest.param({}, marks=pytest.mark.slow), {"use_peft": True, "lora_r": 4}], ids=["full", "lora"])
 def test_log_probs_and_gradients_are_those_of_whole_rows(options: dict[str, Any], tmp_path: Any) -> None:
     """Two prompts in any order, one row without a completion, one without a prompt."""
     built = built_of("fast", "grpo", tmp_path, **options)

@@ -342,8 +342,8 @@ def test_unmerged_adapters_equal_merged_ones():
 
 
 @pytest.mark.parametrize(("family", "one_launch"),
-                         [pytest.param("qwen2", False, marks=pytest.mark.slow), ("qwen2", True), ("phi3", True),
-                          pytest.param("granite", False, marks=pytest.mark.slow)])
+                         [("qwen2", True), *(pytest.param(*one, marks=pytest.mark.slow) for one in (
+                             ("qwen2", False), ("phi3", True), ("granite", False)))])
 def test_attached_adapters(family, one_launch, monkeypatch, device):
     """What a step runs in the place of adapted layers: biases, packed layers, tied weights; ranks of 4 and 7.
 

@@ -205,7 +205,7 @@ def test_where_it_does_not_generate_the_build_says_so(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("algorithm", [
-    "grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dapo", "dr_grpo", "rloo")), "ppo"])
+    "grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dapo", "dr_grpo", "rloo", "ppo"))])
 def test_evaluation_of_an_online_method_draws_with_the_engine(
     algorithm: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

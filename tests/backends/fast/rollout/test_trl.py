@@ -87,7 +87,8 @@ def test_steps_are_trls_on_the_same_completions(algorithm: str, adapters: bool, 
     assert moved or adapters
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", pytest.param("rloo", marks=_SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
 def test_a_base_in_fp8_draws_from_the_policy_that_learns(algorithm: str, tmp_path: Any) -> None:
     """A rollout that multiplied the base as it was loaded would differ by 0.08 in the mean here."""
     built = built_of("fast", algorithm, tmp_path, use_peft=True, lora_r=4, base_precision="fp8")
