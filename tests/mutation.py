@@ -72,7 +72,6 @@ TARGETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "fp8": (f"{OPS}/fp8.py", (f"{TESTS}/ops/test_fp8.py",)),
     "attention": (f"{OPS}/attention.py", (f"{TESTS}/ops/test_attention.py",)),
     "decode_linear": (f"{OPS}/decode_linear.py", (f"{TESTS}/ops/test_decode_linear.py",)),
-    "decode_linear_nf4": (f"{OPS}/decode_linear_nf4.py", (f"{TESTS}/ops/test_decode_linear_nf4.py",)),
     "nucleus": (f"{OPS}/nucleus.py", (f"{TESTS}/ops/test_nucleus.py",)),
     "lora": (f"{OPS}/lora.py", (f"{TESTS}/ops/test_lora.py", f"{TESTS}/ops/test_lora_mlp.py")),
     "compare_stats": ("aligntune/compare/stats.py", ("tests/compare/test_stats.py",)),
