@@ -159,6 +159,15 @@ def sft(report: Report) -> str:
     return markdown(head, rows) + "\n" + source(report | {"versions": versions})
 
 
+def sft_arms(*arms: str) -> Callable[[Report], str]:
+    """`sft` of some arms alone; the command under it names all that ran."""
+
+    def made(report: Report) -> str:
+        return sft(report | {"rows": [entry for entry in report["rows"] if entry["arm"] in arms]})
+
+    return made
+
+
 def sft_earlier(*reports: Report) -> str:
     """Rows that were measured twice: fast and the quickest arm of unsloth, then (first half of the reports) and now.
 
@@ -166,9 +175,8 @@ def sft_earlier(*reports: Report) -> str:
     """
     half, rows = len(reports) // 2, []
     for pair in zip(reports[:half], reports[half:], strict=True):
-        fast, peer = ([max(one["tokens_per_s"] for one in report["rows"] if "why" not in one
-                           and one["arm"].partition("-")[0] == name and "fp8" not in one["arm"]) for report in pair]
-                      for name in ("fast", "unsloth"))
+        fast, peer = ([max(one["tokens_per_s"] for one in report["rows"] if "why" not in one and named(one["arm"]))
+                       for report in pair] for named in ("fast".__eq__, lambda arm: arm.startswith("unsloth")))
         rows.append([SFT_ROWS[pair[0]["rows"][0]["row"]], *(f"{rate:,.0f}" for rate in (*fast, *peer)),
                      f"{fast[0] / peer[0]:.2f}x", f"{fast[1] / max(peer):.2f}x"])
     head = ["tokens/s", "fast, earlier", "now", "unsloth at its best, earlier", "now", "fast then over it",
@@ -282,24 +290,36 @@ def rollout(report: Report) -> str:
 
 def parity(report: Report) -> str:
     """Every difference between the backends beside what it is held against and its bound; what was not measured yet."""
-    rows = [
-        [entry["part"], f"failed: {entry['failed']}", *["-"] * 6, held(entry)] if "failed" in entry else
-        [entry["part"], entry["what"], str(entry["steps"]), str(entry["seeds"]), f"{entry['value']:.1e}",
-         _own(entry), _times(entry), f"{entry['bound']:.1e}", held(entry)]
-        for entry in report["rows"]
-    ]  # fmt: skip
+    rows = _differences(report)
     there = [entry["part"] for entry in report["rows"]]
     failed = [entry["part"] for entry in report["rows"] if "failed" in entry]
     for what in ("fp32", "bf16", "two trl runs in fp32"):
         if missing := [name for name in PARTS if name not in failed
                        and not any(part.startswith(f"{name}, {what}") for part in there)]:
             rows.append([f"{', '.join(missing)}: {what}", "not measured yet", *["-"] * 7])
-    head = ["run", "what", "steps", "seeds", "fast", "held against", "times it", "bound", "holds"]
     apart = "; ".join(f"{name} {', '.join(f'{1e3 * one:.1f}' for one in found)}"
                       for name, found in report.get("apart", {}).items())
     by_seed = f"Its rms distances from fp32 in thousandths, seed by seed: {apart}. " if apart else ""
     fell = "The learning run's loss fell from {:.2f} to {:.2f}. ".format(*report["fell"]) if "fell" in report else ""
-    return markdown(head, rows) + f"\n{fell}{by_seed}{source(report)}"
+    return markdown(DIFFERENCE, rows) + f"\n{fell}{by_seed}{source(report)}"
+
+
+DIFFERENCE = ["run", "what", "steps", "seeds", "fast", "held against", "times it", "bound", "holds"]
+
+
+def _differences(report: Report) -> list[list[str]]:
+    """A row of `DIFFERENCE` an entry."""
+    return [
+        [entry["part"], f"failed: {entry['failed']}", *["-"] * 6, held(entry)] if "failed" in entry else
+        [entry["part"], entry["what"], str(entry["steps"]), str(entry["seeds"]), f"{entry['value']:.1e}",
+         _own(entry), _times(entry), f"{entry['bound']:.1e}", held(entry)]
+        for entry in report["rows"]
+    ]  # fmt: skip
+
+
+def differences(report: Report) -> str:
+    """Every difference of a run of some parts."""
+    return markdown(DIFFERENCE, _differences(report)) + f"\n{source(report)}"
 
 
 def parity_options(report: Report) -> str:
@@ -434,7 +454,7 @@ def learning_of(algorithm: str) -> Callable[[Report], str]:
 
 
 def sft_summary(*reports: Report) -> str:
-    """A row a workload: the quickest arm of fast with its base as loaded, and the peer over which it gains least.
+    """A row a workload: the arm `fast`, and the peer over which it gains least.
 
     Then those that need the least memory, where that is another arm of fast.
     """
@@ -445,7 +465,7 @@ def sft_summary(*reports: Report) -> str:
         if not ours or not theirs:
             continue
         cards.add(report["device"])
-        fast = max(ours, key=lambda one: one["tokens_per_s"])
+        fast = _kept(ours)
         peer = min(theirs, key=lambda one: _gain(fast, one))
         told = _interval(peer["over_this"]) if "over_this" in peer and measured[0] is fast else None
         quick.append(_beside(SFT_ROWS[fast["row"]], fast, peer, told))
@@ -465,29 +485,46 @@ def rl_each(*reports: Report) -> str:
 
 
 def rl_summary(*reports: Report) -> str:
-    """A row a workload: the arm of fast and, of the peers that ran beside it, that over which it gains least."""
-    rows, cards = [], set()
+    """A row a workload: the arm of fast and, of the peers that ran beside it, that over which it gains least.
+
+    Then those that need the least memory, where both sides recompute.
+    """
+    quick, small, cards = [], [], set()
     for report in reports:
-        fast, *others = [entry for entry in report["rows"] if "why" not in entry]
-        if not fast["arm"].startswith("fast") or not others:
+        measured = [entry for entry in report["rows"] if "why" not in entry]
+        ours, theirs = ([one for one in measured if one["arm"].startswith("fast") == mine] for mine in (True, False))
+        if not ours or not theirs:
             continue
         cards.add(report["device"])
-        peer = min(others, key=lambda one: _gain(fast, one))
-        label = peer["arm"].partition("-")[0]
-        rows.append([
-            RL_ROWS[fast["row"]], f"{fast['step_ms']['p50']:,.0f}", f"{fast['peak_gib']:.1f}",
-            f"{peer['arm']} {peer['versions'].get(label, '')}".strip(), f"{peer['step_ms']['p50']:,.0f}",
-            f"{peer['peak_gib']:.1f}", _interval(peer["over_this"]),
-        ])  # fmt: skip
+        fast = _kept(ours)
+        name = RL_ROWS[fast["row"]]
+        peer = min(theirs, key=lambda one: _gain(fast, one))
+        quick.append(_step_beside(name, fast, peer, _interval(peer["over_this"])))
+        least, least_peer = (min(arms, key=lambda one: one["peak_gib"]) for arms in (ours, theirs))
+        if least is not fast and least_peer["arm"].endswith("-gc"):
+            small.append(_step_beside(f"{name}, least memory", least, least_peer, f"{_gain(least, least_peer):.2f}x"))
     head = ["whole step, LoRA", "fast, ms", "peak GiB", "best peer measured", "ms", "peak GiB", "fast is"]
     told = ("; random weights; the Llama 1B shape where no other is named. Milliseconds are the median of an arm's "
-            "steps; the last column is of tokens a second, over steps of both arms in pairs.\n")
-    return markdown(head, rows) + f"\n{', '.join(sorted(cards))}{told}"
+            "steps; the last column is of tokens a second: over steps of both arms in pairs, where it has an interval."
+            "\n")
+    return markdown(head, [*quick, *small]) + f"\n{', '.join(sorted(cards))}{told}"
+
+
+def _step_beside(name: str, fast: dict[str, Any], peer: dict[str, Any], ratio: str) -> list[str]:
+    version = peer["versions"].get(peer["arm"].partition("-")[0], "")
+    return [name, f"{fast['step_ms']['p50']:,.0f}", f"{fast['peak_gib']:.1f}", f"{peer['arm']} {version}".strip(),
+            f"{peer['step_ms']['p50']:,.0f}", f"{peer['peak_gib']:.1f}", ratio]
+
+
+def _kept(ours: list[dict[str, Any]]) -> dict[str, Any]:
+    """The arm that keeps its activations, which others are held against; the first where it did not run."""
+    return next((one for one in ours if one["arm"] == "fast"), ours[0])
 
 
 def _gain(fast: dict[str, Any], peer: dict[str, Any]) -> float:
     """How many times as quick as `peer` fast is: over steps in pairs where those were compared."""
-    return peer["over_this"]["ratio"][0] if "over_this" in peer else fast["tokens_per_s"] / peer["tokens_per_s"]
+    compared = "over_this" in peer and "over_this" not in fast  # with the first arm, which is held against none
+    return peer["over_this"]["ratio"][0] if compared else fast["tokens_per_s"] / peer["tokens_per_s"]
 
 
 def _beside(name: str, fast: dict[str, Any], peer: dict[str, Any], ratio: str | None) -> list[str]:
@@ -544,6 +581,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "ops-decode": ("ops/decode.json", bounded(lambda entry: f"{entry['op']}: {entry['shape']}")),
     "ops-adamw": ("ops/adamw.json", bounded(lambda entry: f"{entry['numel']:,} parameters")),
     **{f"sft-{name}": (f"sft/{name}.json", sft) for name in SFT_ROWS},
+    "sft-lora-1b-fp8": ("sft/lora-1b-fp8.json", sft_arms("fast", "fast-fp8")),
     "sft-earlier": (" ".join(f"sft/{when}{name}.json" for when in ("earlier/", "") for name in SFT_TWICE), sft_earlier),
     "sft-roofline": (" ".join(f"sft/{name}.json" for name, _ in roofline.ROWS), roofline_table),
     "sft-longest": ("sft/longest.json", longest),
@@ -551,9 +589,11 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "compare-unsloth": ("compare/unsloth.json", comparison),
     "sft-summary": (" ".join(f"sft/{name}.json" for name in SFT_ROWS), sft_summary),
     "rollout": ("rollout.json", rollout),
+    **{f"rollout-{base}": (f"rollout-{base}.json", rollout) for base in ("full", "nf4", "fp8")},
     "shared-prompts": ("shared_prompts.json", shared_prompts),
     "parity": ("parity.json", parity),
     "parity-options": ("parity-options.json", parity_options),
+    "parity-fp64": ("parity-fp64.json", differences),
     **{f"rl-{name}": (f"rl/{name}.json", rl) for name in RL_APART},
     "rl-others": (" ".join(f"rl/{name}.json" for name in RL_ROWS if name not in RL_APART), rl_each),
     **{f"rl-{name}-trl": (f"rl/{name}-trl.json", rl) for name in ("grpo-1b", "grpo-4b")},

@@ -52,7 +52,7 @@ def test_the_roofline_s_columns_are_the_rows_of_its_files():
     head, _, *rows = tables.table("sft-roofline").splitlines()
     assert head.count("|") == len(tables.roofline.ROWS) + 2 and "fast-fp8" in head and "ragged" in head
     cells = {row.split(" | ")[0].removeprefix("| "): row.split(" | ")[1:] for row in rows}
-    fp8 = tables.roofline.ROWS.index(("lora-1b", "fast-fp8"))
+    fp8 = tables.roofline.ROWS.index(("lora-1b-fp8", "fast-fp8"))
     assert [i for i, cell in enumerate(cells["quantising"]) if not cell.startswith("-")] == [fp8]
     assert all("/" in cell and "(+" in cell for cell in cells["products"])
 
@@ -154,6 +154,15 @@ def test_the_summary_of_online_methods():
     assert line == ("| GRPO, 64 completions of 256 tokens | 800 | 20.0 | unsloth 7 | 7,200 | 20.0 | "
                     "9.00x [8.00, 10.00] |")
     assert tables.rl_summary(sft_report(row("fast", 800.0))).count("\n|") == 1
+    # Another arm of fast is no peer; the two that need the least memory are held against each other by their rates.
+    report["rows"] += [row("fast-gc", 900.0, over_this=over | {"ratio": [1.1, 1.0, 1.2]}) | {
+                           "peak_gib": 3.0, "tokens_per_s": 600.0},
+                       row("unsloth-gc", 9000.0, over_this=over | {"ratio": [12.0, 11.0, 13.0]}) | {
+                           "peak_gib": 4.0, "tokens_per_s": 60.0}]  # fmt: skip
+    quick, small = tables.rl_summary(report).splitlines()[2:4]
+    assert quick == line
+    assert small == ("| GRPO, 64 completions of 256 tokens, least memory | 900 | 3.0 | unsloth-gc 7 | 9,000 | 4.0 | "
+                     "10.00x |")
 
 
 def test_the_plot_shows_the_committed_figures(tmp_path, monkeypatch):
