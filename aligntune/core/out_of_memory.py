@@ -198,7 +198,8 @@ def _of_script(trainer: Any) -> dict[str, Any]:
         "quantization": None, "optimizer": None, "use_peft": None}
     online = {name: getattr(args, name) for name in ("num_generations", "max_completion_length")
               if hasattr(args, name)}
-    return names | ({"lora_r": ranks[0]} if ranks else {}) | online
+    eight = {"base_precision": args.base_precision} if getattr(args, "base_precision", None) else {}
+    return names | eight | ({"lora_r": ranks[0]} if ranks else {}) | online
 
 
 def _bytes(modules: list[Any]) -> int:

@@ -15,12 +15,13 @@ from trl import SFTConfig
 
 from aligntune.backends.fast.attachment import Attachment
 from aligntune.backends.fast.build import lay_rows, recompute_as_asked, recompute_layers
+from aligntune.backends.fast.fp8_base import quantize_base
 from aligntune.backends.fast.recompute import recompute_asked
 from aligntune.backends.fast.scripts import attach_trainer
 from aligntune.backends.fast.trainers import FastSFT
 from aligntune.core.model_hygiene import forget_patched_forward
 from aligntune.core.out_of_memory import explained
-from aligntune.errors import ConfigError
+from aligntune.errors import ConfigError, unknown
 
 logger = logging.getLogger("aligntune")
 
@@ -30,7 +31,7 @@ _DEFAULTS = {item.name: item.default for item in fields(SFTConfig)}
 
 @dataclass
 class FastTrainingArguments(SFTConfig):
-    """TRL's SFTConfig and four fields more; `gradient_checkpointing` takes "offload" and "auto" as the factories do.
+    """TRL's SFTConfig and five fields more; `gradient_checkpointing` takes "offload" and "auto" as the factories do.
 
     Args:
         embedding_learning_rate: peak rate of embed_tokens and lm_head where they train (whole, or as
@@ -40,10 +41,13 @@ class FastTrainingArguments(SFTConfig):
             (as many as memory asks); None is every layer. A string in `gradient_checkpointing` is kept here, with True
             in its place, which is what transformers knows.
         memory_budget_gib: what "auto" plans with, in GiB at the peak of a step; None is what is free.
+        base_precision: "fp8" multiplies the frozen base under LoRA in e4m3, "auto" does where it can be had; None is as
+            loaded.
 
     Raises:
         ConfigError: `max_seq_length` and another `max_length` are given; `gradient_checkpointing` or `recompute` is
-            another string, or they contradict each other; the budget is no positive number.
+            another string, or they contradict each other; the budget is no positive number; `base_precision` is another
+            string.
     """
 
     embedding_learning_rate: float | None = field(
@@ -56,12 +60,18 @@ class FastTrainingArguments(SFTConfig):
     memory_budget_gib: float | None = field(
         default=None, metadata={"help": "GPU memory that recompute='auto' plans with; None is what is free."}
     )
+    base_precision: str | None = field(
+        default=None, metadata={"help": "'fp8' or 'auto': the frozen base under LoRA in e4m3; None is as loaded."}
+    )
 
     def __post_init__(self) -> None:
         recompute_asked(self)
         budget = self.memory_budget_gib
         if budget is not None and not (isinstance(budget, int | float) and 0 < budget < math.inf):
             raise ConfigError(f"memory_budget_gib = {budget!r}: must be a finite number > 0")
+        if self.base_precision not in (None, "auto", "fp8"):
+            raise ConfigError.from_faults([unknown("base_precision", self.base_precision, ("auto", "fp8"))],
+                                          "the arguments")
         super().__post_init__()
         if self.max_seq_length is not None:
             _set(self, "max_seq_length", "max_length", self.max_seq_length)
@@ -85,7 +95,8 @@ class FastSFTTrainer(FastSFT):
 
     Raises:
         ConfigError: a setting is given twice, with two values; `embedding_learning_rate` where no embedding trains;
-            with `strict`, what would run eager; `formatting_func` returns something else than a string.
+            `base_precision="fp8"` where it cannot be had; with `strict`, what would run eager; `formatting_func`
+            returns something else than a string.
         BackendUnavailableError: there is no CUDA device.
     """
 
@@ -126,9 +137,10 @@ class FastSFTTrainer(FastSFT):
         rate = getattr(config, "embedding_learning_rate", None)
         if rate is not None:
             logger.info(self.train_embeddings_at(rate))
+        base = quantize_base(self, getattr(config, "base_precision", None))
         self.attachment = attach_trainer(self, strict=strict)
         recomputed = recompute_as_asked(self, self.attachment) or recompute_layers(self, self.attachment)
-        self.layout = f"{lay_rows(self, self.attachment)}; {recomputed}"
+        self.layout = f"{lay_rows(self, self.attachment)}; {recomputed}" + (f"; {base}" if base else "")
         logger.info(self.layout)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

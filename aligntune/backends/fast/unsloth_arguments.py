@@ -14,7 +14,8 @@ _VLLM = "for its vLLM, which `fast_inference` asks for"
 ARGUMENTS: dict[str, tuple[Any, str]] = {
     "load_in_8bit": (False, "`load_in_4bit=True` is the one kind of quantisation here"),
     "load_in_16bit": (ANY, "weights are in 16 bits on a GPU unless `dtype` or `load_in_4bit` say otherwise"),
-    "load_in_fp8": (False, "`base_precision=\"fp8\"` of the factories multiplies the base in fp8"),
+    "load_in_fp8": (False, "`base_precision=\"fp8\"` of `FastTrainingArguments`, or of the factories, multiplies the "
+                           "base in fp8"),
     "qat_scheme": (None, "quantisation-aware training is not here"),
     "fast_inference": (False, "`create_rl_trainer` generates with our engine, or with vLLM"),
     "gpu_memory_utilization": (ANY, _VLLM),

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import copy
+import json
+from contextlib import nullcontext
 from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from aligntune import create_sft_trainer
 from aligntune.backends.base import require
-from aligntune.backends.fast import attach, detach, fp8_base, graph_shapes, lora
+from aligntune.backends.fast import (
+    FastLanguageModel,
+    FastSFTTrainer,
+    FastTrainingArguments,
+    attach,
+    detach,
+    fp8_base,
+    graph_shapes,
+    lora,
+)
 from aligntune.backends.fast.fp8_base import install, quantize_base
 from aligntune.backends.fast.ops.fp8 import Fp8Weight, quantize_rows_reference
 from aligntune.backends.fast.ops.lora import LoraLinear, lora_linear_group, lora_linear_group_reference, lora_mlp
@@ -21,6 +33,7 @@ from aligntune.core.resolve import resolve
 from aligntune.errors import ConfigError, UnsupportedAlgorithmError
 from tests.backends.fast import test_graphs
 from tests.backends.fast.minis import batch, build
+from tests.backends.fast.ops.harness import launches
 from tests.backends.fast.ops.lora_cases import Maker, assert_same, gradients
 from tests.backends.fast.test_adapters import ALL, draw_b
 from tests.core import tiny
@@ -447,6 +460,41 @@ def test_a_run_says_so_and_learns(tmp_path):
     assert sum(lora.FP8 in base.__dict__ for base in bases(run.model).values()) == 7
     detach(run.model)
     assert not any(lora.FP8 in base.__dict__ for base in bases(run.model).values())
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_script_asks_for_it_too(attached, tmp_path):
+    """On a model of FastLanguageModel, which is attached by then, and on a plain one."""
+    made = tiny.llama(num_hidden_layers=1, hidden_size=32, intermediate_size=48)
+    options = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+    model, peft = (FastLanguageModel.get_peft_model(attach(made).model, **options), None) if attached else (
+        made, LoraConfig(**options))
+
+    def trainer(**given):
+        return FastSFTTrainer(
+            model, FastTrainingArguments(
+                str(tmp_path), per_device_train_batch_size=2, max_steps=1, bf16=False, report_to="none",
+                max_seq_length=32, learning_rate=1e-2, **given),
+            processing_class=tiny.tokenizer(), train_dataset=Dataset.from_list([{"text": "one two three"}] * 8),
+            peft_config=peft)  # fmt: skip
+
+    run = trainer(base_precision="fp8")
+    assert run.layout.endswith("; base: e4m3 by rows in 3 linear layers")
+    assert launches(run.train)["quantize_rows_kernel"] >= 3
+    rebuilt = FastTrainingArguments(**json.loads(json.dumps(run.args.to_dict())))
+    assert rebuilt.base_precision == "fp8"
+
+
+def test_a_script_that_cannot_have_it(tmp_path):
+    settings = {"bf16": False, "report_to": "none", "max_seq_length": 32}
+    with pytest.raises(ConfigError, match="unknown base_precision 'fp9'; did you mean 'fp8'"):
+        FastTrainingArguments(str(tmp_path), base_precision="fp9", **settings)
+    for asked, found in (("fp8", pytest.raises(ConfigError, match="it needs LoRA")), ("auto", nullcontext())):
+        with found:
+            run = FastSFTTrainer(
+                tiny.llama(num_hidden_layers=1), FastTrainingArguments(str(tmp_path), base_precision=asked, **settings),
+                processing_class=tiny.tokenizer(), train_dataset=Dataset.from_list([{"text": "one"}] * 2))
+            assert "base: as loaded, it needs LoRA" in run.layout
 
 
 # ------------------------------------------------------------------------------------------------------------- the card
