@@ -14,10 +14,12 @@ The forward is rebuilt from the model's own parts: the backbone is called, then 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType
@@ -36,6 +38,7 @@ from aligntune.backends.fast.ops.head import (
     token_log_probs,
     token_loss,
 )
+from aligntune.backends.fast.ops.lora import PassCasts
 from aligntune.backends.fast.recompute import recompute_of, recomputes
 from aligntune.errors import ConfigError
 
@@ -292,19 +295,30 @@ def _root_forward(cls: type[nn.Module]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         options: HeadOptions | None = self.__dict__.get(KEY)
-        if fused_lm_head and options is not None and options.trl:
-            return _fused(self, options, args, labels, shift_labels, num_items_in_batch, kept, kwargs, loss_over,
-                          token_rule)
-        asked = output_logits or bool(kwargs.get("logits_to_keep", False))
-        if options is not None and labels is not None and not asked and _trains(self, options, kwargs):
-            return _plain(self, options, args, labels, shift_labels, num_items_in_batch, kept, kwargs)
-        given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
-        kwargs.update({name: value for name, value in given.items() if value is not None})
-        if fused_lm_head:
-            kwargs["fused_lm_head"] = True  # the class's forward does with it what it would without us
-        return plain_forward(self, *args, **kwargs)
+        with _casts_of(self):
+            if fused_lm_head and options is not None and options.trl:
+                return _fused(self, options, args, labels, shift_labels, num_items_in_batch, kept, kwargs, loss_over,
+                              token_rule)
+            asked = output_logits or bool(kwargs.get("logits_to_keep", False))
+            if options is not None and labels is not None and not asked and _trains(self, options, kwargs):
+                return _plain(self, options, args, labels, shift_labels, num_items_in_batch, kept, kwargs)
+            given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            kwargs.update({name: value for name, value in given.items() if value is not None})
+            if fused_lm_head:
+                kwargs["fused_lm_head"] = True  # the class's forward does with it what it would without us
+            return plain_forward(self, *args, **kwargs)
 
     return forward
+
+
+_CASTS: weakref.WeakKeyDictionary[nn.Module, PassCasts] = weakref.WeakKeyDictionary()
+
+
+def _casts_of(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Within it the factors of all adapters are cast at once; not where FSDP2 gathers each layer's own on the way."""
+    if any(base.__name__ == "FSDPModule" for base in type(model).__mro__):
+        return contextlib.nullcontext()
+    return _CASTS.setdefault(model, PassCasts()).running()
 
 
 def _trains(model: nn.Module, options: HeadOptions, kwargs: dict[str, Any]) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -100,10 +102,28 @@ class Factors(NamedTuple):
 
 
 def factors_of(linears: Sequence[LoraLinear], dtype: torch.dtype) -> Factors | None:
-    """The factors cast in one launch; None without adapters."""
+    """The factors cast in one launch, or in one of several groups (`PassCasts`); None without adapters."""
     adapters = adapters_of(linears)
     if not adapters:
         return None
+    running = _RUNNING.get()
+    if running is not None:
+        return running.factors(adapters, dtype)
+    made, copies = _laid(adapters, dtype)
+    _copy(copies)
+    return made
+
+
+Copies = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def _copy(copies: Copies) -> None:
+    if copies:
+        torch._foreach_copy_([target for target, _ in copies], [source for _, source in copies])
+
+
+def _laid(adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[Factors, Copies]:
+    """The factors of a group, and what is to be copied into them."""
     rank = padded_rank(max(adapter.a.shape[0] for adapter in adapters))
     first = adapters[0].a
     padded = any(adapter.a.shape[0] != rank for adapter in adapters)
@@ -116,9 +136,52 @@ def factors_of(linears: Sequence[LoraLinear], dtype: torch.dtype) -> Factors | N
         copies = [(stack[j * rank : j * rank + one.a.shape[0]], one.a) for j, one in enumerate(adapters)]
     ups = tuple(one.b if one.b.dtype == dtype else torch.empty_like(one.b, dtype=dtype) for one in adapters)
     copies += [(up, one.b) for up, one in zip(ups, adapters, strict=True) if up is not one.b]
-    if copies:
-        torch._foreach_copy_([target for target, _ in copies], [source for _, source in copies])
-    return Factors(stack, ups, rank)
+    return Factors(stack, ups, rank), copies
+
+
+class PassCasts:
+    """Casts the factors of all of a model's groups when a pass asks for the first: in one call instead of one a group.
+
+    Which groups there are the pass before has shown. What is cast lives as long as the pass, or its graph: the next one
+    casts anew.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[_Group, tuple[Sequence[Adapter], torch.dtype]] = {}
+        self._seen: dict[_Group, tuple[Sequence[Adapter], torch.dtype]] = {}
+        self._ready: dict[_Group, Factors] | None = None
+
+    def __reduce__(self) -> tuple[type[PassCasts], tuple[()]]:
+        return PassCasts, ()  # a copied or pickled model has its own
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around a pass: a forward, without the backward."""
+        token = _RUNNING.set(self)
+        try:
+            yield
+        finally:
+            _RUNNING.reset(token)
+            # A reference pass, without adapters, says nothing of the next one that has them.
+            self._groups, self._seen, self._ready = self._seen or self._groups, {}, None
+
+    def factors(self, adapters: Sequence[Adapter], dtype: torch.dtype) -> Factors:
+        group = tuple((one.a.data_ptr(), one.b.data_ptr(), one.a.shape[0]) for one in adapters), dtype
+        self._seen[group] = adapters, dtype
+        if self._ready is None:
+            # Other adapters than in the pass before are cast group by group.
+            together = {**self._groups, **self._seen} if group in self._groups else self._seen
+            laid = {one: _laid(*found) for one, found in together.items()}
+            _copy([copy for _, copies in laid.values() for copy in copies])
+            self._ready = {one: factors for one, (factors, _) in laid.items()}
+        if group not in self._ready:
+            self._ready[group], copies = _laid(adapters, dtype)
+            _copy(copies)
+        return self._ready[group]
+
+
+_Group = tuple[tuple[tuple[int, int, int], ...], torch.dtype]
+_RUNNING: ContextVar[PassCasts | None] = ContextVar("lora_casts", default=None)
 
 
 def fusable(linears: Sequence[LoraLinear]) -> bool:

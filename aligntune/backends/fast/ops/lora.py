@@ -27,8 +27,8 @@ layer 2T(H + 2N) bytes forward (X read for S, out read and written) and 2T(3H + 
 gate, up and the product's gradient anyway, and adds to each of them what LoRA adds: 12TF bytes less forward and
 backward together, where every layer has one adapter of a rank up to 64 (and down no dropout).
 
-Rounding. Factors are cast from their fp32 masters once a call, in one launch, and the backward takes the same. The
-cast is not kept between calls:
+Rounding. Factors are cast from their fp32 masters once a call, in one launch, and the backward takes the same; within
+`PassCasts.running` those of all groups together, when the first is called. The cast is not kept between passes:
 `.data` writes and optimizers that write through raw pointers (bitsandbytes', ours) do not advance a version counter,
 and a stale factor would train in silence. The base product is rounded to the compute dtype, S is rounded, and their
 sum with s S B^T is formed in fp32 and rounded once. PEFT under autocast rounds these too and, before the sum, S B^T
@@ -50,6 +50,7 @@ from aligntune.backends.fast.ops._lora_core import (
     Adapter,
     Factors,
     LoraLinear,
+    PassCasts,
     adapters_of,
     bind,
     dropout_of,
@@ -74,6 +75,7 @@ from aligntune.errors import ConfigError, unknown
 __all__ = [
     "Adapter",
     "LoraLinear",
+    "PassCasts",
     "lora_linear_group",
     "lora_linear_group_reference",
     "lora_mlp",
