@@ -16,6 +16,7 @@ from aligntune.backends.fast.ops.lora import Adapter, LoraLinear, PassCasts, lor
 from tests.backends.fast.minis import batch
 from tests.backends.fast.test_adapters import adapted, draw_b
 
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tensors each call of torch's copies."""
