@@ -50,7 +50,7 @@ def step_of(model: Any, ids: Any, mask: Any, *, columns: int, share: bool) -> tu
         flat = Flat.of(ids, mask, columns, share=share)
     finally:
         shared_prompts.LEAST_SAVED = least
-    assert ("shared_index" in flat.inputs) == share
+    assert ("shared_before" in flat.inputs) == share
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def step() -> tuple[Any, ...]:

@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks.sft.workloads import MODELS, MODES, WORKLOADS
 
 PARTS: dict[str, str] = {
-    "attention": r"sdpa|flash|fmha|cudnn::fusion",
+    "attention": r"segment_attention|sdpa|flash|fmha|cudnn::fusion",
     "GLU": r"^glu_",
     "norms": r"rms_norm|norm_weight_grad",
     "rotation": r"rope",

@@ -125,10 +125,10 @@ def trace(step: Callable[[], Any]) -> tuple[Counter[str], bool]:
     observed: Counter[str] = Counter()
     backward = False
     for name, on_gpu in _recorded(profiler):
-        if (name in KERNELS and (on_gpu or interpreting())) or (name in ledger.NODES and not on_gpu):
-            observed[name] += 1
-        elif on_gpu and (kind := ledger.attention_kernel(name)) is not None:
+        if on_gpu and (kind := ledger.attention_kernel(name)) is not None:
             observed[kind] += 1
+        elif (name in KERNELS and (on_gpu or interpreting())) or (name in ledger.NODES and not on_gpu):
+            observed[name] += 1
         elif name.startswith("autograd::engine::evaluate_function"):
             backward = True
     # A replayed graph runs no autograd engine: there a backward shows as the backward's own kernels.

@@ -25,7 +25,7 @@ from aligntune.backends.fast.ops.attention import attention
 from aligntune.backends.fast.ops.glu import glu
 from aligntune.backends.fast.ops.rms_norm import rms_norm
 from aligntune.backends.fast.ops.rope import qk_norm_rope, rope
-from aligntune.backends.fast.shared_prompts import SharedKeys, copied
+from aligntune.backends.fast.shared_prompts import shared_in
 from aligntune.errors import ConfigError
 
 
@@ -161,14 +161,9 @@ def attention_forward(
     if attention_mask is not None and attention_mask.shape[-1] == 0:
         if query.is_cuda and query.dtype != torch.float32:
             promise(self, "attention", query, key, value)
-        keys = SharedKeys.among(kwargs)
-        apart: dict[str, Any] = {}
-        if keys is not None:
-            key, value = copied(key, keys), copied(value, keys)
-            apart = {"cu_seqlens_k": kwargs["cu_seq_lens_k"], "max_seqlen_k": kwargs["max_length_k"]}
         flat = attention(
             query, key, value, kwargs["cu_seq_lens_q"], max_seqlen=kwargs["max_length_q"], scale=self.scaling,
-            window=options.get("sliding_window"), **apart,
+            window=options.get("sliding_window"), shared=shared_in(kwargs),
         )
         return self.o_proj(flat.reshape(*input_shape, -1)), None
     output, weights = attend(

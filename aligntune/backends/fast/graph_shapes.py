@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from aligntune.backends.fast.packing import IGNORED, LONG, quarter_of
-from aligntune.backends.fast.shared_prompts import KEYS, NOWHERE
+from aligntune.backends.fast.shared_prompts import KEYS
 
 MOST_FILLING = 0.5
 """The most that a batch is filled up with, as a share of its tokens."""
@@ -20,7 +20,7 @@ ROOMS = ((LONG // 2, 2), (LONG, 4))
 launching them takes: their filling would cost more than it saves."""
 
 Batch = dict[str, Any]
-SHARED_INDEX, SHARED_OWN, SHARED_USES = KEYS
+USERS = KEYS[2]
 
 
 def room_for(tokens: int) -> int:
@@ -47,13 +47,10 @@ def with_room(batch: Batch, tokens: int) -> Batch:
     """
     longest_filling = math.ceil(tokens * MOST_FILLING / (1 + MOST_FILLING))
     lengths = {name: len(batch[name]) for name in _ENDS}
-    lengths |= {name: tokens for name in (*_FLAT, SHARED_OWN) if name in batch}
-    # as many quarters of the longer row
-    lengths |= {name: max(1, round(batch[name].shape[-1] / quarter_of(tokens_of(batch)))) * quarter_of(tokens)
-                for name in ("kept", SHARED_USES) if name in batch}
-    if SHARED_USES in batch:
-        lengths[SHARED_USES] = min(lengths[SHARED_USES], tokens)
-        lengths[SHARED_INDEX] = tokens + len(batch[SHARED_USES]) * lengths[SHARED_USES]
+    lengths |= {name: tokens for name in _FLAT if name in batch} | {
+        name: batch[name].shape[-1] for name in KEYS if name in batch}
+    if "kept" in batch:  # as many quarters of the longer row
+        lengths["kept"] = max(1, round(len(batch["kept"]) / quarter_of(tokens_of(batch)))) * quarter_of(tokens)
     found = dict(batch)
     for name, value in batch.items():
         if name.startswith("max_length"):
@@ -72,12 +69,12 @@ def tokens_of(batch: Batch) -> int:
 
 def equal_rows(batch: Batch) -> bool:
     rows = batch["cu_seq_lens_q"].numel() - 1
-    return SHARED_INDEX not in batch and rows * batch["max_length_q"] == tokens_of(batch)
+    return KEYS[0] not in batch and rows * batch["max_length_q"] == tokens_of(batch)
 
 
 _ENDS = ("cu_seq_lens_q", "cu_seq_lens_k")
 _FLAT = ("input_ids", "labels", "shift_labels", "position_ids")
-_FILLING = {"labels": IGNORED, "shift_labels": IGNORED, "kept": -1, SHARED_OWN: NOWHERE, SHARED_USES: NOWHERE}
+_FILLING = {"labels": IGNORED, "shift_labels": IGNORED, "kept": -1, USERS: -1}
 
 
 def fits(name: str, captured: Any, value: Any, *, spare: bool) -> bool:
@@ -86,6 +83,8 @@ def fits(name: str, captured: Any, value: Any, *, spare: bool) -> bool:
         return captured >= value if name.startswith("max_length") else captured == value
     if name in _ENDS:
         return captured.numel() >= value.numel() + spare
+    if name == USERS:
+        return len(captured) >= len(value) and captured.shape[1] == value.shape[1]
     return captured.ndim == value.ndim and captured.shape[-1] >= value.shape[-1]
 
 
@@ -95,10 +94,11 @@ def fill(name: str, captured: torch.Tensor, value: torch.Tensor, batch: Batch) -
     Args:
         batch: all that was captured, of which `captured` is one.
     """
+    # Of `USERS` prompts are counted along the first dimension, of everything else what is counted lies along the last.
+    captured, value = (captured.T, value.T) if name == USERS else (captured, value)
     length = value.shape[-1]
     captured[..., :length].copy_(value, non_blocking=True)
     if name in _ENDS:
-        end = len(batch[SHARED_INDEX]) if name == "cu_seq_lens_k" and SHARED_INDEX in batch else tokens_of(batch)
-        captured[min(length, captured.numel() - 1) :].fill_(end)
+        captured[min(length, captured.numel() - 1) :].fill_(tokens_of(batch))
     elif length < captured.shape[-1]:
         captured[..., length:].fill_(_FILLING.get(name, 0))

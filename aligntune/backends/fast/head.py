@@ -14,12 +14,10 @@ The forward is rebuilt from the model's own parts: the backbone is called, then 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import inspect
 import sys
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType
@@ -30,7 +28,7 @@ from torch import nn
 
 from aligntune.backends.fast import families
 from aligntune.backends.fast.ledger import promise
-from aligntune.backends.fast.lora import hooked
+from aligntune.backends.fast.lora import casts_of, hooked
 from aligntune.backends.fast.ops.head import (
     MEMORY_BUDGET,
     keeps_logits,
@@ -38,7 +36,6 @@ from aligntune.backends.fast.ops.head import (
     token_log_probs,
     token_loss,
 )
-from aligntune.backends.fast.ops.lora import PassCasts
 from aligntune.backends.fast.recompute import recompute_of, recomputes
 from aligntune.errors import ConfigError
 
@@ -295,7 +292,7 @@ def _root_forward(cls: type[nn.Module]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         options: HeadOptions | None = self.__dict__.get(KEY)
-        with _casts_of(self):
+        with casts_of(self):
             if fused_lm_head and options is not None and options.trl:
                 return _fused(self, options, args, labels, shift_labels, num_items_in_batch, kept, kwargs, loss_over,
                               token_rule)
@@ -309,16 +306,6 @@ def _root_forward(cls: type[nn.Module]) -> Callable[..., Any]:
             return plain_forward(self, *args, **kwargs)
 
     return forward
-
-
-_CASTS: weakref.WeakKeyDictionary[nn.Module, PassCasts] = weakref.WeakKeyDictionary()
-
-
-def _casts_of(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Within it the factors of all adapters are cast at once; not where FSDP2 gathers each layer's own on the way."""
-    if any(base.__name__ == "FSDPModule" for base in type(model).__mro__):
-        return contextlib.nullcontext()
-    return _CASTS.setdefault(model, PassCasts()).running()
 
 
 def _trains(model: nn.Module, options: HeadOptions, kwargs: dict[str, Any]) -> bool:

@@ -20,10 +20,10 @@ WITH_ITS_NEIGHBOUR = "with its neighbour"
 # Autograd nodes of ours: a trace names them as it names kernels (but not those of a replayed graph).
 NODES = ("LoraLinearGroup", "LoraLinearGroupBackward", "LoraMLP", "LoraMLPBackward")
 
-# Kernels of torch's fused attentions, by what their names hold: cuDNN's, FlashAttention's, the memory-efficient ones.
+# Kernels of fused attentions, by what their names hold: cuDNN's, FlashAttention's, the memory-efficient ones, ours.
 ATTENTION = {
-    "fused attention": ("flash_fprop", "flash_fwd", "fmha_cutlassF"),
-    "fused attention, backward": ("flash_bprop", "flash_bwd_dq_dk_dv", "fmha_cutlassB"),
+    "fused attention": ("flash_fprop", "flash_fwd", "fmha_cutlassF", "segment_attention_forward"),
+    "fused attention, backward": ("flash_bprop", "flash_bwd_dq_dk_dv", "fmha_cutlassB", "segment_attention_dq"),
 }
 
 
@@ -52,7 +52,7 @@ PROMISES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fp8 base": (("quantize_rows_kernel",), ()),
     "fp8 base, input gradient": ((), ("quantize_rows_kernel",)),
     "fp8 base, one input gradient": ((), ("quantize_rows_together_kernel",)),
-    # Torch's kernels: rows end to end in 16 bits on a GPU never attend by a matrix of scores.
+    # Torch's kernels or ours: rows end to end in 16 bits on a GPU never attend by a matrix of scores.
     "attention": (("fused attention",), ("fused attention, backward",)),
     # A frozen head makes its gradients in the forward, and so does a loss.
     "log-probs head": (("logits_loss",), ()),

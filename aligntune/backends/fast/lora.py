@@ -7,7 +7,9 @@ merged and added while a model is attached.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +18,14 @@ from torch import nn
 from aligntune.backends.fast.ledger import promise
 from aligntune.backends.fast.ops.fp8 import Fp8Weight
 from aligntune.backends.fast.ops.glu import glu
-from aligntune.backends.fast.ops.lora import Adapter, LoraLinear, lora_linear_group, lora_mlp, side_by_side
+from aligntune.backends.fast.ops.lora import (
+    Adapter,
+    LoraLinear,
+    PassCasts,
+    lora_linear_group,
+    lora_mlp,
+    side_by_side,
+)
 from aligntune.backends.fast.ops.nf4 import NF4Weight
 from aligntune.backends.fast.ops.rms_norm import source_of
 
@@ -141,6 +150,19 @@ def _read_adapters(module: Any) -> LoraLinear | str:
         up = b._parameters
         adapters.append(Adapter(a._parameters["weight"], up["weight"], module.scaling[name], up["bias"], p))
     return LoraLinear(base.weight, base.bias, tuple(adapters)) if adapters else base
+
+
+_CASTS: weakref.WeakKeyDictionary[nn.Module, PassCasts] = weakref.WeakKeyDictionary()
+
+
+def casts_of(model: nn.Module) -> AbstractContextManager[None]:
+    """Around a pass, for the factors of all adapters to be cast at once.
+
+    Not where FSDP2 gathers each layer's own on the way.
+    """
+    if any(base.__name__ == "FSDPModule" for base in type(model).__mro__):
+        return nullcontext()
+    return _CASTS.setdefault(model, PassCasts()).running()
 
 
 def _tensors(linear: LoraLinear) -> list[torch.Tensor | None]:

@@ -12,15 +12,11 @@ by its own length: a long one recomputes more layers than a short one.
 Part of `step` is a tile of an MLP (`tiles`), which a shorter batch takes as a whole and a longer one shares: what is
 planned is the larger of T step and T (step - tile of the measured batch) + tile of this one. A layer that keeps its
 activations goes back through its MLP as a whole: where there is one, `step` is at least what that takes.
-
-Where rows share a prompt its tokens are computed once, and every row has a copy of their keys. Bytes then go by tokens
-and by keys; a batch with more keys a token than the measured one counts as that many times longer. It takes no more.
 """
 
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,7 +48,7 @@ def idle_in_pools() -> int:
 
 @dataclass
 class Costs:
-    """What was measured: bytes, bytes a token, and how many keys a token had."""
+    """What was measured: bytes, and bytes a token."""
 
     base: int
     gradients: int
@@ -60,7 +56,6 @@ class Costs:
     layer: float
     tokens: int = 0
     shape: dict[str, Any] | None = None
-    keys: float = 1.0
 
     def recomputed(self, tokens: int) -> float:
         """Bytes that `tokens` take above what stands, every layer recomputed; of what was measured at `self.tokens`."""
@@ -107,29 +102,23 @@ class MemoryPlan:
     costs: Costs | None = None
     most: int = 0
     keeps: float = 0  # bytes that the kept layers of the last step took
-    _keys: float = 1.0
     _began: int | None = None
-    _first: tuple[int, int, float, dict[str, Any] | None, float] | None = None
+    _first: tuple[int, int, float, dict[str, Any] | None] | None = None
 
     @contextmanager
-    def step(
-        self, tokens: int, *, number: int, most: int | None = None, keys: int | None = None
-    ) -> Iterator[None]:
+    def step(self, tokens: int, *, number: int, most: int | None = None) -> Iterator[None]:
         """Around forward and backward of `tokens`, in optimizer step `number`.
 
         Args:
             most: tokens whose memory they may take, where that is more (a longer shape that was captured); a step is
                 measured by its own.
-            keys: how many keys they have, where that is more (prompts that rows share).
         """
-        keys_a_token = (keys or tokens) / tokens
         if self._began is None:
             self._began = number
         if self.costs is None and self._first is not None and number != self._began:
             self._settle()
         if self.costs is not None:
-            self._keys = max(1.0, keys_a_token / self.costs.keys)
-            tokens = math.ceil(max(tokens, most or 0) * self._keys)
+            tokens = max(tokens, most or 0)
             kept = self.costs.kept(tokens, self.reach(), len(self.recompute.layers))
             self.most = max(self.most, len(self.recompute.layers) - kept)
             self.keeps = kept * tokens * self.costs.layer
@@ -147,14 +136,13 @@ class MemoryPlan:
         yield
         if measuring and self.recompute.measured is not None:
             peak = torch.cuda.max_memory_allocated() - before
-            self._first = (tokens, max(0, peak - self.gradients), self.recompute.measured, self.recompute.shape,
-                           keys_a_token)
+            self._first = (tokens, max(0, peak - self.gradients), self.recompute.measured, self.recompute.shape)
 
     def _settle(self) -> None:
         assert self._first is not None
-        tokens, step, layer, shape, keys = self._first
+        tokens, step, layer, shape = self._first
         base = torch.cuda.memory_allocated()
-        self.costs = Costs(base, self.gradients, step / tokens, layer / tokens, tokens, shape, keys)
+        self.costs = Costs(base, self.gradients, step / tokens, layer / tokens, tokens, shape)
         torch.cuda.empty_cache()  # blocks cut for the first step would lie idle beside larger ones
 
     @property
@@ -173,9 +161,8 @@ class MemoryPlan:
         return reachable() * (1 - SPARE)
 
     def takes(self, tokens: int) -> float:
-        """Bytes that a step of so many tokens takes above what stands, with as many keys a token as the one at hand."""
+        """Bytes that a step of so many tokens takes above what stands."""
         assert self.costs is not None
-        tokens = math.ceil(tokens * self._keys)
         kept = self.costs.kept(tokens, self.reach(), len(self.recompute.layers))
         return self.costs.of(tokens, kept) - self.costs.base
 

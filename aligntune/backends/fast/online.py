@@ -17,7 +17,7 @@ import torch
 from aligntune.backends.fast.graphs import drops_out
 from aligntune.backends.fast.memory import MemoryPlan, idle_in_pools
 from aligntune.backends.fast.packing import IGNORED
-from aligntune.backends.fast.shared_prompts import KEYS, keys_in, keys_of, segments_of
+from aligntune.backends.fast.shared_prompts import KEYS, segments_of, shared_of
 from aligntune.backends.fast.steps import QuickSteps
 
 _BUCKET = 64
@@ -70,8 +70,7 @@ class Flat:
             "attention_mask": ids.new_empty((1, 1, 1, 0), dtype=torch.bool),
         }
         if segments is not None:
-            keys, inputs["cu_seq_lens_k"], inputs["max_length_k"] = keys_of(segments, cu_seq_lens)
-            inputs |= dict(zip(KEYS, keys, strict=True))
+            inputs |= dict(zip(KEYS, shared_of(segments), strict=True))
             inputs["position_ids"] = (position_ids + segments.before[row])[None]
         size = max(1, -(-completed // _BUCKET)) * _BUCKET
         if size < total:  # the head leaves the prompts out
@@ -141,8 +140,7 @@ class FlatLogProbs(QuickSteps):
         self.flats = tuple(
             Flat.of(input_ids[start : start + size], attention_mask[start : start + size], logits_to_keep,
                     share=not self._drops_out) for start in range(0, len(input_ids), size))
-        self._plan_pass(sum(flat.inputs["input_ids"].numel() for flat in self.flats),
-                        keys=sum(keys_in(flat.inputs) for flat in self.flats))
+        self._plan_pass(sum(flat.inputs["input_ids"].numel() for flat in self.flats))
         ruled = self._rule is not None and compute_entropy
         assert not ruled or len(self.flats) == 1, "a loss that the head makes is of the whole batch"
         for flat in self.flats:
@@ -176,10 +174,10 @@ class FlatLogProbs(QuickSteps):
         """Whether masks are drawn: a prompt's would be the same for all its rows if they shared it."""
         return drops_out(self.model)
 
-    def _plan_pass(self: Any, tokens: int, *, keys: int | None = None) -> None:
+    def _plan_pass(self: Any, tokens: int) -> None:
         """Before a pass of so many tokens: where it is the one with gradients of a training step, plan its layers."""
         plans = self._unplanned
         if plans is None or not torch.is_grad_enabled():
             return
         self._unplanned = None  # a step has one such pass; one that is run again takes the same plan
-        plans.enter_context(self.memory.step(tokens, number=self.state.global_step, keys=keys))
+        plans.enter_context(self.memory.step(tokens, number=self.state.global_step))

@@ -26,7 +26,6 @@ from aligntune.backends.fast.optim import EmbeddingRate
 from aligntune.backends.fast.packing import attention_padded_because
 from aligntune.backends.fast.preference_rows import PairsEndToEnd, Scores, model_inputs
 from aligntune.backends.fast.reference import ReferenceFlags
-from aligntune.backends.fast.shared_prompts import keys_in
 from aligntune.backends.fast.token_count import TokenCount
 from aligntune.backends.trl.trainers import DPO
 from aligntune.errors import ConfigError
@@ -152,7 +151,7 @@ class FlatPreference(TokenCount, ReplayedSteps):
         if self.memory is None or not self.rows_end_to_end:
             return step(model, inputs, num_items_in_batch)
         flat = model_inputs(inputs)
-        with self.memory.step(flat["input_ids"].numel(), number=self.state.global_step, keys=keys_in(flat),
+        with self.memory.step(flat["input_ids"].numel(), number=self.state.global_step,
                               most=planned_tokens(flat, capture=self.capture)):
             return step(model, inputs, num_items_in_batch)
 

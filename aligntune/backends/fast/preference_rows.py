@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from aligntune.backends.fast.packing import IGNORED, Array, RowsEndToEnd, quarter_of
-from aligntune.backends.fast.shared_prompts import KEYS, LEAST_SAVED, NOWHERE
+from aligntune.backends.fast.packing import IGNORED, Array, RowsEndToEnd
+from aligntune.backends.fast.shared_prompts import KEYS, LEAST_SAVED
 
 MODEL_INPUTS = ("input_ids", "shift_labels", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
                 "max_length_k", "kept", *KEYS)
@@ -109,8 +109,6 @@ class PromptsOnce:
 
     pad_token_id: int
     begun: bool = False
-    longest: int = 0
-    quarters: int = 1
 
     def __post_init__(self) -> None:
         self.flat = RowsEndToEnd(self.pad_token_id, packed=False, joined=True)
@@ -119,9 +117,8 @@ class PromptsOnce:
         """None where it would spare too little, or a batch with
 
         input_ids, shift_labels, position_ids, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, kept: as
-            `RowsEndToEnd` has them, of segments; a segment has more keys than queries where it goes on from another.
-        shared_index (K,), shared_own (T,), shared_uses (2, S): `SharedKeys`, with K = T + 2 S. S grows by quarters
-            of T.
+            `RowsEndToEnd` has them, of N segments.
+        shared_before (N,), shared_group (N,), shared_users (R / 2, 2): `SharedPrompts`, int32.
         places: (T,) int64, as `lay_end_to_end` has them.
         last_tokens: (R,) int64, where the tokens stand whose indices are `lasts`.
         """
@@ -137,7 +134,7 @@ class PromptsOnce:
         own = [len(ids) for ids, _ in tails]
         begins, starts = np.cumsum([0, *shared[:-1]]).tolist() * 2, (sum(shared) + np.cumsum([0, *own[:-1]])).tolist()
         parts = list(zip(begins, shared * 2, starts, own, strict=True))
-        self._add_keys(batch, parts)
+        self._add_shared(batch, parts)
         batch["places"] = torch.from_numpy(_places(batch["input_ids"].shape[1], rows, parts))
         if lasts is not None:
             batch["last_tokens"] = torch.tensor([
@@ -145,31 +142,21 @@ class PromptsOnce:
                 for last, (begin, before, start, _) in zip(lasts, parts, strict=True)])
         return batch
 
-    def _add_keys(self, batch: dict[str, Any], parts: Sequence[tuple[int, int, int, int]]) -> None:
-        """Positions and keys. `parts`: of each row, where what it shares begins, how long that is, and the same of
-        what is its own."""
-        total, shared, half = batch["input_ids"].shape[1], parts[0][2], len(parts) // 2
-        quarter = quarter_of(total)
-        self.quarters = max(self.quarters, -(-shared // quarter))
-        width = min(self.quarters * quarter, total)
-        index, own_place = np.zeros(total + 2 * width, dtype=np.int64), np.full(total, NOWHERE)
-        uses, ends = np.full((2, width), NOWHERE), [0]
-        index[:shared] = own_place[:shared] = np.arange(shared)
-        ends += [begin + before for begin, before, *_ in parts[:half] if before]
-        for number, (begin, before, start, length) in enumerate(parts):
-            middle, end = ends[-1] + before, ends[-1] + before + length
-            index[ends[-1] : middle] = np.arange(begin, begin + before)
-            index[middle:end] = np.arange(start, start + length)
-            uses[number // half, begin : begin + before] = np.arange(ends[-1], middle)
-            own_place[start : start + length] = np.arange(middle, end)
-            batch["position_ids"][0, start : start + length] += before
-            self.longest = max(self.longest, 1 << (before + length - 1).bit_length())
-            ends.append(end)
-        # The filling has the keys of all places that are left: no fewer than queries, and nothing is learnt there.
-        ends += [len(index)] * (batch["cu_seq_lens_q"].numel() - len(ends))
-        self.longest = max(self.longest, self.flat.longest)
-        batch |= {"cu_seq_lens_k": torch.tensor(ends, dtype=torch.int32), "max_length_k": self.longest}
-        batch |= dict(zip(KEYS, map(torch.from_numpy, (index, own_place, uses)), strict=True))
+    @staticmethod
+    def _add_shared(batch: dict[str, Any], parts: Sequence[tuple[int, int, int, int]]) -> None:
+        """Positions, and who goes on from what. `parts`: of each row, where what it shares begins, how long that is,
+        and the same of what is its own."""
+        half = len(parts) // 2
+        heads = np.cumsum([0, *(before > 0 for _, before, *_ in parts[:half])])  # heads before a pair's
+        prompts = int(heads[-1])
+        before, group = np.zeros((2, batch["cu_seq_lens_q"].numel() - 1), dtype=np.int32)
+        users = np.full((half, 2), -1, dtype=np.int32)
+        for number, (_, shared, start, length) in enumerate(parts):
+            if shared:
+                segment, head = prompts + number, heads[number % half]
+                before[segment], group[segment], users[head, number // half] = shared, head, segment
+                batch["position_ids"][0, start : start + length] += shared
+        batch |= dict(zip(KEYS, map(torch.from_numpy, (before, group, users)), strict=True))
 
 
 def _places(total: int, rows: Sequence[Row], parts: Sequence[tuple[int, int, int, int]]) -> Array:

@@ -300,7 +300,9 @@ def test_the_kernels_of_a_graph_replay_are_in_the_trace():
      "fused attention, backward"),
     ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits<64, 128>>",
      "fused attention, backward"),
+    ("segment_attention_forward", "fused attention"), ("segment_attention_dq", "fused attention, backward"),
     # one of each call is counted, not its helpers
+    ("segment_attention_dkv", None),
     ("void pytorch_flash::flash_bwd_dot_do_o_kernel<true, Flash_bwd_kernel_traits<64, 128, 128>>", None),
     ("void pytorch_flash::flash_bwd_convert_dq_kernel<Flash_bwd_kernel_traits<64, 128, 128>>", None),
     ("void (anonymous namespace)::softmax_warp_forward<float, float, float, 8, false, false>", None),

@@ -94,11 +94,9 @@ def flags(planned: MemoryPlan) -> list[bool]:
     return [layer.gradient_checkpointing for layer in planned.recompute.layers]
 
 
-def measure(
-    planned: MemoryPlan, gpu: dict[str, int], *, layer: int = 50 * MIB, most: int | None = None, keys: int | None = None
-) -> None:
+def measure(planned: MemoryPlan, gpu: dict[str, int], *, layer: int = 50 * MIB, most: int | None = None) -> None:
     """A first step of 1,000 tokens that peaks at 320 MiB above what stood before; the optimizer then makes 200."""
-    with planned.step(1000, number=0, most=most, keys=keys):
+    with planned.step(1000, number=0, most=most):
         assert flags(planned) == [True] * 10 and planned.recompute.measure
         planned.recompute.measure, planned.recompute.measured = False, layer
         gpu["peak"] = max(gpu["peak"], gpu["allocated"] + 320 * MIB)
@@ -172,23 +170,6 @@ def test_a_step_is_measured_by_its_tokens_and_planned_by_the_most_it_may_take(gp
         assert flags(planned) == [True] * 3 + [False] * 7  # as of 1,000
     with planned.step(1000, number=2, most=500):
         assert flags(planned) == [True] * 3 + [False] * 7
-
-
-@pytest.mark.parametrize(("measured", "keys", "recomputed"), [
-    (1600, 1600, 3),  # what tokens of shared prompts save in computing they save in memory
-    (1600, 1200, 3),  # fewer copies than in what was measured may take as much
-    (1600, 2000, 6), (None, 1250, 6),  # as of 1,250 tokens
-])
-def test_tokens_with_more_keys_than_the_measured_ones_had_count_more(
-    measured: int | None, keys: int, recomputed: int, gpu: dict[str, int]
-) -> None:
-    planned = plan(1200 * MIB + 20 * MIB + MEMORY_BUDGET + 300 * MIB + 370 * MIB)
-    measure(planned, gpu, keys=measured)
-    with planned.step(1000, number=1, keys=keys):
-        # 1.25 steps leave 295 MiB, for layers of 62.5.
-        assert flags(planned) == [True] * recomputed + [False] * (10 - recomputed)
-        kept = (10 - recomputed) * 50 * MIB
-        assert planned.keeps == pytest.approx(kept if recomputed == 3 else 1.25 * kept)
 
 
 def test_without_a_budget_what_is_free_is_planned_with(gpu: dict[str, int]) -> None:

@@ -15,7 +15,6 @@ from aligntune.backends.fast.online import LossPassPlan
 from aligntune.backends.fast.ops.head import MEMORY_BUDGET
 from aligntune.backends.fast.recompute import Recompute, recompute_of
 from aligntune.backends.fast.rollout.trl import share_of_budget
-from aligntune.backends.fast.shared_prompts import keys_in
 from tests.backends.fast.rollout.test_trl import built_of
 from tests.backends.fast.test_graphs import standing
 from tests.core import tiny
@@ -103,11 +102,11 @@ class Watched:
         pass
 
     @contextlib.contextmanager
-    def step(self, tokens: int, *, number: int, keys: int | None = None) -> Iterator[None]:
+    def step(self, tokens: int, *, number: int) -> Iterator[None]:
         assert torch.is_grad_enabled()
         yield
         assert any(p.grad is not None for p in self.trainer.model.parameters()), "it ends after the backward"
-        self.passes.append((tokens, tokens if keys is None else keys, number))
+        self.passes.append((tokens, number))
 
 
 @pytest.mark.slow  # in CI the next one shows the plan at work
@@ -131,9 +130,9 @@ def test_each_micro_step_has_one_planned_pass(algorithm: str, padded: bool, tmp_
 
     trainer._compute_loss = compute_loss
     trainer.train()
-    assert [number for *_, number in trainer.memory.passes] == [0, 0, 1, 1] and min(sizes) > 16
-    for (tokens, keys, _), size in zip(trainer.memory.passes, sizes, strict=True):
-        assert tokens == size == keys or not padded and tokens < size < keys, "prompts are computed once"
+    assert [number for _, number in trainer.memory.passes] == [0, 0, 1, 1] and min(sizes) > 16
+    for (tokens, _), size in zip(trainer.memory.passes, sizes, strict=True):
+        assert tokens == size if padded else tokens < size, "prompts are computed once"
     engine = trainer.rollout_engine
     assert engine.cache_bytes > 0 and engine._decoder.pool.memory is None
     assert trainer._unplanned is None
@@ -158,16 +157,16 @@ def test_the_plan_is_in_force_in_the_loss_pass(tmp_path: Any, gpu: dict[str, Any
     def scored(*args: Any, **kwargs: Any) -> Any:
         found = score(*args, **kwargs)
         flags = [one.gradient_checkpointing for one in recompute.layers]
-        assert all(keys_in(flat.inputs) > flat.inputs["input_ids"].numel() for flat in trainer.flats)
-        seen.append((sum(keys_in(flat.inputs) for flat in trainer.flats), torch.is_grad_enabled(), flags))
+        assert all("shared_before" in flat.inputs for flat in trainer.flats)
+        seen.append((sum(flat.inputs["input_ids"].numel() for flat in trainer.flats), torch.is_grad_enabled(), flags))
         return found
 
     trainer._get_per_token_logps_and_entropies = scored
     trainer.train()
-    losses = [(keys, flags) for keys, grad, flags in seen if grad]  # of a measured step without shared prompts
+    losses = [(tokens, flags) for tokens, grad, flags in seen if grad]
     assert len(losses) == 2 and any(not grad for _, grad, _ in seen)
-    for keys, flags in losses:
-        kept = trainer.memory.costs.kept(keys, trainer.memory.budget, 3)
+    for tokens, flags in losses:
+        kept = trainer.memory.costs.kept(tokens, trainer.memory.budget, 3)
         assert flags == [True] * (3 - kept) + [False] * kept and 0 < kept < 3
     assert built.attestation()["memory"].startswith(f"up to {trainer.memory.most} of 3 layers recomputed")
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from aligntune.backends.fast import attach, detach, head
+from aligntune.backends.fast import attach, detach, lora
 from aligntune.backends.fast.ops.lora import Adapter, LoraLinear, PassCasts, lora_linear_group
 from tests.backends.fast.minis import batch
 from tests.backends.fast.test_adapters import adapted, draw_b
@@ -125,10 +125,10 @@ def test_copies_have_their_own_and_nothing_stays_alive() -> None:
     step(model)
     root = model.base_model.model
     twin = copy.deepcopy(model)
-    assert head._CASTS[root]._groups and twin.base_model.model not in head._CASTS
-    again = pickle.loads(pickle.dumps(head._CASTS[root]))
+    assert lora._CASTS[root]._groups and twin.base_model.model not in lora._CASTS
+    again = pickle.loads(pickle.dumps(lora._CASTS[root]))
     assert isinstance(again, PassCasts) and not again._groups
-    assert head._CASTS[root]._ready is None and not head._CASTS[root]._seen
+    assert lora._CASTS[root]._ready is None and not lora._CASTS[root]._seen
     gone, factor = weakref.ref(root), weakref.ref(next(p for n, p in model.named_parameters() if "lora_A" in n))
     del model, root
     gc.collect()

@@ -275,7 +275,7 @@ def test_captured_steps_are_launched_ones_to_the_bit(algorithm: str, tmp_path: A
     kinds = {key[0] for key in captured.trainer.graphed.pairs}
     assert kinds == {"dpo": {"trained", "reference"}, "ipo": {"trained", "reference"},
                      "kto": {"trained", "reference", "policy"}}.get(algorithm, {"trained"})
-    shared = {"shared_index" in pair.inputs for pair in captured.trainer.graphed.pairs.values()}
+    shared = {"shared_before" in pair.inputs for pair in captured.trainer.graphed.pairs.values()}
     assert shared == {algorithm != "kto"}, "a pair's prompt is computed once"
     assert_same_run(captured.trainer, launched.trainer)
     assert not captured.attestation()["step"]["problems"]

@@ -9,7 +9,10 @@ import pytest
 import torch
 from datasets import Dataset
 
-from aligntune.backends.fast.graph_shapes import planned_tokens, tokens_of, with_room
+from aligntune.backends.fast import forwards
+from aligntune.backends.fast.graph_shapes import fill, fits, planned_tokens, tokens_of, with_room
+from aligntune.backends.fast.ops.attention import attention
+from aligntune.backends.fast.ops.segment_attention import segment_attention
 from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd
 from aligntune.backends.fast.preference_rows import (
     PairsEndToEnd,
@@ -20,8 +23,8 @@ from aligntune.backends.fast.preference_rows import (
     lay_end_to_end,
     model_inputs,
 )
-from aligntune.backends.fast.shared_prompts import NOWHERE
 from tests.backends.fast.preference_steps import assert_same_step, built_of, ids, pairs, step
+from tests.backends.fast.test_adapters import draw_b
 from tests.core import tiny
 
 LONG = ((12, 4, 2), (9, 1, 6), (15, 7, 1), (1, 3, 3), (20, 2, 5), (11, 1, 1), (1, 8, 2), (14, 5, 9))
@@ -60,16 +63,11 @@ def test_the_layout_by_hand() -> None:
     assert once["shift_labels"][0, :13].tolist() == [
         IGNORED, IGNORED, 8, 9, IGNORED, 1, IGNORED, 8, IGNORED, 2, 3, IGNORED, IGNORED]
     assert once["cu_seq_lens_q"].tolist() == [0, 2, 5, 7, 9, 12, 64, 64, 64]
-    width = once["shared_uses"].shape[1]
-    assert len(once["shared_index"]) == 64 + 2 * width
-    assert once["cu_seq_lens_k"].tolist() == [0, 2, 7, 9, 13, 16, *[64 + 2 * width] * 3]
-    assert once["shared_index"][:16].tolist() == [0, 1, 0, 1, 2, 3, 4, 5, 6, 0, 1, 7, 8, 9, 10, 11]
-    assert not once["shared_index"][16:].any()
-    assert once["shared_own"][:12].tolist() == [0, 1, 4, 5, 6, 7, 8, 11, 12, 13, 14, 15]
-    assert (once["shared_own"][12:] == NOWHERE).all()
-    assert once["shared_uses"][:, :2].tolist() == [[2, 3], [9, 10]] and (once["shared_uses"][:, 2:] == NOWHERE).all()
+    assert once["shared_before"].tolist() == [0, 2, 0, 2, 0, 0, 0, 0] and not once["shared_group"].any()
+    assert once["shared_users"].tolist() == [[1, 3], [-1, -1]]
+    assert {once[f"shared_{name}"].dtype for name in ("before", "group", "users")} == {torch.int32}
     assert once["places"][:12].tolist() == [8, 8, 0, 1, 8, 2, 8, 4, 8, 6, 7, 8]
-    assert once["max_length_q"] == once["max_length_k"] == 1024
+    assert once["max_length_q"] == 1024
 
 
 @pytest.mark.parametrize("scored", ["answers", "chosen", "both", "none"])
@@ -82,30 +80,25 @@ def test_every_row_is_there_once(scored: str) -> None:
         lasts = [max(len(row.ids) - 1 - seed % 3, 0) for row in rows]
         once, whole = lay(rows, lasts), lay_end_to_end(rows, flat)
         assert once is not None
-        index, own, uses = (once[f"shared_{name}"] for name in ("index", "own", "uses"))
-        total = tokens_of(once)
-        assert len(index) == total + 2 * uses.shape[1] and index.max() < total and uses.shape[1] <= total
-        ids, positions, ends = once["input_ids"][0], once["position_ids"][0], once["cu_seq_lens_k"].tolist()
-        queries = once["cu_seq_lens_q"].tolist()
-        heads = queries.index(int((uses[0] != NOWHERE).sum()))
+        before, group, users = (once[f"shared_{name}"].tolist() for name in ("before", "group", "users"))
+        total, queries = tokens_of(once), once["cu_seq_lens_q"].tolist()
+        ids, positions = once["input_ids"][0], once["position_ids"][0]
+        heads = sum(any(user >= 0 for user in both) for both in users)
+        assert len(before) == len(group) == len(queries) - 1 and len(users) == len(rows) // 2
         for number, row in enumerate(rows):
             segment = heads + number
-            tokens = index[ends[segment] : ends[segment + 1]]
+            mine = [*range(queries[segment], queries[segment + 1])]
+            begin = queries[group[segment]]
+            tokens = [*range(begin, begin + before[segment]), *mine]
             assert ids[tokens].tolist() == (row.ids or [0])
             assert positions[tokens].tolist() == list(range(max(len(row.ids), 1)))
-            mine = range(queries[segment], queries[segment + 1])
-            assert len(mine) >= 1 and tokens[-len(mine) :].tolist() == list(mine), "queries are the last of the keys"
-            assert tokens[lasts[number]] == once["last_tokens"][number]
-        # Each token's places, and no other: the filling has none that anything is added up from.
-        real = queries[heads + len(rows)]
-        assert (own[:real] < len(index)).all() and (own[real:] == NOWHERE).all()
-        assert index[own[:real]].tolist() == list(range(real))
-        used = uses[uses != NOWHERE]
-        assert sorted([*own[:real].tolist(), *used.tolist()]) == list(range(ends[heads + len(rows)]))
-        for side in uses:
-            assert index[side[side != NOWHERE]].tolist() == torch.nonzero(side != NOWHERE).flatten().tolist()
-        assert all(b - a <= d - c for a, b, c, d in zip(queries, queries[1:], ends, ends[1:], strict=False))
-        assert ends[-1] == len(index) and queries[-1] == total
+            assert mine and tokens[lasts[number]] == once["last_tokens"][number]
+        # Users of each head are the two rows of its pair, and of nothing else is there a user.
+        assert users[heads:] == [[-1, -1]] * (len(users) - heads)
+        found = {user: head for head, both in enumerate(users[:heads]) for user in both}
+        assert found == {n: group[n] for n, length in enumerate(before) if length} and len(found) == 2 * heads
+        assert all(queries[head + 1] - queries[head] == before[user] for user, head in found.items())
+        assert not any(before[heads + len(rows) :]) and queries[-1] == total
         # What is scored, at the place of whole rows.
         found = dict(zip(once["places"].tolist(), once["shift_labels"][0].tolist(), strict=True))
         true = dict(zip(whole["places"].tolist(), whole["shift_labels"][0].tolist(), strict=True))
@@ -139,10 +132,22 @@ def test_it_begins_where_it_pays_and_goes_on() -> None:
     assert tokens_of(first) == 128 < batch(50, 30)["input_ids"].shape[1]
     after = batch(5, 30)
     assert after["once"]["input_ids"].shape[1] == 128 and after["num_tokens"] == 70
-    wide = batch(500, 8)["once"]
-    assert wide["shared_uses"].shape[1] == tokens_of(wide) == 576
-    # S only grows: by then all of T.
-    assert batch(50, 30)["once"]["shared_uses"].shape[1] == 128
+    assert tokens_of(batch(500, 8)["once"]) == 576
+
+
+def test_fewer_pairs_fit_what_was_captured() -> None:
+    lay = PromptsOnce(0)
+    captured = lay(answers(([5, 6, 7], [8], [9]), ([4, 3, 2, 1], [1], [2, 3]), ([7, 7, 7], [1], [2])))
+    fewer = lay(answers(([9, 8, 7, 6, 5], [1, 2], [3])))
+    assert captured is not None and fewer is not None and tokens_of(captured) == tokens_of(fewer) == 64
+    assert captured["shared_users"].tolist() == [[3, 6], [4, 7], [5, 8]]
+    for name in ("shared_before", "shared_group", "shared_users", "cu_seq_lens_q"):
+        assert fits(name, captured[name], fewer[name], spare=False), name
+        fill(name, captured[name], fewer[name], captured)
+    assert captured["shared_before"].tolist()[:3] == [0, 4, 4] and captured["shared_before"].sum() == 8
+    assert captured["shared_users"].tolist() == [[1, 2], [-1, -1], [-1, -1]] and not captured["shared_group"].any()
+    assert not fits("shared_users", fewer["shared_users"], torch.zeros(3, 2), spare=False)
+    assert not fits("shared_users", captured["shared_users"], torch.zeros(1, 3), spare=False)
 
 
 def test_a_reward_model_s_rows() -> None:
@@ -167,7 +172,7 @@ def test_a_reward_model_s_rows() -> None:
 def test_steps_are_those_of_trl(algorithm: str, options: dict[str, Any], tmp_path: Any) -> None:
     ours, theirs = (built_of(backend, algorithm, tmp_path, pairs(LONG), **options) for backend in ("fast", "trl"))
     batch = next(iter(ours.trainer.get_train_dataloader()))
-    assert (batch["once"]["shared_uses"] != NOWHERE).sum() > 30
+    assert batch["once"]["shared_before"].sum() > 30
     assert_same_step(step(ours.trainer), step(theirs.trainer), loss=2e-6,
                      without=() if algorithm == "dpo" else ("logits/chosen", "logits/rejected"))
 
@@ -176,6 +181,33 @@ def test_under_dropout_each_row_has_a_prompt_of_its_own(tmp_path: Any) -> None:
     for dropout in (0.0, 0.1):
         built = built_of("fast", "dpo", tmp_path, pairs(LONG), use_peft=True, lora_dropout=dropout)
         assert ("once" in next(iter(built.trainer.get_train_dataloader()))) is (dropout == 0)
+
+
+@pytest.mark.slow
+def test_the_launch_that_reads_prompts_in_place_gives_the_same(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU attention in 16 bits is that launch; here fp32 goes through it."""
+
+    def launched(q: Any, k: Any, v: Any, ends: Any, **options: Any) -> torch.Tensor:
+        return segment_attention(q, k, v, ends, **options)
+
+    found = []
+    for attend in (launched, attention):
+        monkeypatch.setattr(forwards, "attention", attend)
+        built = built_of("fast", "dpo", tmp_path, pairs(LONG[:2]), use_peft=True, batch_size=2,
+                         model_name=tiny.llama(num_hidden_layers=2))
+        model = built.trainer.model
+        draw_b(model)
+        once = model_inputs(built.trainer._prepare_inputs(next(iter(built.trainer.get_train_dataloader()))))
+        assert once["shared_before"].any()
+        outputs = model(**once, fused_lm_head=True)
+        log_probs = outputs.log_probs[0][once["shift_labels"][0] != IGNORED]
+        (log_probs * torch.linspace(-1, 1, len(log_probs))).sum().backward()
+        found.append((log_probs.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (ours, our_grads), (theirs, their_grads) = found
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for name, grad in their_grads.items():
+        assert (our_grads[name] - grad).norm() <= 1e-5 * grad.norm() and grad.norm() > 1e-6, name
+    assert len(their_grads) == 28
 
 
 @pytest.mark.slow
@@ -189,7 +221,7 @@ def test_a_step_filled_up_is_the_step(tmp_path: Any) -> None:
     assert planned_tokens(once, capture=True) == tokens_of(once) == 64
     roomy = with_room(once, 96)
     roomy["input_ids"][0, tokens_of(once) :] = 7  # a padding token's embedding may be 0, which hides what reaches it
-    assert tokens_of(roomy) == 96 and len(roomy["shared_index"]) == roomy["cu_seq_lens_k"][-1] > 96
+    assert tokens_of(roomy) == 96 == roomy["cu_seq_lens_q"][-1] and roomy["shared_before"] is not once["shared_before"]
     found = []
     for batch in (once, roomy):
         trainer.model.zero_grad()

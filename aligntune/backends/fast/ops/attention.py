@@ -2,11 +2,12 @@
 
     out_i = softmax(scale * q_i k_j^T over j <= i in the same row, j > i - window) v
 
-A row may have more keys than queries, which are then its last: query i of m sees the first n - m + i + 1 of n keys.
+A row may go on from the beginning of another one, a prompt, whose keys it then sees before its own.
 
-Torch has the kernels; this op picks by shape. Rows of one length are a dense batch, which cuDNN runs at 375 / 290
-TFLOP/s forward / backward (head_dim 64, H100); ragged rows go through FlashAttention-2's variable-length launch at
-206 / 200. fp32 has no such launch: there each row is a call of its own, which waits for the lengths.
+This op picks by shape. Rows of one length are a dense batch, which cuDNN runs at 375 / 290 TFLOP/s forward / backward
+(head_dim 64, H100). Ragged rows up to `SHORT` tokens, and those that share prompts, are a launch of our own; longer
+ones go through FlashAttention-2's variable-length launch at 206 / 200. fp32 has neither: there each row is a call of
+its own, which waits for the lengths.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ from itertools import pairwise
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from aligntune.backends.fast.ops.segment_attention import MAX_HEAD_DIM, SharedPrompts, segment_attention
 from aligntune.errors import ConfigError
 
+SHORT = 2048
+"""Rows that may be longer are FlashAttention's, where they share nothing."""
 _HEAD_MULTIPLE = 8
 """What FlashAttention-2 wants a head dimension to be a multiple of."""
 
 
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, *, max_seqlen: int, scale: float,
-    window: int | None = None, cu_seqlens_k: torch.Tensor | None = None, max_seqlen_k: int | None = None,
+    window: int | None = None, shared: SharedPrompts | None = None,
 ) -> torch.Tensor:
     """Causal attention within each row.
 
@@ -36,8 +40,7 @@ def attention(
         max_seqlen: the longest row. Where rows x max_seqlen is T, every row has that length.
         scale: what the scores are multiplied with.
         window: a token sees itself and the `window` - 1 before it; None sees all.
-        cu_seqlens_k, max_seqlen_k: the same of the keys, where rows have more keys than queries: k and v then have as
-            many tokens as `cu_seqlens_k` ends with. No row has fewer keys than queries.
+        shared: which rows go on from which.
 
     Returns:
         (1, T, query heads, head_dim), contiguous.
@@ -48,17 +51,16 @@ def attention(
     tokens, rows = q.shape[2], cu_seqlens.shape[0] - 1
     if rows * max_seqlen < tokens:
         raise ConfigError(f"{rows} rows of at most {max_seqlen} tokens cannot hold {tokens} tokens")
-    longest = max_seqlen if cu_seqlens_k is None else max_seqlen_k
-    assert longest is not None, "max_seqlen_k goes with cu_seqlens_k"
-    if window is not None and window >= longest:
+    if window is not None and window >= max_seqlen and shared is None:
         window = None
-    if rows * max_seqlen == tokens and window is None and cu_seqlens_k is None:
+    if rows * max_seqlen == tokens and window is None and shared is None:
         return _dense(q, k, v, rows, max_seqlen, scale)
     if not q.is_cuda or q.dtype == torch.float32:
         return attention_reference(q, k, v, cu_seqlens, max_seqlen=max_seqlen, scale=scale, window=window,
-                                   cu_seqlens_k=cu_seqlens_k, max_seqlen_k=max_seqlen_k)
-    ends = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    return _varlen(q, k, v, (cu_seqlens, ends), (max_seqlen, longest), scale, window)
+                                   shared=shared)
+    if shared is not None or max_seqlen <= SHORT and q.shape[3] <= MAX_HEAD_DIM:
+        return segment_attention(q, k, v, cu_seqlens, max_seqlen=max_seqlen, scale=scale, window=window, shared=shared)
+    return _varlen(q, k, v, cu_seqlens, max_seqlen, scale, window)
 
 
 def _dense(
@@ -72,8 +74,8 @@ def _dense(
 
 
 def _varlen(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: tuple[torch.Tensor, torch.Tensor],
-    longest: tuple[int, int], scale: float, window: int | None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float,
+    window: int | None,
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -85,28 +87,30 @@ def _varlen(
         q, k, v = (pad(x, (0, short)) for x in (q, k, v))
     q_THD, k_THD, v_THD = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
     back = -1 if window is None else window - 1
-    # Of queries that are fewer than the keys, the last sees all: the mask is aligned at the bottom right.
-    out = varlen_attn(q_THD, k_THD, v_THD, *ends, *longest, scale=scale, window_size=(back, 0), **grouped)
+    out = varlen_attn(q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale,
+                      window_size=(back, 0), **grouped)
     # torch lays the output as q lies (2.11), or end to end.
     return (out[..., :head_dim] if short else out).contiguous().unsqueeze(0)
 
 
 def attention_reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, *, max_seqlen: int, scale: float,
-    window: int | None = None, cu_seqlens_k: torch.Tensor | None = None, max_seqlen_k: int | None = None,
+    window: int | None = None, shared: SharedPrompts | None = None,
 ) -> torch.Tensor:
     """`attention`, a row at a time; the arguments are the same."""
-    outs = []
-    of_keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    for (start, stop), (first, last) in zip(pairwise(cu_seqlens.tolist()), pairwise(of_keys.tolist()), strict=True):
+    outs, starts = [], cu_seqlens.tolist()
+    befores, groups = ([0] * len(starts),) * 2 if shared is None else (shared.before.tolist(), shared.group.tolist())
+    for (start, stop), before, group in zip(pairwise(starts), befores, groups, strict=False):
         if start == stop:
             continue
-        more, mask = (last - first) - (stop - start), None
-        if more or (window is not None and stop - start > window):
-            at = torch.arange(more, last - first, device=q.device)[:, None]
-            key = torch.arange(last - first, device=q.device)
+        q_row, k_row, v_row, mask = q[:, :, start:stop], k[:, :, start:stop], v[:, :, start:stop], None
+        if before:
+            prompt = slice(starts[group], starts[group] + before)
+            k_row, v_row = (torch.cat((x[:, :, prompt], row), dim=2) for x, row in ((k, k_row), (v, v_row)))
+        if before or (window is not None and stop - start > window):
+            key = torch.arange(before + stop - start, device=q.device)
+            at = key[before:, None]
             mask = at >= key if window is None else (at >= key) & (at - key < window)
-        q_row, k_row, v_row = q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last]
         outs.append(scaled_dot_product_attention(q_row, k_row, v_row, attn_mask=mask, is_causal=mask is None,
                                                  scale=scale, enable_gqa=True))
     return torch.cat(outs, dim=2).transpose(1, 2).contiguous()

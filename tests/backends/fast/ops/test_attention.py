@@ -54,7 +54,7 @@ def test_heads_of_any_width_are_launched(head_dim: int, window: int | None, monk
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
 
     def launched(q: Any, k: Any, v: Any, ends: Any, *, max_seqlen: int, scale: float, window: Any) -> torch.Tensor:
-        return ops._varlen(q, k, v, (ends, ends), (max_seqlen, max_seqlen), scale, window)
+        return ops._varlen(q, k, v, ends, max_seqlen, scale, window)
 
     tensors = factors(head_dim, dtype=torch.float64)
     found, wanted = (run(function, tensors, window=window) for function in (launched, attention_reference))
