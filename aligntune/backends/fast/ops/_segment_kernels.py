@@ -339,20 +339,16 @@ def segment_attention_dkv(
         high = length
         if WINDOW > 0:
             high = tl.minimum(length, end - 1 + WINDOW - before)
+        stop = high
         if SPLIT:
-            middle = tl.minimum(middle, (high + TOKENS - 1) // TOKENS * TOKENS)
+            stop = tl.minimum(middle, (high + TOKENS - 1) // TOKENS * TOKENS)
+        dk, dv = _dkv_over(
+            dk, dv, k, v, key, low, stop, q_ptr, q_token, q_head, dout_ptr, dout_token, dout_head, lse_ptr, delta_ptr,
+            tokens, start, length, before, True, SCALE, GROUP, G, D, WINDOW, UPCAST, BLOCK_M, BLOCK_D, STAGES)
+        if SPLIT:
             dk, dv = _dkv_over(
-                dk, dv, k, v, key, low, middle, q_ptr, q_token, q_head, dout_ptr, dout_token, dout_head, lse_ptr,
-                delta_ptr, tokens, start, length, before, True, SCALE, GROUP, G, D, WINDOW, UPCAST, BLOCK_M, BLOCK_D,
-                STAGES)  # fmt: skip
-            dk, dv = _dkv_over(
-                dk, dv, k, v, key, middle, high, q_ptr, q_token, q_head, dout_ptr, dout_token, dout_head, lse_ptr,
+                dk, dv, k, v, key, stop, high, q_ptr, q_token, q_head, dout_ptr, dout_token, dout_head, lse_ptr,
                 delta_ptr, tokens, start, length, before, False, SCALE, GROUP, G, D, WINDOW, UPCAST, BLOCK_M, BLOCK_D,
-                STAGES)  # fmt: skip
-        else:
-            dk, dv = _dkv_over(
-                dk, dv, k, v, key, low, high, q_ptr, q_token, q_head, dout_ptr, dout_token, dout_head, lse_ptr,
-                delta_ptr, tokens, start, length, before, True, SCALE, GROUP, G, D, WINDOW, UPCAST, BLOCK_M, BLOCK_D,
                 STAGES)  # fmt: skip
     to = (at * HK + head) * D
     _put(dk_ptr, to, dk * (SCALE * 0.6931471805599453), keep, D, BLOCK_D)
