@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 
-from aligntune.backends.fast.ops.attention import attention
+from aligntune.backends.fast.ops.attention import attention, attention_reference
 from aligntune.backends.fast.ops.segment_attention import (
     SharedPrompts,
     TileLaunch,
@@ -27,7 +29,6 @@ from aligntune.backends.fast.ops.segment_attention import (
     launch_for,
     segment_attention,
 )
-from aligntune.backends.fast.shared_prompts import Segments, copied, keys_of
 from benchmarks.ops._rows import Row, in_turn, main, measure
 from benchmarks.ops.bench import ROTATE_OVER_BYTES, graph_ms
 
@@ -127,21 +128,29 @@ def inputs(case: Case, device: str) -> tuple[torch.Tensor, ...]:
 def methods(case: Case, device: str) -> dict[str, Callable[..., torch.Tensor]]:
     """Functions of q, k and v."""
     options = case.options(device)
-    ends, longest, scale = options["cu_seqlens"], options["max_seqlen"], options["scale"]
+    longest, scale = options["max_seqlen"], options["scale"]
     ours = functools.partial(segment_attention, **options)
-    if not case.prompts:
-        other = functools.partial(attention, cu_seqlens=ends, max_seqlen=longest, scale=scale)
-        return {"ours": ours, "cuDNN" if case.equal else "flash varlen": other}
-    before, group = (torch.tensor(x, device=device) for x in (case.before, case.group))
-    rank = torch.tensor([0] * case.prompts + [*range(case.each)] * case.prompts, device=device)
-    nothing = torch.empty(0, device=device)
-    keys, key_ends, most = keys_of(Segments(nothing, nothing, case.prompts, before, group, rank, case.each), ends)
+    if case.equal:
+        return {"ours": ours, "cuDNN": functools.partial(attention, **options)}
+    if device == "cpu":  # FlashAttention is the GPU's
+        return {"ours": ours, "in torch": functools.partial(attention_reference, **options)}
+    starts = [0, *itertools.accumulate(case.lengths)]
+    keys, ends = [], [0]
+    for start, length, before, group in zip(starts, case.lengths, case.before, case.group or case.before, strict=False):
+        keys += [*range(starts[group], starts[group] + before), *range(start, start + length)]
+        ends.append(len(keys))
+    index = torch.tensor(keys, device=device)
+    key_ends = torch.tensor(ends, dtype=torch.int32, device=device)
+    most = max(after - before for before, after in itertools.pairwise(ends))
 
     def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attention(q, copied(k, keys), copied(v, keys), ends, max_seqlen=longest, scale=scale,
-                         cu_seqlens_k=key_ends, max_seqlen_k=most)
+        if case.prompts:
+            k, v = (x.index_select(2, index) for x in (k, v))
+        rows = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
+        out = varlen_attn(*rows, options["cu_seqlens"], key_ends, longest, most, scale=scale, window_size=(-1, 0))
+        return out.unsqueeze(0)  # type: ignore[no-any-return]
 
-    return {"ours": ours, "flash varlen, copies": flash}
+    return {"ours": ours, "flash varlen, copies" if case.prompts else "flash varlen": flash}
 
 
 def with_backward(
