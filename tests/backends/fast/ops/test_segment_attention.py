@@ -370,7 +370,7 @@ def test_no_farther_from_the_truth_than_flash_attention(head_dim, layout):
     inputs = tensors(layout, (32, 8), head_dim, torch.bfloat16, "cuda")
 
     def flash(q, k, v, ends, *, max_seqlen, scale, shared):
-        return _varlen(q, k, v, (ends, ends), (max_seqlen, max_seqlen), scale, None)
+        return _varlen(q, k, v, ends, max_seqlen, scale, None)
 
     wide = [x.detach().double().requires_grad_() for x in inputs[:3]] + [inputs[3].double()]
     truth = run(segment_attention_reference, *wide, layout)
