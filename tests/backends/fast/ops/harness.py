@@ -11,13 +11,16 @@ asked for: importing torch and Triton there costs far more than a compile. Proce
 
 from __future__ import annotations
 
+import bisect
 import fcntl
 import hashlib
 import importlib
+import itertools
 import json
 import mmap
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -221,8 +224,8 @@ def assert_fits(case: Case, *, load_bits: int | None = None, spills: int = 0) ->
     return found
 
 
-def _compile(case: dict[str, Any], workdir: str) -> dict[str, Any]:
-    """Compile one case for sm_90 and read the binary; runs in the subprocess, where kernels are not interpreted."""
+def _compile(case: dict[str, Any]) -> tuple[bytes, dict[str, int]]:
+    """One case's sm_90 binary, and what the binary does not say; where kernels are not interpreted."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -248,25 +251,48 @@ def _compile(case: dict[str, Any], workdir: str) -> dict[str, Any]:
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     options = {key: case[key] for key in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    binary = Path(workdir) / "kernel.cubin"
-    binary.write_bytes(compiled.asm["cubin"])
     fused = len(re.findall(r"\bfma\.rn\.(?:bf16|f16)", compiled.asm["ptx"]))
-    return _read_binary(binary, compiled.metadata.shared) | {"half_fmas": fused}
+    return compiled.asm["cubin"], {"shared": compiled.metadata.shared, "half_fmas": fused}
 
 
-def _read_binary(binary: Path, dynamic_shared: int) -> dict[str, Any]:
-    """Registers, stack, shared memory and the widths of global accesses of a cubin."""
+def _code(binary: bytes) -> bytes:
+    """The executable sections of an ELF, one after the other."""
+    start, = struct.unpack_from("<Q", binary, 0x28)
+    size, count = struct.unpack_from("<HH", binary, 0x3A)
+    sections = [struct.unpack_from("<8xQ8xQQ", binary, start + size * number) for number in range(count)]
+    return b"".join(binary[offset : offset + length] for flags, offset, length in sections if flags & 4)
+
+
+def _read_binaries(binaries: list[bytes], workdir: str) -> list[dict[str, Any]]:
+    """Of each: registers, stack, shared memory and the widths of global accesses.
+
+    All code is disassembled at once: nvdisasm takes half a second to start, and a hundredth for a kernel.
+    """
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    file = Path(workdir) / "kernel"
 
-    def ask(*command: str) -> str:
-        done = subprocess.run([str(tools / command[0]), *command[1:], str(binary)], capture_output=True, text=True)
+    def ask(content: bytes, *command: str) -> str:
+        file.write_bytes(content)
+        done = subprocess.run([str(tools / command[0]), *command[1:], str(file)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", ask("cuobjdump", "-res-usage"))}
-    instructions = re.findall(r"\b(LDG|STG|LDL|STL|HGMMA|HMMA|IMMA|QGMMA)([.\w]*)", ask("nvdisasm", "-c"))
+    codes = [_code(binary) for binary in binaries]
+    ends = list(itertools.accumulate(map(len, codes)))
+    found: list[list[tuple[str, str]]] = [[] for _ in binaries]
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S[^;]*);", ask(b"".join(codes), "nvdisasm", "-b", "SM90"))
+    assert len(lines) == ends[-1] // 16, "an instruction of 16 bytes was not read"
+    for address, instruction in lines:
+        mine = found[bisect.bisect_right(ends, int(address, 16))]
+        mine += re.findall(r"\b(LDG|STG|LDL|STL|HGMMA|HMMA|IMMA|QGMMA)([.\w]*)", instruction)
+    return [_summed(ask(binary, "cuobjdump", "-res-usage"), instructions)
+            for binary, instructions in zip(binaries, found, strict=True)]
+
+
+def _summed(usage_told: str, instructions: list[tuple[str, str]]) -> dict[str, Any]:
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", usage_told)}
     widths: dict[str, dict[int, int]] = {"LDG": {}, "STG": {}}
     for op, suffix in instructions:
         if op in widths:
@@ -277,7 +303,7 @@ def _read_binary(binary: Path, dynamic_shared: int) -> dict[str, Any]:
         "registers": usage["REG"],
         "spills": sum(op in ("LDL", "STL") for op, _ in instructions),
         "stack": usage["STACK"],
-        "shared": usage["SHARED"] + dynamic_shared,
+        "shared": usage["SHARED"],
         "loads": widths["LDG"],
         "stores": widths["STG"],
         "mma": sum(op.endswith("MMA") for op, _ in instructions),
@@ -285,8 +311,11 @@ def _read_binary(binary: Path, dynamic_shared: int) -> dict[str, Any]:
 
 
 def _main() -> None:
+    binaries, told = zip(*(_compile(case) for case in json.load(sys.stdin)), strict=True)
     with tempfile.TemporaryDirectory() as workdir:
-        print(json.dumps([_compile(case, workdir) for case in json.load(sys.stdin)]))
+        read = _read_binaries(list(binaries), workdir)
+    print(json.dumps([one | more | {"shared": one["shared"] + more["shared"]}
+                      for one, more in zip(read, told, strict=True)]))
 
 
 if __name__ == "__main__":
