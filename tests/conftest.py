@@ -71,12 +71,13 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """What a `gpu` test left in its process's cache goes back: a dozen processes share the card."""
+    """What a `gpu` test left, and its process's cache, goes back: a dozen processes share the card."""
     if item.get_closest_marker("gpu") is None or "torch" not in sys.modules:
         return
     import torch
 
     if torch.cuda.is_initialized():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

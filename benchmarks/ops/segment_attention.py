@@ -101,6 +101,7 @@ def documents(tokens: int) -> tuple[int, ...]:
 
 NEAR_265 = seeded(16, lambda g: g.gauss(265, 40), 2048)
 RAGGED = (*seeded(15, lambda g: g.lognormvariate(5.3, 0.9), 2048), 2048)
+LONG_ROWS = (8192, 3000, 1200, 4100)
 PAIRS = (*(90,) * 8, *(175,) * 16)
 GROUPS = (*(100,) * 8, *(256,) * 64)
 
@@ -112,7 +113,11 @@ CASES = (
     Case("8 prompts of 100, 8 x 256 each", GROUPS, prompts=8, each=8),
     Case("1 prompt of 100, 8 x 256", (100, *(256,) * 8), prompts=1, each=8),
     Case("4 rows of 2,048", (2048,) * 4),
+    Case("4 ragged rows, at most 8,192", LONG_ROWS),
+    Case("1 row of 16,384 beside short ones", (16384, 100, 60)),
     Case("16 rows of ~265, Qwen3 4B", NEAR_265, QWEN_4B),
+    Case("16 ragged rows, at most 2,048, Qwen3 4B", RAGGED, QWEN_4B),
+    Case("4 ragged rows, at most 8,192, Qwen3 4B", LONG_ROWS, QWEN_4B),
     Case("8 prompts of 100, 8 x 256 each, Qwen3 4B", GROUPS, QWEN_4B, prompts=8, each=8),
 )
 
@@ -186,32 +191,28 @@ def rows_of(
 # Rows, keys, warps, stages.
 SWEEP = {
     64: {
-        "forward": ((128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3),
-                    (64, 32, 4, 3), (128, 128, 8, 2)),
-        "dq": ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 2), (128, 32, 4, 2)),
-        "dkv": ((64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 2), (32, 64, 4, 3), (64, 128, 8, 2), (32, 128, 8, 2),
-                (128, 64, 4, 2)),
+        "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 4)),
+        "dq": ((64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 4), (32, 32, 4, 3)),
+        "dkv": ((64, 64, 4, 2), (128, 32, 4, 2), (128, 64, 4, 1), (128, 64, 4, 2), (128, 64, 8, 2), (128, 128, 8, 2)),
     },
     128: {
-        "forward": ((128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (128, 32, 8, 3)),
-        "dq": ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2), (128, 32, 8, 2)),
-        "dkv": ((64, 64, 8, 2), (32, 128, 8, 2), (32, 64, 4, 2), (32, 64, 8, 2), (64, 128, 8, 2)),
+        "forward": ((128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 4)),
+        "dq": ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3), (32, 32, 4, 3)),
+        "dkv": ((32, 64, 4, 1), (32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 1), (64, 64, 8, 2), (64, 128, 8, 2)),
     },
 }  # fmt: skip
 
 
 def variants(case: Case) -> Iterator[tuple[str, str, Any]]:
-    """(name, pass that shows it, launches): one direction's tiles, then how masks and programs are laid."""
+    """(name, pass that shows it, launches): one direction's tiles, then how programs find theirs."""
     q_heads, k_heads, head_dim = case.heads
     chosen = launch_for(head_dim, q_heads // k_heads, 2)
     for direction, tiles in SWEEP[head_dim].items():
         for tile in tiles:
             launches = dataclasses.replace(chosen, **{direction: TileLaunch(*tile)})
             yield f"{direction} {tile}", "forward" if direction == "forward" else "forward and backward", launches
-    for split in (False, True):
-        for compact in (False, True):
-            yield (f"split {split}, compact {compact}", "forward and backward",
-                   dataclasses.replace(chosen, split=split, compact=compact))
+    for compact in (False, True):
+        yield f"compact {compact}", "forward and backward", dataclasses.replace(chosen, compact=compact)
 
 
 def make_rows(bandwidth: float, sweep: bool) -> list[Row]:

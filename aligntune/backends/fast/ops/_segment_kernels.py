@@ -115,27 +115,26 @@ def _seen(key, query, WINDOW: tl.constexpr):
 
 @triton.jit
 def _span(first, before, length, TOKENS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of a tile of queries from `first` on: where its keys begin, where masked ones begin, where all end."""
+    """Of a tile of queries from `first` on: where its keys begin, where they end."""
     low = first * 0
     if WINDOW > 0:
         low = tl.maximum(before + first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
-    return low, (before + first + 1) // BLOCK_N * BLOCK_N, before + tl.minimum(first + TOKENS, length)
+    return low, before + tl.minimum(first + TOKENS, length)
 
 
 @triton.jit
 def _softmax_over(
-    acc, top, total, q, position, low, high, stop, k_ptr, k_token, v_ptr, v_token, start, before, prompt,
-    MASKED: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr,
-    UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    acc, top, total, q, position, low, stop, k_ptr, k_token, v_ptr, v_token, start, before, prompt,
+    SCALE: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    for further in tl.range(0, high - low, BLOCK_N, num_stages=STAGES):
+    for further in tl.range(0, stop - low, BLOCK_N, num_stages=STAGES):
         j = low + further + tl.arange(0, BLOCK_N)
         at = _token(j, start, before, prompt, SHARED)
         k = _tile(k_ptr, at * k_token, j < stop, D, BLOCK_D, UPCAST)
         v = _tile(v_ptr, at * v_token, j < stop, D, BLOCK_D, UPCAST)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if MASKED:
-            s = tl.where(_seen(j[None, :], position[:, None], WINDOW), s, float("-inf"))
+        s = tl.where(_seen(j[None, :], position[:, None], WINDOW), s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=1) * SCALE)
         shift = new_top
         if WINDOW > 0:  # a row may have seen no key yet
@@ -154,7 +153,7 @@ def segment_attention_forward(
     q_ptr, q_token, q_head, k_ptr, k_token, k_head, v_ptr, v_token, v_head, out_ptr, lse_ptr, ends_ptr, before_ptr,
     group_ptr, segments, tokens, tiles, prompts,
     SCALE: tl.constexpr, HK: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    WINDOW: tl.constexpr, SHARED: tl.constexpr, COMPACT: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
+    WINDOW: tl.constexpr, SHARED: tl.constexpr, COMPACT: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = BLOCK_M // G
@@ -174,18 +173,13 @@ def segment_attention_forward(
     k_ptr += head * k_head
     v_ptr += head * v_head
     position = before + own
-    low, middle, stop = _span(first, before, length, TOKENS, WINDOW, BLOCK_N)
+    low, stop = _span(first, before, length, TOKENS, WINDOW, BLOCK_N)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if SPLIT:
-        acc, top, total = _softmax_over(
-            acc, top, total, q, position, low, middle, stop, k_ptr, k_token, v_ptr, v_token, start, before, prompt,
-            False, SCALE, D, WINDOW, SHARED, UPCAST, BLOCK_N, BLOCK_D, STAGES)  # fmt: skip
-        low = middle
     acc, top, total = _softmax_over(
-        acc, top, total, q, position, low, stop, stop, k_ptr, k_token, v_ptr, v_token, start, before, prompt,
-        True, SCALE, D, WINDOW, SHARED, UPCAST, BLOCK_N, BLOCK_D, STAGES)  # fmt: skip
+        acc, top, total, q, position, low, stop, k_ptr, k_token, v_ptr, v_token, start, before, prompt, SCALE, D,
+        WINDOW, SHARED, UPCAST, BLOCK_N, BLOCK_D, STAGES)  # fmt: skip
     total = tl.where(keep, total, 1.0)
     _put(out_ptr, (at_q * (HK * GROUP) + q_heads) * D, acc * (1.0 / total)[:, None], keep, D, BLOCK_D)
     tl.store(lse_ptr + q_heads * tokens + at_q, top + tl.log2(total), keep)
@@ -193,11 +187,11 @@ def segment_attention_forward(
 
 @triton.jit
 def _dq_over(
-    dq, q, dout, lse, delta, position, low, high, stop, k_ptr, k_token, v_ptr, v_token, start, before, prompt,
-    MASKED: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr,
-    UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    dq, q, dout, lse, delta, position, low, stop, k_ptr, k_token, v_ptr, v_token, start, before, prompt,
+    SCALE: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    for further in tl.range(0, high - low, BLOCK_N, num_stages=STAGES):
+    for further in tl.range(0, stop - low, BLOCK_N, num_stages=STAGES):
         j = low + further + tl.arange(0, BLOCK_N)
         at = _token(j, start, before, prompt, SHARED)
         k = _tile(k_ptr, at * k_token, j < stop, D, BLOCK_D, UPCAST)
@@ -205,8 +199,7 @@ def _dq_over(
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         p = tl.exp2(s * SCALE - lse[:, None])
-        if MASKED:
-            p = tl.where(_seen(j[None, :], position[:, None], WINDOW), p, 0.0)
+        p = tl.where(_seen(j[None, :], position[:, None], WINDOW), p, 0.0)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
@@ -217,7 +210,7 @@ def segment_attention_dq(
     q_ptr, q_token, q_head, k_ptr, k_token, k_head, v_ptr, v_token, v_head, out_ptr, dout_ptr, dout_token, dout_head,
     lse_ptr, delta_ptr, dq_ptr, ends_ptr, before_ptr, group_ptr, segments, tokens, tiles, prompts,
     SCALE: tl.constexpr, HK: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    WINDOW: tl.constexpr, SHARED: tl.constexpr, COMPACT: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
+    WINDOW: tl.constexpr, SHARED: tl.constexpr, COMPACT: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = BLOCK_M // G
@@ -244,16 +237,11 @@ def segment_attention_dq(
     k_ptr += head * k_head
     v_ptr += head * v_head
     position = before + own
-    low, middle, stop = _span(first, before, length, TOKENS, WINDOW, BLOCK_N)
+    low, stop = _span(first, before, length, TOKENS, WINDOW, BLOCK_N)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if SPLIT:
-        dq = _dq_over(
-            dq, q, dout, lse, delta, position, low, middle, stop, k_ptr, k_token, v_ptr, v_token, start, before,
-            prompt, False, SCALE, D, WINDOW, SHARED, UPCAST, BLOCK_N, BLOCK_D, STAGES)  # fmt: skip
-        low = middle
     dq = _dq_over(
-        dq, q, dout, lse, delta, position, low, stop, stop, k_ptr, k_token, v_ptr, v_token, start, before,
-        prompt, True, SCALE, D, WINDOW, SHARED, UPCAST, BLOCK_N, BLOCK_D, STAGES)  # fmt: skip
+        dq, q, dout, lse, delta, position, low, stop, k_ptr, k_token, v_ptr, v_token, start, before, prompt, SCALE, D,
+        WINDOW, SHARED, UPCAST, BLOCK_N, BLOCK_D, STAGES)  # fmt: skip
     # SCALE is in units of log 2.
     _put(dq_ptr, at_out, dq * (SCALE * 0.6931471805599453), keep, D, BLOCK_D)
 
@@ -261,8 +249,7 @@ def segment_attention_dq(
 @triton.jit
 def _dkv_over(
     dk, dv, k, v, key, low, high, q_ptr, q_token, q_head, dout_ptr, dout_token, dout_head, lse_ptr, delta_ptr, tokens,
-    start, length, before,
-    MASKED: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    start, length, before, SCALE: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     WINDOW: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.arange(0, BLOCK_M)
@@ -278,8 +265,7 @@ def _dkv_over(
         delta = tl.load(delta_ptr + g * tokens + at, keep, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
         p = tl.exp2(s * SCALE - lse[None, :])
-        if MASKED:
-            p = tl.where(_seen(key[:, None], (before + own)[None, :], WINDOW), p, 0.0)
+        p = tl.where(_seen(key[:, None], (before + own)[None, :], WINDOW), p, 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
         ds = p * (dp - delta[None, :])
@@ -292,7 +278,7 @@ def segment_attention_dkv(
     q_ptr, q_token, q_head, k_ptr, k_token, k_head, v_ptr, v_token, v_head, dout_ptr, dout_token, dout_head,
     lse_ptr, delta_ptr, dk_ptr, dv_ptr, ends_ptr, before_ptr, users_ptr, segments, tokens, tiles, prompts, most,
     SCALE: tl.constexpr, HK: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    WINDOW: tl.constexpr, SHARED: tl.constexpr, COMPACT: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
+    WINDOW: tl.constexpr, SHARED: tl.constexpr, COMPACT: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = BLOCK_M // G
@@ -324,7 +310,6 @@ def segment_attention_dkv(
     for part in tl.range(0, parts):
         start, length, before, key = key_start, keys, keys * 0, j
         low = first // TOKENS * TOKENS
-        middle = (end - 1 + TOKENS - 1) // TOKENS * TOKENS
         if SHARED:  # noqa: SIM102 - a condition of both would be one of the device
             if part > 0:
                 user = tl.load(users_ptr + segment * most + part - 1)
@@ -335,21 +320,12 @@ def segment_attention_dkv(
                 key = tl.where(j < before, j, 2147483647)
                 length = tl.where(first < before, length, 0)
                 low = first * 0
-                middle = tl.where(end <= before, 0, (length + TOKENS - 1) // TOKENS * TOKENS)
         high = length
         if WINDOW > 0:
             high = tl.minimum(length, end - 1 + WINDOW - before)
-        stop = high
-        if SPLIT:
-            stop = tl.minimum(middle, (high + TOKENS - 1) // TOKENS * TOKENS)
         dk, dv = _dkv_over(
-            dk, dv, k, v, key, low, stop, q_ptr, q_token, q_head, dout_ptr, dout_token, dout_head, lse_ptr, delta_ptr,
-            tokens, start, length, before, True, SCALE, GROUP, G, D, WINDOW, UPCAST, BLOCK_M, BLOCK_D, STAGES)
-        if SPLIT:
-            dk, dv = _dkv_over(
-                dk, dv, k, v, key, stop, high, q_ptr, q_token, q_head, dout_ptr, dout_token, dout_head, lse_ptr,
-                delta_ptr, tokens, start, length, before, False, SCALE, GROUP, G, D, WINDOW, UPCAST, BLOCK_M, BLOCK_D,
-                STAGES)  # fmt: skip
+            dk, dv, k, v, key, low, high, q_ptr, q_token, q_head, dout_ptr, dout_token, dout_head, lse_ptr, delta_ptr,
+            tokens, start, length, before, SCALE, GROUP, G, D, WINDOW, UPCAST, BLOCK_M, BLOCK_D, STAGES)  # fmt: skip
     to = (at * HK + head) * D
     _put(dk_ptr, to, dk * (SCALE * 0.6931471805599453), keep, D, BLOCK_D)
     _put(dv_ptr, to, dv, keep, D, BLOCK_D)

@@ -21,6 +21,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from aligntune.backends.fast.ops.segment_attention import SharedPrompts, segment_attention
 from aligntune.errors import ConfigError
 
+SHORT = 2048
+"""Rows that may be longer are FlashAttention's, where they share nothing."""
 _HEAD_MULTIPLE = 8
 """What FlashAttention-2 wants a head dimension to be a multiple of."""
 
@@ -56,7 +58,7 @@ def attention(
     if not q.is_cuda or q.dtype == torch.float32:
         return attention_reference(q, k, v, cu_seqlens, max_seqlen=max_seqlen, scale=scale, window=window,
                                    shared=shared)
-    if shared is not None:
+    if shared is not None or max_seqlen <= SHORT and q.shape[3] <= 128:
         return segment_attention(q, k, v, cu_seqlens, max_seqlen=max_seqlen, scale=scale, window=window, shared=shared)
     return _varlen(q, k, v, cu_seqlens, max_seqlen, scale, window)
 

@@ -35,7 +35,6 @@ from aligntune.errors import ConfigError
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_SPLIT_FROM = 512
 
 
 class SharedPrompts(NamedTuple):
@@ -63,16 +62,13 @@ class TileLaunch:
 
 @dataclass(frozen=True)
 class Launches:
-    """`split` keeps masks to the tiles at the diagonal, in a loop of their own; None: where rows are long.
-
-    `compact` starts programs for tiles that there are, each of which searches for its own, and not for every segment's
-    as if it were the longest; None: where these would be twice as many.
+    """`compact` starts programs for tiles that there are, each of which searches for its own, and not for every
+    segment's as if it were the longest; None: where these would be twice as many.
     """
 
     forward: TileLaunch
     dq: TileLaunch
     dkv: TileLaunch
-    split: bool | None = None
     compact: bool | None = None
 
 
@@ -90,10 +86,8 @@ def launch_for(head_dim: int, group: int, itemsize: int) -> Launches:
     if itemsize == 4:
         size = 32 if block_d <= 64 else 16
         return launches(*((size, size, 8, 1),) * 3)
-    if block_d <= 64:
-        return launches((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2))
     if block_d <= 128:
-        return launches((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2))
+        return launches((64, 32, 4, 3), (64, 32, 4, 3), (128, 64, 4, 2) if block_d <= 64 else (32, 64, 4, 2))
     return launches((128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2))
 
 
@@ -169,18 +163,15 @@ def _arguments(
     compact = launches.compact
     if compact is None:
         compact = shared is not None or tiles * segments > 2 * slots
-    split = launches.split
-    if split is None:
-        split = max_seqlen > _SPLIT_FROM
     # Of few sizes: each is a compilation.
     block_s = 32
     while block_s < segments:
         block_s *= 4
     constants = {
         "SCALE": scale * math.log2(math.e), "HK": k_heads, "GROUP": group, "G": g, "D": head_dim, "WINDOW": window,
-        "SHARED": shared is not None, "COMPACT": compact, "SPLIT": split and not window,
-        "UPCAST": _runtime.interpreting(), "BLOCK_S": block_s if compact else 1, "BLOCK_M": launch.rows,
-        "BLOCK_N": launch.keys, "BLOCK_D": _block_d(head_dim), "STAGES": launch.stages,
+        "SHARED": shared is not None, "COMPACT": compact, "UPCAST": _runtime.interpreting(),
+        "BLOCK_S": block_s if compact else 1, "BLOCK_M": launch.rows, "BLOCK_N": launch.keys,
+        "BLOCK_D": _block_d(head_dim), "STAGES": launch.stages,
     }  # fmt: skip
     prompts = shared.users.shape[0] if shared else 0
     programs = slots if compact else tiles * segments
