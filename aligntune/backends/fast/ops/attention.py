@@ -5,9 +5,10 @@
 A row may go on from the beginning of another one, a prompt, whose keys it then sees before its own.
 
 This op picks by shape. Rows of one length are a dense batch, which cuDNN runs at 375 / 290 TFLOP/s forward / backward
-(head_dim 64, H100). Ragged rows go through FlashAttention-2's variable-length launch at 206 / 200, and at a fifth of
-that where they are a few hundred tokens long; those that share prompts through `segment_attention`. fp32 takes neither:
-there each row is a call of its own, which waits for the lengths.
+(head_dim 64, H100). Ragged rows, and those that share prompts, go through `segment_attention`: of a few hundred tokens
+in half the time that FlashAttention-2's variable-length launch takes, of 8,192 and more in about the same. That one has
+the heads that are wider than `TILED_HEAD_DIM`. fp32 takes neither: there each row is a call of its own, which waits for
+the lengths.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from aligntune.backends.fast.ops.segment_attention import SharedPrompts, segment_attention
 from aligntune.errors import ConfigError
 
-SHORT = 2048
-"""Rows that may be longer are FlashAttention's, where they share nothing."""
+TILED_HEAD_DIM = 128
+"""Wider heads are FlashAttention's, where rows share nothing: accumulators of our tiles would not stay in registers."""
 _HEAD_MULTIPLE = 8
 """What FlashAttention-2 wants a head dimension to be a multiple of."""
 
@@ -58,7 +59,7 @@ def attention(
     if not q.is_cuda or q.dtype == torch.float32:
         return attention_reference(q, k, v, cu_seqlens, max_seqlen=max_seqlen, scale=scale, window=window,
                                    shared=shared)
-    if shared is not None or max_seqlen <= SHORT and q.shape[3] <= 128:
+    if shared is not None or q.shape[3] <= TILED_HEAD_DIM:
         return segment_attention(q, k, v, cu_seqlens, max_seqlen=max_seqlen, scale=scale, window=window, shared=shared)
     return _varlen(q, k, v, cu_seqlens, max_seqlen, scale, window)
 
