@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -152,17 +152,23 @@ def _read_adapters(module: Any) -> LoraLinear | str:
     return LoraLinear(base.weight, base.bias, tuple(adapters)) if adapters else base
 
 
+_GATHERING = ("FSDPModule", "FullyShardedDataParallel")
 _CASTS: weakref.WeakKeyDictionary[nn.Module, PassCasts] = weakref.WeakKeyDictionary()
 
 
 def casts_of(model: nn.Module) -> AbstractContextManager[None]:
-    """Around a pass, for the factors of all adapters to be cast at once.
+    """Around a pass, for the factors of all adapters to be cast at once, unless layers' own are gathered on the way."""
+    casts = _CASTS.get(model)
+    if casts is None:
+        held = weakref.ref(model)
+        casts = _CASTS[model] = PassCasts(lambda: _gathers(held()))
+    return casts.running()
 
-    Not where FSDP2 gathers each layer's own on the way.
-    """
-    if any(base.__name__ == "FSDPModule" for base in type(model).__mro__):
-        return nullcontext()
-    return _CASTS.setdefault(model, PassCasts()).running()
+
+def _gathers(model: nn.Module | None) -> bool:
+    """Whether FSDP, 1 or 2, gathers the parameters of a layer when it is called, and lets go of them after it."""
+    kinds = {type(module) for module in model.modules()} if model is not None else set()
+    return any(base.__name__ in _GATHERING for kind in kinds for base in kind.__mro__)
 
 
 def _tensors(linear: LoraLinear) -> list[torch.Tensor | None]:

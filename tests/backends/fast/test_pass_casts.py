@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import gc
-import pickle
 import weakref
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from aligntune.backends.fast import attach, detach, lora
-from aligntune.backends.fast.ops.lora import Adapter, LoraLinear, PassCasts, lora_linear_group
-from tests.backends.fast.minis import batch
-from tests.backends.fast.test_adapters import adapted, draw_b
+from aligntune.backends.fast.ops.lora import Adapter, LoraLinear, lora_linear_group
+from tests.backends.fast.minis import batch, build
+from tests.backends.fast.test_adapters import ALL, adapted, draw_b
 
 
 @pytest.fixture
@@ -125,9 +127,7 @@ def test_copies_have_their_own_and_nothing_stays_alive() -> None:
     step(model)
     root = model.base_model.model
     twin = copy.deepcopy(model)
-    assert lora._CASTS[root]._groups and twin.base_model.model not in lora._CASTS
-    again = pickle.loads(pickle.dumps(lora._CASTS[root]))
-    assert isinstance(again, PassCasts) and not again._groups
+    assert lora._CASTS[root]._passes and twin.base_model.model not in lora._CASTS
     assert lora._CASTS[root]._ready is None and not lora._CASTS[root]._seen
     gone, factor = weakref.ref(root), weakref.ref(next(p for n, p in model.named_parameters() if "lora_A" in n))
     del model, root
@@ -135,12 +135,68 @@ def test_copies_have_their_own_and_nothing_stays_alive() -> None:
     assert gone() is None and factor() is None and twin is not None
 
 
-def test_layers_that_fsdp_gathers_on_the_way_are_cast_one_by_one(calls: list[int]) -> None:
+def test_adapters_that_take_turns_are_each_cast_in_one_call(calls: list[int]) -> None:
+    """A reference's, and those that train."""
     model = adapted()
+    for name in ("ref", "third"):
+        model.add_adapter(name, model.peft_config["default"])
+    draw_b(model)
     attach(model)
-    root = model.base_model.model
+    for turn in range(3):
+        for name in ("ref", "default"):
+            model.set_adapter(name)
+            calls.clear()
+            step(model)
+            assert calls == ([14] if turn else [6, 2, 4, 2])
+    assert len(lora._CASTS[model.base_model.model]._passes) == 2
+    model.set_adapter("third")
     step(model)
-    root.__class__ = type("FSDPLlama", (type("FSDPModule", (), {}), type(root)), {})
-    calls.clear()
-    step(model)
-    assert calls == [6, 2, 4, 2]
+    assert len(lora._CASTS[model.base_model.model]._passes) == 2  # the one that was used the longest ago is let go of
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[Any]:
+    """A group of one process."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield dist.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_layers_that_fsdp_gathers_on_the_way_are_cast_one_by_one(calls: list[int], alone: Any) -> None:
+    """As accelerate shards a PEFT model: its layers, and the PEFT model, but not the model in it."""
+    from torch.distributed.fsdp import fully_shard
+
+    def made() -> Any:
+        torch.manual_seed(7)
+        config = LoraConfig(r=3, target_modules=ALL, init_lora_weights="gaussian")
+        model = get_peft_model(build("llama", num_hidden_layers=3), config)
+        draw_b(model)
+        return model.train()
+
+    whole, model = made(), made()
+    for one in (whole, model):
+        attach(one)
+        step(one)  # in one call from here on
+    layers = model.base_model.model.model.layers
+    for part in (*layers, model):
+        fully_shard(part, mesh=alone, reshard_after_forward=True)
+    assert len(layers) == 3
+    for _ in range(3):
+        calls.clear()
+        expected = step(whole)
+        assert calls == [42]
+        calls.clear()
+        found = step(model)
+        assert calls == [6, 2, 4, 2] * 3
+        assert equal({name: getattr(x, "full_tensor", lambda x=x: x)() for name, x in found.items()}, expected)
+
+
+def test_layers_that_fsdp_1_gathers_are_known() -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = adapted()
+    assert not lora._gathers(model) and not lora._gathers(None)
+    layer = model.base_model.model.model.layers[0]
+    layer.__class__ = type("Wrapped", (type(layer), FullyShardedDataParallel), {})
+    assert lora._gathers(model)

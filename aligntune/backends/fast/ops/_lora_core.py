@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -118,8 +118,12 @@ Copies = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def _copy(copies: Copies) -> None:
-    if copies:
-        torch._foreach_copy_([target for target, _ in copies], [source for _, source in copies])
+    """In one launch for each pair of types; lists of several went wrong in some versions of torch."""
+    alike: dict[tuple[torch.dtype, torch.dtype], Copies] = {}
+    for target, source in copies:
+        alike.setdefault((target.dtype, source.dtype), []).append((target, source))
+    for some in alike.values():
+        torch._foreach_copy_([target for target, _ in some], [source for _, source in some])
 
 
 def _laid(adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[Factors, Copies]:
@@ -142,17 +146,19 @@ def _laid(adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[Factors, Cop
 class PassCasts:
     """Casts the factors of all of a model's groups when a pass asks for the first: in one call instead of one a group.
 
-    Which groups there are the pass before has shown. What is cast lives as long as the pass, or its graph: the next one
-    casts anew.
+    Which groups there are an earlier pass that began with the same one has shown: a reference's adapters take turns
+    with those that train. What is cast lives as long as the pass, or its graph: the next one casts anew.
+
+    Args:
+        apart: asked when a pass had groups that were not known; where it says so, every group is cast by itself.
     """
 
-    def __init__(self) -> None:
-        self._groups: dict[_Group, tuple[Sequence[Adapter], torch.dtype]] = {}
-        self._seen: dict[_Group, tuple[Sequence[Adapter], torch.dtype]] = {}
+    def __init__(self, apart: Callable[[], bool] = lambda: False) -> None:
+        self._may_not = apart
+        self._apart = False
+        self._passes: dict[_Group, _Groups] = {}
+        self._seen: _Groups = {}
         self._ready: dict[_Group, Factors] | None = None
-
-    def __reduce__(self) -> tuple[type[PassCasts], tuple[()]]:
-        return PassCasts, ()  # a copied or pickled model has its own
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -162,16 +168,15 @@ class PassCasts:
             yield
         finally:
             _RUNNING.reset(token)
-            # A reference pass, without adapters, says nothing of the next one that has them.
-            self._groups, self._seen, self._ready = self._seen or self._groups, {}, None
+            self._remember(self._seen)
+            self._seen, self._ready = {}, None
 
     def factors(self, adapters: Sequence[Adapter], dtype: torch.dtype) -> Factors:
-        group = tuple((one.a.data_ptr(), one.b.data_ptr(), one.a.shape[0]) for one in adapters), dtype
+        # The tensors are held as long as their numbers are.
+        group = tuple((id(one.a), id(one.b)) for one in adapters), dtype
         self._seen[group] = adapters, dtype
         if self._ready is None:
-            # Other adapters than in the pass before are cast group by group.
-            together = {**self._groups, **self._seen} if group in self._groups else self._seen
-            laid = {one: _laid(*found) for one, found in together.items()}
+            laid = {one: _laid(*found) for one, found in {**self._passes.get(group, {}), **self._seen}.items()}
             _copy([copy for _, copies in laid.values() for copy in copies])
             self._ready = {one: factors for one, (factors, _) in laid.items()}
         if group not in self._ready:
@@ -179,8 +184,24 @@ class PassCasts:
             _copy(copies)
         return self._ready[group]
 
+    def _remember(self, seen: _Groups) -> None:
+        if not seen:  # without adapters: nothing is said of the next pass that has them
+            return
+        first = next(iter(seen))
+        known = self._passes.pop(first, {})
+        if not seen.keys() <= known.keys():
+            self._apart = self._may_not()
+        if self._apart:
+            self._passes.clear()
+            return
+        self._passes[first] = seen
+        while len(self._passes) > _PASSES:  # an adapter that is deleted is let go of
+            del self._passes[next(iter(self._passes))]
 
-_Group = tuple[tuple[tuple[int, int, int], ...], torch.dtype]
+
+_PASSES = 2
+_Group = tuple[tuple[tuple[int, int], ...], torch.dtype]
+_Groups = dict[_Group, tuple[Sequence[Adapter], torch.dtype]]
 _RUNNING: ContextVar[PassCasts | None] = ContextVar("lora_casts", default=None)
 
 
