@@ -91,6 +91,16 @@ def num_sms(tensor: torch.Tensor | None = None) -> int:
     return _sm_count(torch.cuda.current_device() if tensor is None else tensor.device.index)
 
 
+@functools.cache
+def _shared_memory(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).shared_memory_per_block_optin)
+
+
+def shared_memory(tensor: torch.Tensor) -> int:
+    """Bytes of shared memory that a program may take on `tensor`'s GPU; an H100's where there is no GPU."""
+    return _shared_memory(tensor.device.index) if tensor.is_cuda else 227 * 1024
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two >= n, and 1 for n <= 1."""
     return 1 << (n - 1).bit_length() if n > 1 else 1

@@ -72,8 +72,10 @@ class Launches:
     compact: bool | None = None
 
 
-def launch_for(head_dim: int, group: int, itemsize: int) -> Launches:
+def launch_for(head_dim: int, group: int, itemsize: int, *, shared_memory: int = 227 * 1024) -> Launches:
     """Tiles whose accumulators stay in registers; products of fp32, which run on no tensor core, are small ones.
+
+    `shared_memory`: bytes that a program may take; an sm_86 or sm_89, of 99 KiB, loads no wide tile ahead.
 
     At a head_dim of 256 keys and values spill 17 instructions, dq of fp32 200: less takes tiles that no wgmma does.
     """
@@ -91,6 +93,8 @@ def launch_for(head_dim: int, group: int, itemsize: int) -> Launches:
         wide = block_d <= 64 and least == group
         dkv = (128, 64, 4, 2) if wide else (64, 64, 4, 2) if block_d <= 64 else (32, 64, 4, 2)
         return launches((64, 32, 4, 3), (64, 32, 4, 3), dkv)
+    if shared_memory < 128 * 1024:
+        return launches((128, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1))
     return launches((128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2))
 
 
@@ -248,7 +252,8 @@ def attend_in_tiles(
     if window is not None and window >= max_seqlen * (1 if shared is None else 2):
         window = None
     q, k, v = (x if _runtime.has_rows(x) else x.contiguous() for x in (q, k, v))
-    launches = launches or launch_for(q.shape[3], q.shape[1] // k.shape[1], q.element_size())
+    launches = launches or launch_for(q.shape[3], q.shape[1] // k.shape[1], q.element_size(),
+                                      shared_memory=_runtime.shared_memory(q))
     return _SegmentAttention.apply(  # type: ignore[no-any-return]
         q, k, v, cu_seqlens.contiguous(), shared, max_seqlen, float(scale), window or 0, launches)
 

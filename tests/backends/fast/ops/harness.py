@@ -122,6 +122,7 @@ class Resources:
     """What the compiler made: registers a thread, spill instructions (LDL/STL in SASS), stack and shared-memory bytes.
 
     `loads` counts global loads by width in bits, `stores` global stores; `mma` counts tensor-core instructions;
+    `arrivals` how often a warp group begins with some: as often as there are any where the compiler has serialised them;
     `half_fmas` the products of half-precision numbers that were fused with a sum, and so not rounded.
     """
 
@@ -132,6 +133,7 @@ class Resources:
     loads: dict[int, int]
     stores: dict[int, int]
     mma: int
+    arrivals: int
     half_fmas: int
 
 
@@ -286,7 +288,7 @@ def _read_binaries(binaries: list[bytes], workdir: str) -> list[dict[str, Any]]:
     assert len(lines) == ends[-1] // 16, "an instruction of 16 bytes was not read"
     for address, instruction in lines:
         mine = found[bisect.bisect_right(ends, int(address, 16))]
-        mine += re.findall(r"\b(LDG|STG|LDL|STL|HGMMA|HMMA|IMMA|QGMMA)([.\w]*)", instruction)
+        mine += re.findall(r"\b(LDG|STG|LDL|STL|HGMMA|HMMA|IMMA|QGMMA|WARPGROUP)([.\w]*)", instruction)
     return [_summed(ask(binary, "cuobjdump", "-res-usage"), instructions)
             for binary, instructions in zip(binaries, found, strict=True)]
 
@@ -307,6 +309,7 @@ def _summed(usage_told: str, instructions: list[tuple[str, str]]) -> dict[str, A
         "loads": widths["LDG"],
         "stores": widths["STG"],
         "mma": sum(op.endswith("MMA") for op, _ in instructions),
+        "arrivals": sum(op == "WARPGROUP" and suffix.startswith(".ARRIVE") for op, suffix in instructions),
     }
 
 

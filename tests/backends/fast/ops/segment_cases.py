@@ -13,12 +13,16 @@ from tests.backends.fast.ops.harness import assert_close_to_truth
 
 @dataclass(frozen=True)
 class Layout:
-    """Lengths of segments; `before` and `group` of those that go on from another, `users` of the first."""
+    """Lengths of segments; `before` and `group` of those that go on from another, `users` of the first.
+
+    `longest`: what is said of the longest, where that is not its length.
+    """
 
     lengths: tuple[int, ...]
     before: tuple[int, ...] = ()
     group: tuple[int, ...] = ()
     users: tuple[tuple[int, ...], ...] = ()
+    longest: int | None = None
 
     def options(self, device: Any) -> dict[str, Any]:
         """What says to the op where segments are."""
@@ -26,8 +30,8 @@ class Layout:
             return torch.tensor(x, dtype=torch.int32, device=device)
 
         shared = SharedPrompts(*map(numbers, (self.before, self.group, self.users))) if self.users else None
-        return {"cu_seqlens": numbers((0, *self.lengths)).cumsum(0).to(torch.int32), "max_seqlen": max(self.lengths),
-                "shared": shared}
+        return {"cu_seqlens": numbers((0, *self.lengths)).cumsum(0).to(torch.int32), "shared": shared,
+                "max_seqlen": self.longest or max(self.lengths)}
 
 
 PLAIN = Layout((0, 6, 21, 1, 0, 17, 0))

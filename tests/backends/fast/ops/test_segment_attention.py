@@ -248,6 +248,15 @@ def test_fp64_is_refused():
         run(segment_attention, q, k, v, dout, ONE_USER)
 
 
+def test_a_gpu_with_little_shared_memory_loads_no_wide_tile_ahead():
+    """Of 256: 106,496 bytes forward and 102,656 of keys with two stages, and no more than 98,304 so."""
+    small = [launch_for(256, group, 2, shared_memory=101376) for group in (1, 4, 8)]
+    assert all(tile.stages == 1 for one in small for tile in (one.forward, one.dq, one.dkv))
+    assert [(one.dkv.rows, one.dkv.keys) for one in small] == [(32, 32)] * 3
+    assert launch_for(256, 4, 2, shared_memory=167936) == launch_for(256, 4, 2)  # sm_80
+    assert launch_for(128, 4, 2, shared_memory=101376) == launch_for(128, 4, 2)
+
+
 def test_how_many_programs(device):
     """Every segment as if it were the longest where that is no more than twice what there is; a search otherwise."""
     q = torch.zeros(1, 32, 4240, 64, device=device, dtype=torch.bfloat16)
@@ -311,7 +320,7 @@ def fits(case, which, head_dim):
     """Products on tensor cores, 16 bytes a load, and as many tiles in shared memory as are loaded ahead."""
     compiled, launch = case
     found = assert_fits(compiled, load_bits=128, spills=SPILLS.get((which, head_dim, "bf16"), 0))
-    assert found.mma > 0
+    assert 0 < found.arrivals < found.mma
     loaded, held = (launch.rows, launch.keys) if which == "dkv" else (launch.keys, launch.rows)
     assert found.shared >= (2 * launch.stages * loaded + held) * op._block_d(head_dim) * 2, found
 
@@ -345,11 +354,15 @@ def test_every_launch_compiles_for_sm90():
 RAGGED = Layout(tuple(265 + offset for offset in (-60, -41, -33, -27, -20, -12, -5, -1, 0, 3, 8, 15, 22, 31, 47, 73)))
 PAIRS = Layout((90, 90, 175, 175, 161, 175), (0, 0, 90, 90, 90, 90), (0, 0, 0, 0, 1, 1), ((2, 3), (4, 5)))
 LONG = Layout((2048, 1, 700))
+# As a batch of pairs lies: with room for more prompts and segments, a filling, and lengths of up to 1,024 announced.
+FILLED = Layout((90, 61, 175, 161, 175, 140, 222, *(0,) * 26), (0, 0, 90, 61, 90, 61, *(0,) * 27),
+                (0, 0, 0, 1, 0, 1, *(0,) * 27), ((2, 4), (3, 5), (-1, -1), (-1, -1)), 1024)  # fmt: skip
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("layout,head_dim,dtype", [
+    *((FILLED, *kind) for kind in itertools.product((64, 128, 256), (torch.bfloat16,))),
     *((PAIRS, *kind) for kind in itertools.product((64, 128, 80, 256), (torch.bfloat16, torch.float16, torch.float32))),
     *itertools.product((RAGGED, LONG), (64, 128, 80), (torch.bfloat16, torch.float16))])  # fmt: skip
 def test_on_the_gpu(dtype, head_dim, layout, window):
