@@ -122,7 +122,7 @@ class Resources:
     """What the compiler made: registers a thread, spill instructions (LDL/STL in SASS), stack and shared-memory bytes.
 
     `loads` counts global loads by width in bits, `stores` global stores; `mma` counts tensor-core instructions;
-    `arrivals` how often a warp group begins with some: as often as there are any where the compiler has serialised them;
+    `arrivals` how often a warp group begins with some: as often as there are any where these were serialised;
     `half_fmas` the products of half-precision numbers that were fused with a sum, and so not rounded.
     """
 
