@@ -74,9 +74,7 @@ def check(page: Path, status: int, out: str, err: str) -> None:
             assert line.strip() in out, line
 
 
-@pytest.mark.parametrize("page", [
-    pytest.param(page, marks=pytest.mark.slow) if page.name == "porting.md" else page for page in ALONE],
-    ids=lambda p: p.name)
+@pytest.mark.parametrize("page", ALONE, ids=lambda p: p.name)
 def test_the_code_of_a_page_runs_in_a_process_of_its_own(page: Path, tmp_path: Path) -> None:
     """As a reader would type it, in an empty folder."""
     script = tmp_path / "page.py"
@@ -93,9 +91,7 @@ def runner() -> Iterator[Runner]:
         yield running
 
 
-@pytest.mark.parametrize("page", [
-    pytest.param(page, marks=pytest.mark.slow) if page.name == "cpo.md" else page
-    for page in WITH_CODE if page not in ALONE], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [page for page in WITH_CODE if page not in ALONE], ids=lambda p: p.name)
 def test_the_code_of_a_page_runs(page: Path, runner: Runner, tmp_path: Path) -> None:
     """A process and an empty folder each as well, forked from one that has done the imports that all of them share."""
     (tmp_path / "page.py").write_text("\n".join(python_blocks(page.read_text())))

@@ -127,7 +127,6 @@ def test_an_error_of_all_processes_is_a_message(shop: Path) -> None:
     assert not (shop / "three").exists()
 
 
-@pytest.mark.slow
 def test_online_methods_run_and_the_ranks_stay_equal(shop: Path) -> None:
     (shop / "grpo.py").write_text(GRPO)
     done = start("grpo.py", str(shop), cwd=shop)

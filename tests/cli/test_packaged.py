@@ -155,12 +155,7 @@ def test_settings_of_simpo_are_those_that_its_authors_have_for_its_dataset() -> 
     assert "llama-3-8b-instruct-simpo-v2.yaml" in packaged()["simpo-llama-1b"].read_text()
 
 
-IN_CI = ("sft-builtin", "grpo-builtin", "quickstart")
-
-
-@pytest.mark.parametrize("name", [
-    name if name in IN_CI else pytest.param(name, marks=pytest.mark.slow)
-    for name in (*BUILTIN, "quickstart", "tiny-instruct")])
+@pytest.mark.parametrize("name", [*BUILTIN, "quickstart", "tiny-instruct"])
 def test_a_builtin_recipe_trains_two_steps(name: str, tmp_path: Path) -> None:
     """As it is but for the number of steps and of rows. A model that can add stands in for a first stage that has run,
     and is sampled hot, so that some answers are wrong."""

@@ -453,7 +453,6 @@ print(run(tiny.sft({path!r} + "/plain", max_steps=2)))
 """
 
 
-@pytest.mark.slow
 def test_a_trl_run_after_fast_ones_is_bit_equal_to_one_in_a_fresh_process(tmp_path):
     root = str(Path(__file__).resolve().parents[3])
     runs = []
