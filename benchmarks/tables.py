@@ -579,6 +579,8 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "ops-nf4": ("ops/nf4.json", bounded(lambda entry: " x ".join(map(str, entry["shape"])))),
     "ops-fp8": ("ops/fp8.json", bounded(lambda entry: " x ".join(map(str, entry["shape"])))),
     "ops-decode": ("ops/decode.json", bounded(lambda entry: f"{entry['op']}: {entry['shape']}")),
+    "ops-segment-attention": (
+        "ops/segment_attention.json", bounded(lambda entry: f"{entry['shape']}: {entry['op']}")),
     "ops-adamw": ("ops/adamw.json", bounded(lambda entry: f"{entry['numel']:,} parameters")),
     **{f"sft-{name}": (f"sft/{name}.json", sft) for name in SFT_ROWS},
     "sft-lora-1b-fp8": ("sft/lora-1b-fp8.json", sft_arms("fast", "fast-fp8")),
