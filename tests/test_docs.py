@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from aligntune.core.option_docs import markdown
+from aligntune.algorithms import ALGORITHMS
+from aligntune.core.option_docs import default, markdown
+from aligntune.core.resolve import option_table
 from tests.pages import Runner
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +23,9 @@ README = ROOT / "README.md"
 PAGES = [*sorted(DOCS.rglob("*.md")), README]
 OPTIONS = DOCS / "options.md"
 FAMILIES_PAGE = DOCS / "families.md"
+CONFIGURATION = DOCS / "configuration.md"
+SCALE = {"learning rate": "learning_rate", "batch": "batch_size", "group": "num_generations",
+         "longest row": "max_seq_length", "longest completion": "max_completion_length"}  # fmt: skip
 
 
 def python_blocks(text: str) -> list[str]:
@@ -59,6 +64,28 @@ def families_page() -> str:
         "Experts of mixtures keep their "
         "own modules; norms, rotary embedding, attention and head are ours.\n"
     )
+
+
+def scale() -> str:
+    """The defaults of each algorithm's scale, a row for those that share them; which rates are not TRL's."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name in ALGORITHMS.names():
+        options = option_table(name)
+        cells = (default(options[one], name) if one in options else "" for one in SCALE.values())
+        shown = (f"{cell:g}".replace("e-0", "e-") if isinstance(cell, float) else str(cell) for cell in cells)
+        rows.setdefault(tuple(shown), []).append(name)
+    lines = ["| " + " | ".join(("algorithm", *SCALE)) + " |", "|---" * (len(SCALE) + 1) + "|"]
+    lines += ["| " + " | ".join((", ".join(names), *cells)) + " |" for cells, names in rows.items()]
+    others = [f"* {name}: {line}" for name in ALGORITHMS.names() for line in ALGORITHMS.load(name).differs
+              if line.startswith("learning_rate")]
+    told = ("These rates are TRL's (`ppo`'s is that of TRL's last one), for full training, but for those listed here.\n"
+            "LoRA usually wants about ten times as much.")
+    return "\n".join([*lines, "", told, "", *others]) + "\n"
+
+
+def with_scale(page: str) -> str:
+    return re.sub(r"(<!-- scale -->\n).*?(<!-- end -->)", lambda match: f"{match[1]}\n{scale()}\n{match[2]}", page,
+                  flags=re.S)
 
 
 WITH_CODE = [page for page in PAGES if page.exists() and python_blocks(page.read_text())]
@@ -125,6 +152,14 @@ def test_the_options_page_is_the_table() -> None:
     assert OPTIONS.read_text() == options_page(), "regenerate it: python -m tests.test_docs"
 
 
+def test_the_scale_of_each_algorithm_is_the_codes() -> None:
+    page = CONFIGURATION.read_text()
+    assert with_scale(page) == page, "write it anew: python -m tests.test_docs"
+    shown = page[page.index("<!-- scale -->"):]
+    listed = [name for row in re.findall(r"^\| ([a-z_, ]+) \| \d", shown, re.M) for name in row.split(", ")]
+    assert sorted(listed) == sorted(ALGORITHMS.names())
+
+
 def test_the_families_page_is_the_table() -> None:
     assert FAMILIES_PAGE.read_text() == families_page(), "regenerate it: python -m tests.test_docs"
 
@@ -142,3 +177,4 @@ def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere() -> Non
 if __name__ == "__main__":
     OPTIONS.write_text(options_page())
     FAMILIES_PAGE.write_text(families_page())
+    CONFIGURATION.write_text(with_scale(CONFIGURATION.read_text()))
