@@ -401,6 +401,23 @@ def _storage_dtype(job: Job, precision: Precision, quantized: str | None) -> Any
     return precision.dtype if job.options.use_peft or quantized else torch.float32
 
 
+def steps_lost(model: Any, rate: float) -> str | None:
+    """What a model loses that trains all its weights where they are stored in bf16; None where it has none such.
+
+    No trainer here keeps a copy in fp32 beside them, or rounds at random: a step that is too small changes nothing.
+    """
+    import torch
+
+    if hasattr(model, "peft_config"):
+        return None
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad and p.dtype == torch.bfloat16)
+    if not count:
+        return None
+    return (f"{count:,} weights train that are stored in bfloat16, which loses steps below 1/256 of a weight: one of "
+            f"the size of learning_rate ({rate:g}) on weights above about {256 * rate:.2g}; storage in float32 keeps "
+            "them (model_dtype='fp32'; of a model that is loaded by hand dtype=torch.float32)")
+
+
 def must_have(model: Any, wanted: dict[str, Iterable[str] | str | None]) -> None:
     """That the model has the modules that options name; `wanted` is option: names.
 

@@ -19,7 +19,14 @@ from aligntune import create_sft_trainer
 from aligntune.backends import loading
 from aligntune.backends._compat import flash_kernel
 from aligntune.backends.fast.support import FastBackend
-from aligntune.backends.loading import Precision, check_model_object, load_model, load_tokenizer, precision_of
+from aligntune.backends.loading import (
+    Precision,
+    check_model_object,
+    load_model,
+    load_tokenizer,
+    precision_of,
+    steps_lost,
+)
 from aligntune.core.config import ModelSection
 from aligntune.core.registry import Support
 from aligntune.core.resolve import resolve
@@ -204,6 +211,34 @@ def test_a_revision_is_of_the_models_name(
                    "algorithm": "sft"})
     found = load_tokenizer(job)
     assert (found.source, found.how["revision"]) == (tokenizer or "a/model", revision)
+
+
+@pytest.mark.parametrize("backend", ["trl", "fast"])
+def test_all_weights_in_bf16_are_spoken_of(backend: str, tmp_path: Path) -> None:
+    def said(**options: Any) -> list[str]:
+        run = create_sft_trainer("builtin:tiny", [{"text": f"{i} and {i}"} for i in range(4)], backend=backend,
+                                 max_steps=1, batch_size=2, learning_rate=1e-6, report_to="none",
+                                 output_dir=str(tmp_path / "run"), precision="bf16", **options)
+        return [line for line in run._notices if "bfloat16" in line]
+
+    (line,) = said(model_dtype="bf16")
+    assert "weights train that are stored in bfloat16, which loses steps below 1/256 of a weight" in line
+    assert "learning_rate (1e-06) on weights above about 0.00026; storage in float32" in line
+    assert "model_dtype='fp32'" in line
+    if backend == "trl":  # whose build is the other's too
+        assert not said() and not said(model_dtype="bf16", use_peft=True)
+
+
+def test_weights_that_are_frozen_or_in_fp32_lose_nothing() -> None:
+    model = tiny.llama()
+    assert steps_lost(model, 1e-6) is None
+    model.bfloat16()
+    assert steps_lost(model, 1e-3).startswith(f"{sum(p.numel() for p in model.parameters()):,} weights train")
+    model.lm_head.weight.requires_grad_(False)  # tied: the embedding's too
+    assert steps_lost(model, 1e-3).startswith(
+        f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} weights")
+    assert steps_lost(with_adapters(), 1e-3) is None
+    assert steps_lost(model.requires_grad_(False), 1e-3) is None
 
 
 # Names that are paths

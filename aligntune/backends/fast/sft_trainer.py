@@ -19,6 +19,7 @@ from aligntune.backends.fast.fp8_base import quantize_base
 from aligntune.backends.fast.recompute import recompute_asked
 from aligntune.backends.fast.scripts import attach_trainer
 from aligntune.backends.fast.trainers import FastSFT
+from aligntune.backends.loading import steps_lost
 from aligntune.core.model_hygiene import forget_patched_forward
 from aligntune.core.out_of_memory import explained
 from aligntune.errors import ConfigError, unknown
@@ -134,6 +135,8 @@ class FastSFTTrainer(FastSFT):
             model=model, args=config, data_collator=data_collator, train_dataset=train_dataset,
             eval_dataset=eval_dataset, processing_class=processing_class, **kwargs,
         )  # fmt: skip
+        if lost := steps_lost(self.model, self.args.learning_rate):
+            logger.warning(lost)
         rate = getattr(config, "embedding_learning_rate", None)
         if rate is not None:
             logger.info(self.train_embeddings_at(rate))

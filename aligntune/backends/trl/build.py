@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aligntune.algorithms.dapo import overlong_buffer
 from aligntune.backends._compat import warn_untested
 from aligntune.backends.base import Built, Prepared
-from aligntune.backends.loading import Precision, load_model, lora_config, precision_of
+from aligntune.backends.loading import Precision, load_model, lora_config, precision_of, steps_lost
 from aligntune.backends.positions import check_positions
 from aligntune.backends.trl.dynamic_sampling import DynamicSampling
 from aligntune.backends.trl.options import trl_config
@@ -60,6 +60,8 @@ def build(job: Job, prepared: Prepared, *, trainers: Mapping[str, type] = TRAINE
     if job.spec.name == "dapo":
         _overlong(job, args, rewards)
     peft_config = lora_config(job, model)
+    if peft_config is None and (lost := steps_lost(model, args.learning_rate)):
+        job.notices.append(lost)
     kwargs: dict[str, Any] = {
         "model": model, "args": args, "train_dataset": prepared.train, "eval_dataset": prepared.eval,
         "processing_class": prepared.tokenizer, "peft_config": peft_config,

@@ -425,6 +425,12 @@ def test_the_length_that_is_meant(tmp_path, caplog):
     assert build(tmp_path, plain).args.max_length == 1024
 
 
+def test_all_weights_in_bf16_are_spoken_of(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="aligntune"):
+        build(tmp_path, config(tmp_path), model=tiny.llama(num_hidden_layers=1).bfloat16())
+    assert "weights train that are stored in bfloat16, which loses steps below 1/256 of a weight" in caplog.text
+
+
 class HalfOfTheLabels(DataCollatorForLanguageModeling):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
