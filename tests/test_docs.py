@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -162,6 +163,13 @@ def test_the_scale_of_each_algorithm_is_the_codes() -> None:
 
 def test_the_families_page_is_the_table() -> None:
     assert FAMILIES_PAGE.read_text() == families_page(), "regenerate it: python -m tests.test_docs"
+
+
+def test_every_extra_for_users_is_said_where_it_is_needed() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    said = "".join(path.read_text() for path in [*PAGES, *(ROOT / "aligntune").rglob("*.py")])
+    for name in set(extras) - {"docs", "dev"}:
+        assert f"aligntune[{name}]" in said, name
 
 
 def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere() -> None:

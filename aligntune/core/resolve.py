@@ -68,6 +68,13 @@ INSTEAD: Mapping[str, str] = {
 }
 """Names of users' old scripts that are said in another way here, and how."""
 
+ABSENT: Mapping[str, Mapping[str, str]] = {
+    "lora_init": {"loftq": "not here. 'pissa' and 'olora' start from the weights of a base in 16 bits; peft's "
+                           "replace_lora_weights_loftq(model) fits the adapters of a 4-bit one, which then goes in as "
+                           "model_name"},
+}
+"""Values of users' old scripts that are not here, and what is to be done instead."""
+
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -253,6 +260,8 @@ def _flatten(
                     f"{path} = {_shown(value)}: must be {row.allowed()}")
             else:
                 value, fault = row.check(_plainly(value))
+                instead = ABSENT.get(name, {}).get(value.lower()) if isinstance(value, str) else None
+                fault = f"{path} = {value!r}: {instead}" if instead else fault
             values[name] = value
             if fault:
                 faults.append(fault)

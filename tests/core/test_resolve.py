@@ -235,6 +235,12 @@ def test_names_that_are_said_in_another_way_name_it() -> None:
         assert named[1] in fields if named else said.startswith(("`", "one")) or re.match(r"\w+", said)[0] in options
 
 
+@pytest.mark.parametrize("value", ["loftq", "LoftQ"])
+def test_values_that_are_not_here_name_what_is(value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"lora_init = '{value}': .*'pissa' .*replace_lora_weights_loftq\(model\)"):
+        resolve({**BASE, "algorithm": "sft", "use_peft": True, "lora_init": value})
+
+
 def test_an_option_given_twice_by_two_names_is_a_fault() -> None:
     with pytest.raises(ConfigError, match="given twice"):
         resolve({**BASE, "algorithm": "sft", "max_seq_length": 5, "max_length": 6})
