@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from aligntune.backends.base import refuse_gated
 from aligntune.backends.fast.attachment import Attachment, attach, detach
+from aligntune.backends.fast.fp8_base import quantize_base
 from aligntune.backends.fast.recompute import recompute_asked
 from aligntune.backends.fast.support import BACKEND
 from aligntune.core.out_of_memory import explained
@@ -31,8 +32,8 @@ def attach_trainer(trainer: Trainer, *, strict: bool = False) -> Attachment:
     Raises what `attach` raises, with nothing attached, and:
         UnsupportedAlgorithmError: its arguments hold what backend "fast" does not run, as sequence-level ratios.
         ConfigError: its arguments hold an `embedding_learning_rate`, which its class does not know; or it would train
-            on several GPUs from one process, or under DeepSpeed's stage 3; or they ask for a recompute of layers that
-            cannot be had.
+            on several GPUs from one process, or under DeepSpeed's stage 3; or they ask for a recompute of layers, or a
+            base in fp8, that cannot be had.
     """
     refuse_gated(BACKEND, vars(trainer.args))
     quantised = any(getattr(trainer.model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
@@ -49,6 +50,7 @@ def attach_trainer(trainer: Trainer, *, strict: bool = False) -> Attachment:
         raise ConfigError(f"embedding_learning_rate = {rate!r}: a {type(trainer).__name__} trains every parameter at "
                           "learning_rate; FastSFTTrainer takes it")
     asks = recompute_asked(trainer.args) or getattr(trainer.args, "memory_budget_gib", None)
+    _quantize(trainer)
     attachment = attach(trainer.model, strict=strict)
     reference = getattr(trainer, "ref_model", None)
     try:
@@ -72,6 +74,15 @@ def _theirs(trainer: Trainer) -> str:
     ours = "FastSFTTrainer" if isinstance(trainer, SFTTrainer) else "a trainer of create_rl_trainer(backend='fast')"
     return (f"{type(trainer).__name__}: the model runs on our kernels; batches are TRL's, padded where TRL pads, and "
             f"its steps are launched one by one. {ours} lays rows end to end and replays steps as CUDA graphs")
+
+
+def _quantize(trainer: Trainer) -> None:
+    """As the arguments ask; FastSFTTrainer sees to that itself, and the factories do."""
+    from aligntune.backends.fast.trainers import FastSFT
+
+    wanted = getattr(trainer.args, "base_precision", None)
+    if wanted is not None and not isinstance(trainer, FastSFT):
+        logger.info(quantize_base(trainer, wanted))
 
 
 def _recompute(trainer: Trainer, attachment: Attachment) -> None:

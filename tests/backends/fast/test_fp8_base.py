@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from trl import SFTTrainer
 
 from aligntune import create_sft_trainer
 from aligntune.backends.base import require
@@ -19,7 +20,10 @@ from aligntune.backends.fast import (
     FastLanguageModel,
     FastSFTTrainer,
     FastTrainingArguments,
+    accelerate_trl,
     attach,
+    attach_trainer,
+    attachment_of,
     detach,
     fp8_base,
     graph_shapes,
@@ -495,6 +499,29 @@ def test_a_script_that_cannot_have_it(tmp_path):
                 tiny.llama(num_hidden_layers=1), FastTrainingArguments(str(tmp_path), base_precision=asked, **settings),
                 processing_class=tiny.tokenizer(), train_dataset=Dataset.from_list([{"text": "one"}] * 2))
             assert "base: as loaded, it needs LoRA" in run.layout
+
+
+@pytest.mark.parametrize("way", ["attach_trainer", "accelerate_trl"])
+def test_trl_s_own_trainer_has_it_too(way, tmp_path, caplog):
+    """In a block, and made fast later, as `fast_train` does."""
+    def trainer(asked: str, peft: Any = None) -> Any:
+        args = FastTrainingArguments(str(tmp_path), bf16=False, report_to="none", max_steps=1, base_precision=asked,
+                                     per_device_train_batch_size=2)
+        with accelerate_trl() if way == "accelerate_trl" else nullcontext():
+            made = SFTTrainer(
+                tiny.llama(num_hidden_layers=1), args, processing_class=tiny.tokenizer(), peft_config=peft,
+                train_dataset=Dataset.from_list([{"text": "one two three"}] * 4))
+        if way == "attach_trainer":
+            attach_trainer(made)
+        return made
+
+    with caplog.at_level("INFO", logger="aligntune"):
+        run = trainer("fp8", LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
+    assert "base: e4m3 by rows in 3 linear layers" in caplog.messages
+    assert launches(run.train)["quantize_rows_kernel"] >= 3
+    with pytest.raises(ConfigError, match="base_precision = 'fp8'.*it needs LoRA"):
+        trainer("fp8")
+    assert attachment_of(trainer("auto").model) is not None
 
 
 # ------------------------------------------------------------------------------------------------------------- the card
