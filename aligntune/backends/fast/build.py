@@ -6,7 +6,9 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch.nn import Module
 from torch.utils.data import IterableDataset
+from trl import SFTTrainer
 
 from aligntune.backends.base import Built, Prepared
 from aligntune.backends.fast.attachment import Attachment, attachment_of, base_model
@@ -129,11 +131,9 @@ def recompute_layers(
         ConfigError: "offload" or a budget was asked for and cannot be had.
     """
     args, model = trainer.args, attachment.model
-    plans = wanted == "auto" and isinstance(trainer, FastSFT | FlatPreference | FlatLogProbs) and (
-        next(model.parameters()).is_cuda)
-    if budget_gib is not None and not plans:
-        raise ConfigError(f"train.memory_budget_gib = {budget_gib:g}: gradient_checkpointing='auto' on a GPU plans "
-                          "with it; leave it out")
+    unplanned = _unplanned_because(trainer, model, wanted)
+    if budget_gib is not None and unplanned:
+        raise ConfigError(f"memory_budget_gib = {budget_gib:g}: {unplanned}; leave it out")
     made = recompute_of(model)
     offload = wanted == "offload" or (wanted is None and made is not None and made.offload)
     if not (args.gradient_checkpointing or recomputes(model)):
@@ -148,9 +148,9 @@ def recompute_layers(
         remove(model)
         why = why or "the model has no layers that ask how to run"
         if wanted == "offload" or budget_gib is not None:
-            raise ConfigError(f"train.gradient_checkpointing = {wanted!r}: {why}")
+            raise ConfigError(f"gradient_checkpointing = {wanted!r}: {why}")
         return f"activations: recomputed by torch's function, {why}"
-    if plans:
+    if unplanned is None:
         gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         budget = None if budget_gib is None else int(budget_gib * GIB)
         plan = LossPassPlan if isinstance(trainer, FlatLogProbs) else MemoryPlan
@@ -158,6 +158,16 @@ def recompute_layers(
         return "activations: recomputed as memory asks"
     where = ", their inputs in host memory" if recompute.offload else ""
     return f"activations: recomputed in every layer{where}"
+
+
+def _unplanned_because(trainer: Trainer, model: Module, wanted: bool | str | None) -> str | None:
+    """Why nothing plans by memory which layers a step of this trainer recomputes, or None where something does."""
+    if not isinstance(trainer, FastSFT | FlatPreference | FlatLogProbs):
+        ours = "FastSFTTrainer's" if isinstance(trainer, SFTTrainer) else "those of a factory's trainer"
+        return f"nothing plans {type(trainer).__name__}'s steps by memory; {ours} are planned"
+    if wanted != "auto" or not next(model.parameters()).is_cuda:
+        return "gradient_checkpointing='auto' on a GPU plans with it"
+    return None
 
 
 def recompute_as_asked(trainer: Trainer, attachment: Attachment) -> str | None:

@@ -137,7 +137,7 @@ def quantize_base(trainer: Trainer, wanted: str | None) -> str | None:
             return f"base: e4m3 by rows in {have} linear layers{rest}"
         why = "no linear layer under adapters is frozen and has sides that are multiples of 16"
     if wanted == "fp8":
-        raise ConfigError(f"model.base_precision = 'fp8': {why}; null leaves the base as it is loaded, 'auto' takes "
+        raise ConfigError(f"base_precision = 'fp8': {why}; leave it out for the base as it is loaded, 'auto' takes "
                           "fp8 where it can be had")
     return f"base: as loaded, {why}"
 
@@ -146,7 +146,7 @@ def unsupported_because(trainer: Trainer) -> str | None:
     """Why the base of this trainer's model cannot be multiplied in fp8, or None."""
     layers = [module for module in trainer.model.modules() if lora.kind_of(module) == "lora"]
     if not layers:
-        return "it needs LoRA (use_peft=True): only a frozen base is quantised"
+        return "it needs LoRA, and the model has no adapters: only a frozen base under some is quantised"
     if any(lora.kind_of(layer.base_layer) == "nf4" for layer in layers):
         return "the base is quantised to 4 bits already"
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:

@@ -113,6 +113,13 @@ def test_auto_on_a_gpu_plans_with_the_budget(tmp_path: Path, monkeypatch: pytest
         build(arguments(tmp_path, gradient_checkpointing="offload", memory_budget_gib=1.5))
 
 
+def test_a_budget_is_for_our_trainers(tmp_path: Path) -> None:
+    args = arguments(tmp_path, gradient_checkpointing="auto", memory_budget_gib=4)
+    words = "^memory_budget_gib = 4: nothing plans SFTTrainer's steps by memory; FastSFTTrainer's are planned; leave it"
+    with accelerate_trl(), pytest.raises(ConfigError, match=words):
+        build(args, trl.SFTTrainer)
+
+
 @pytest.mark.parametrize("kind", [trl.SFTConfig, FastTrainingArguments])
 def test_a_plain_trl_trainer(kind: Any, tmp_path: Path) -> None:
     """Made fast by each of the three ways."""
