@@ -52,9 +52,9 @@ def build(job: Job, prepared: Prepared) -> Built:
     """A fast trainer for the job; TRL's own code computes the loss, our ops compute its parts.
 
     Raises:
-        ConfigError: `strict=True` and a module would run eager; every such module is named. Or the rollout engine that
-            was asked for cannot run. Or `embedding_learning_rate` is given and no embedding trains. Or
-            `base_precision="fp8"` cannot be had.
+        ConfigError: `strict=True` and a module, or a rollout, would run eager; every such module is named. Or the
+            rollout engine that was asked for cannot run. Or `embedding_learning_rate` is given and no embedding trains.
+            Or `base_precision="fp8"` cannot be had.
     """
     offloads = _made_to_offload(job)  # which TRL's build takes off, as it does all that is ours
     built = build_trl(job, prepared, trainers=FAST_TRAINERS)
@@ -253,6 +253,9 @@ def _rollouts(job: Job, built: Built) -> str:
     if why is not None and (ends := ends_given(job, trainer.args)):
         raise cannot_end(ends[0], why)
     if wanted == "auto" and why is not None:
+        if job.options.strict:
+            raise ConfigError(f"rollout.rollout_engine = 'auto' with model.strict = True: {why}; rollout_engine='hf' "
+                              "generates with transformers, strict=False takes what runs")
         built.notices.append(f"rollouts: hf, {why}")
         return f"hf, {why}"
     trainer.rollouts_on(**cache)

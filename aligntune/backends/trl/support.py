@@ -28,6 +28,7 @@ class TRLBackend:
         Gate("memory_budget_gib", None, "TRL does not plan recompute by memory"),
         Gate("base_precision", ("fp8",), "TRL multiplies the base as it is loaded"),
         Gate("embedding_learning_rate", None, "TRL trains every parameter at learning_rate"),
+        Gate("strict", (True,), "TRL has no kernels of ours that a module could lack"),
     )
 
     def available(self) -> Support:

@@ -402,7 +402,9 @@ def test_gates_of_the_backend() -> None:
         require(BACKEND, "grpo", {"rollout_engine": "fast"})
     with pytest.raises(UnsupportedAlgorithmError, match="memory_budget_gib"):
         require(BACKEND, "sft", {"memory_budget_gib": 3.0})
-    require(BACKEND, "sft", vars(SimpleNamespace(memory_budget_gib=None)))
+    with pytest.raises(UnsupportedAlgorithmError, match="backend='trl', strict=True: TRL has no kernels of ours"):
+        require(BACKEND, "sft", {"strict": True})
+    require(BACKEND, "sft", vars(SimpleNamespace(memory_budget_gib=None, strict=False)))
 
 
 def test_what_trl_has_not_or_wants_installed_is_told(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

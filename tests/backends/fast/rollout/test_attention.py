@@ -170,6 +170,16 @@ def test_capped_scores_are_said_to_run_eager(tmp_path: Any, device: str) -> None
     assert cannot_run_because(llama) is None
 
 
+def test_strict_is_not_answered_with_transformers_generate(tmp_path: Any) -> None:
+    def of(**options: Any) -> Any:
+        return built_of("fast", "grpo", tmp_path, model_name=mini("gemma2", vocab_size=259), strict=True, **options)
+
+    with pytest.raises(ConfigError, match="'auto' with model.strict = True: .* eager would run attention of a prefill, "
+                                          ".*; rollout_engine='hf' generates with transformers, strict=False takes"):
+        of()
+    assert "; rollouts: hf, as was asked for" in of(rollout_engine="hf").attestation()["layout"]
+
+
 def test_a_model_that_was_cut_runs_with_the_layers_that_it_has() -> None:
     model = tiny.llama(num_hidden_layers=4).eval()
     model.model.layers = model.model.layers[:2]
