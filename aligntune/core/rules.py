@@ -79,6 +79,9 @@ def check(values: Values, origin: Origin, spec: AlgorithmSpec, faults: list[str]
     if values["resume"] and values["overwrite"] and (origin["overwrite"], origin["resume"]) != ("config", "argument"):
         # A run's own config.yaml keeps its `overwrite`; who resumes that run says so beside it.
         faults.append(NOT_BOTH)
+    if values["backend"] == "fast" and values["device"] == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        faults.append("model.device = 'cpu' with backend = 'fast': its kernels run on an NVIDIA GPU; backend='trl' "
+                      "trains on a CPU")
     _lora(values, origin, faults, notices)
     _loss(values, spec, faults, notices)
     _schedule(values, origin, faults)

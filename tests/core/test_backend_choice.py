@@ -18,7 +18,7 @@ from aligntune.core.backend_factory import choose_backend, create_rl_trainer, cr
 from aligntune.core.registry import Support
 from aligntune.core.resolve import Job, resolve
 from aligntune.core.rules import VLLM_STOPS
-from aligntune.errors import BackendUnavailableError
+from aligntune.errors import BackendUnavailableError, ConfigError
 
 HERE = Support("supported", "NVIDIA Stub 9000")
 ABSENT = Support("unavailable", "torch sees no CUDA GPU", "an NVIDIA GPU")
@@ -79,6 +79,16 @@ def test_auto_says_what_it_took_and_why(
     assert (chosen is FAST) == (backend == "fast")
     assert (chosen.name, made.backend, made.config.backend) == (backend, backend, backend)
     assert made.notices == [told]
+
+
+def test_fast_off_the_gpu_is_a_contradiction(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"backend": "fast", "device": "cpu"}
+    assert choose_backend(job_of(**given)) is FAST  # interpreted, as these tests are
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(FastBackend, "available", lambda self: HERE)
+    with pytest.raises(ConfigError, match="model.device = 'cpu' with backend = 'fast': .* backend='trl' trains"):
+        job_of(**given)
+    assert choose_backend(job_of(**given | {"backend": "trl"})).name == "trl"
 
 
 def test_auto_does_not_take_interpreted_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
