@@ -29,7 +29,8 @@ def generate(
         help="One answer each; without any, each line of stdin is one.", metavar="[PROMPT]...",
         show_default=False)] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="256 by default.", show_default=False)] = None,
-    temperature: Annotated[float | None, typer.Option(help="Greedy without it.", show_default=False)] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling; greedy where neither it nor --top-p, --top-k "
+                                                      "or --min-p is given.", show_default=False)] = None,
     top_p: Annotated[float | None, typer.Option(show_default=False)] = None,
     top_k: Annotated[int | None, typer.Option(show_default=False)] = None,
     min_p: Annotated[float | None, typer.Option(help="Leave out tokens below this share of the likeliest one's "
@@ -42,7 +43,7 @@ def generate(
     system_prompt: Annotated[str | None, typer.Option(show_default=False)] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without chat template.")] = False,
     batch_size: Annotated[int, typer.Option(help="Prompts answered together.")] = 8,
-    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     engine: Annotated[str, typer.Option(help="What generates: fast (our engine), hf (transformers), or auto: fast on a "
                                         "GPU, where it runs the model.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,

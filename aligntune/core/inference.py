@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aligntune.errors import AlignTuneError, CheckpointError, ConfigError, unknown
+from aligntune.errors import AlignTuneError, BackendUnavailableError, CheckpointError, ConfigError, unknown
 
 if TYPE_CHECKING:
     from aligntune.backends.base import Generator
 
 ENGINES = ("auto", "fast", "hf")
+DEVICES = ("auto", "cpu", "cuda")
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
 
@@ -66,13 +67,21 @@ def load(name: str, *, device: str = "auto", trust_remote_code: bool = False) ->
 
     Adapters are loaded on their base.
 
+    Args:
+        device: "auto" is the GPU where there is one.
+
     Raises:
-        ConfigError, CheckpointError: nothing to load there.
+        ConfigError, CheckpointError: nothing to load there, or no such device.
+        BackendUnavailableError: "cuda" without a GPU.
         AlignTuneError: it cannot be loaded; keeps the loader's reason.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if device not in DEVICES:
+        raise ConfigError(unknown("device", device, DEVICES))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailableError("device='cuda': torch sees no CUDA GPU here; 'auto' takes what is there")
     source = locate(name)
     on_gpu = device != "cpu" and torch.cuda.is_available()
     dtype = torch.float32

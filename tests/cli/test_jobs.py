@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from aligntune.cli import training
@@ -137,7 +138,13 @@ def test_generate_ends_at_any_stop_string_and_penalises(
         heat = ("--temperature", "3", "--seed", "1")
         assert answer("--min-p", "1", *heat) == plain != answer("--min-p", "0", *heat)
         assert answer("--min-p", "1", "--seed", "1") == plain  # samples, as --top-p alone does
+        assert answer("--top-p", "0.999", "--seed", "1") != plain  # at no --temperature
     assert bool(drawn) == (engine == "fast")
+
+
+def test_help_says_what_samples() -> None:
+    told = " ".join(run("generate", "--help").stdout.split())
+    assert "greedy where neither it nor --top-p, --top-k or --min-p is given" in told
 
 
 @pytest.mark.parametrize("engine", ["fast", "hf"])
@@ -178,6 +185,9 @@ def test_on_a_gpu_our_engine_answers(shop: Path, engine: str, monkeypatch: pytes
     (["{shop}/model", "hi", "--stop", "a", "--stop", ""], 2, "stop_strings = ['a', '']: a string or a list of"),
     (["{shop}/model", "hi", "--min-p", "2", "--stop", ""], 2, "2 faults"), (["builtin:tniy", "hi"], 2, "builtin:tiny"),
     (["{shop}/model", "hi", "--engine", "vllm"], 2, "unknown engine 'vllm'"),
+    (["{shop}/model", "hi", "--device", "banana"], 2, "unknown device 'banana'; valid: auto, cpu, cuda"),
+    pytest.param(["{shop}/model", "hi", "--device", "cuda"], 4, "torch sees no CUDA GPU here", marks=pytest.mark.skipif(
+        torch.cuda.is_available(), reason="a GPU is here")),
     (["{shop}/unfinished", "hi"], 6, "a run without a checkpoint"),
     (["runs/none", "hi"], 1, "'runs/none' cannot be loaded (no folder here has this name, so"),
 ])
