@@ -145,7 +145,7 @@ class TrainSection:
                  "cosine_with_min_lr", "warmup_stable_decay", "reduce_lr_on_plateau"),
     )
     warmup_ratio: float = option(0.0, "Share of the steps over which the rate rises.", ge=0, lt=1)
-    warmup_steps: int | None = option(None, "Steps over which the rate rises; wins over warmup_ratio.", ge=0)
+    warmup_steps: int | None = option(None, "Steps over which the rate rises, in the place of warmup_ratio.", ge=0)
     optimizer: str = option(
         "adamw", "Optimizer; 8-bit and paged ones are bitsandbytes'.",
         choices=("adamw", "adamw_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd", "adafactor"),

@@ -323,6 +323,11 @@ def test_contradictions(options: dict, message: str) -> None:
         resolve({**BASE, "algorithm": "sft", **options})
 
 
+def test_the_words_on_warmup_steps_are_true_of_both() -> None:
+    told = option_table("sft")["warmup_steps"].help
+    assert "in the place of warmup_ratio" in told and "wins" not in told  # both are an error, as above
+
+
 def test_schedules_with_their_numbers_are_left_alone() -> None:
     for schedule, numbers in (("warmup_stable_decay", {"num_decay_steps": 2}), ("cosine_with_min_lr", {"min_lr": 0.0}),
                               ("cosine_with_min_lr", '{"min_lr_rate": 0.1}'), ("cosine", None)):
