@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from aligntune.algorithms.base import AlgorithmSpec
+from aligntune.core.options import infos
 from aligntune.errors import ConfigError, nearest
 
 Values = dict[str, Any]
@@ -27,6 +28,10 @@ _SCHEDULES: dict[str, dict[str, float]] = {
     "cosine_with_min_lr": {"min_lr_rate": 0.1, "min_lr": 1e-6}, "warmup_stable_decay": {"num_decay_steps": 100},
 }
 """What transformers' schedules want one of, with examples: it says so when training begins."""
+_IDLE: dict[tuple[str, Any], tuple[str, ...]] = {
+    ("kl_control", "fixed"): ("kl_goal", "kl_gain"), ("dynamic_sampling", False): ("max_resample_rounds",),
+}
+"""An algorithm's option and its value -> options of its loss that nothing reads then."""
 VLLM_CHOICES = {
     "vllm_mode": ("colocate", "server"),
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
@@ -85,7 +90,7 @@ def check(values: Values, origin: Origin, spec: AlgorithmSpec, faults: list[str]
     _lora(values, origin, faults, notices)
     _loss(values, spec, faults, notices)
     _schedule(values, origin, faults)
-    _evaluation(values, faults)
+    _evaluation(values, faults, notices)
     if spec.online:
         _lengths(values, origin, faults, notices)
         if spec.groups:
@@ -182,6 +187,12 @@ def _loss(values: Values, spec: AlgorithmSpec, faults: list[str], notices: list[
     if readers and given.get("label_smoothing") and not any(form in readers for form in forms):
         notices.append(f"loss_type is {', '.join(map(repr, forms))}: label_smoothing is not used (it is by "
                        f"{', '.join(map(repr, readers))})")
+    defaults = {row.name: row.default for row in infos(spec.options, "loss")} | dict(spec.defaults)
+    for (name, value), others in _IDLE.items():
+        # One at its default is no wish: a run's own config.yaml has every option.
+        idle = [other for other in others if other in defaults and given[other] != defaults[other]]
+        if idle and given[name] == value:
+            notices.append(f"{name} is {value!r}: nothing reads {' and '.join(idle)}")
     kind = given.get("f_divergence_type")
     if kind is not None:
         _one_of(path("f_divergence_type"), kind, DIVERGENCES, faults)
@@ -244,12 +255,15 @@ def unread(fields: Mapping[str, Any]) -> list[str]:
                   if name in GENERATE_FIELDS and value not in (None, GENERATE_FIELDS[name]))
 
 
-def _evaluation(values: Values, faults: list[str]) -> None:
+def _evaluation(values: Values, faults: list[str], notices: list[str]) -> None:
     sources = [name for name in ("eval_dataset_name", "eval_split") if values[name] is not None]
     if values["val_split_ratio"] is not None and sources:
         faults.append(f"evaluation.val_split_ratio and evaluation.{sources[0]}: give one source of evaluation data")
     if values["eval_steps"] is not None and not evaluates(values):
         faults.append("evaluation.eval_steps: no evaluation data: eval_dataset_name, eval_split or val_split_ratio")
+    idle = [name for name in ("max_eval_samples", "eval_batch_size") if values[name] is not None]
+    if idle and not evaluates(values):
+        notices.append(f"no evaluation data: nothing reads {' and '.join(idle)}")
     if (values["stop_metric"] is None) != (values["stop_value"] is None):
         faults.append("evaluation.stop_metric and evaluation.stop_value: give both or neither")
     elif values["stop_metric"] is not None and values["eval_steps"] is None:

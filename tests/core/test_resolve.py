@@ -441,6 +441,26 @@ def test_smoothing_that_the_loss_does_not_read_is_said(algorithm: str, options: 
     assert not resolve({**needs(algorithm), "label_smoothing": 0.0, **options}).notices
 
 
+@pytest.mark.parametrize(("algorithm", "options", "told", "reader"), [
+    ("ppo", {"kl_goal": 3.0, "kl_gain": 0.2}, "kl_control is 'fixed': nothing reads kl_goal and kl_gain",
+     {"kl_control": "adaptive"}),
+    ("ppo", {"kl_goal": 3.0}, "kl_control is 'fixed': nothing reads kl_goal", {"kl_control": "adaptive"}),
+    ("dapo", {"max_resample_rounds": 3, "dynamic_sampling": False},
+     "dynamic_sampling is False: nothing reads max_resample_rounds", {"dynamic_sampling": True}),
+    ("sft", {"max_eval_samples": 3, "eval_batch_size": 2},
+     "no evaluation data: nothing reads max_eval_samples and eval_batch_size", {"eval_split": "test"}),
+    ("grpo", {"eval_batch_size": 2}, "no evaluation data: nothing reads eval_batch_size", {"eval_dataset_name": "e"}),
+])
+def test_options_that_nothing_reads_are_said(algorithm: str, options: dict, told: str, reader: dict) -> None:
+    job = resolve({**needs(algorithm), **options})
+    assert job.notices == [told]
+    assert not resolve({**needs(algorithm), **options, **reader}).notices
+    assert told in resolve({}, OmegaConf.to_container(job.config)).notices
+    switched = {name: value for name, value in options.items() if isinstance(value, bool)}
+    plain = resolve({**needs(algorithm), **switched})  # the others at their defaults, in the run's own config too
+    assert "nothing reads" not in "".join(resolve({}, OmegaConf.to_container(plain.config)).notices)
+
+
 def test_lengths_of_online_methods() -> None:
     assert resolve({**needs("grpo"), "max_seq_length": 100}).options.max_completion_length == 50
     assert resolve({**needs("grpo"), "max_completion_length": 2000}).options.max_seq_length == 3024
