@@ -239,12 +239,19 @@ def _backend_of(job: Job) -> Backend:
     return trl
 
 
-def check_names(job: Job) -> None:
-    """Rewards and trainer options by name: what building the trainer would find out, without building it.
+def check_names(job: Job, callbacks: list[Any] | None = None) -> None:
+    """Rewards, trainer options and stop_metric by name: what a run would find out, without building it.
+
+    Args:
+        callbacks: of the user's own; with any, no name of a metric is unknown.
 
     Raises:
-        ConfigError: there is no such reward or field, or TRL does not take its value.
+        ConfigError: there is no such reward, field or metric, or TRL does not take a field's value.
     """
+    from aligntune.core.eval_names import check_stop_metric
+
+    if not callbacks:
+        check_stop_metric(job)
     if job.spec.online:
         from aligntune.rewards import resolve_rewards
 
@@ -326,7 +333,7 @@ def build_trainer(job: Job, callbacks: list[Any] | None = None, *, backend: Back
     notices.show()
     if backend is None:
         check_model_object(job)
-    check_names(job)
+    check_names(job, callbacks)
     tokenizer = load_tokenizer(job)
     data = prepare_data(job, tokenizer)
     run_dir = RunDir.create(

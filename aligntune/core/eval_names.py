@@ -1,0 +1,52 @@
+"""What an evaluation reports, by algorithm: a stop_metric that never comes is told before anything is loaded.
+
+The names are those of transformers, TRL and our own trainers, without their `eval_`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aligntune.errors import ConfigError, unknown
+
+_ALWAYS = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens",
+           "aux_loss")
+_PAIRS = tuple(f"{what}/{which}" for what in ("rewards", "logps", "logits") for which in ("chosen", "rejected"))
+_ODDS = (*_PAIRS, "rewards/accuracies", "rewards/margins", "nll_loss")
+_DPO = (*_PAIRS, "rewards/accuracies", "rewards/margins", "entropy", "mean_token_accuracy")
+_OFFLINE: dict[str, tuple[str, ...]] = {
+    "sft": ("perplexity", "mean_token_accuracy", "entropy"),
+    "reward": ("accuracy", "margin", "min_reward", "mean_reward", "max_reward"),
+    "dpo": _DPO, "ipo": _DPO, "kto": (*_PAIRS, "rewards/margins", "kl", "entropy"),
+    "cpo": _ODDS, "simpo": _ODDS, "orpo": (*_ODDS, "log_odds_ratio", "log_odds_chosen"),
+}
+_LENGTHS = tuple(f"completions/{which}_{what}" for what in ("length", "terminated_length")
+                 for which in ("mean", "min", "max"))
+_ONLINE = ("reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", *_LENGTHS, "completions/clipped_ratio")
+_PARTS = ("rewards/", "clip_ratio/", "sampling/", "rollout/", "tools/", "vespo/", "objective/", "val/", "policy/",
+          "loss/", "dynamic_sampling/")
+_FORMS = ("policy_loss", "entropy_coef", "cispo_clip_ratio")
+
+
+def check_stop_metric(job: Any) -> None:
+    """Nothing is said of online runs with rewards of the user's own: these may log metrics under any name.
+
+    Raises:
+        ConfigError: no evaluation of this algorithm reports the job's `stop_metric`; names those that it does.
+    """
+    if job.options.stop_metric is None:
+        return
+    name = job.options.stop_metric.removeprefix("eval_")
+    known = [*_ALWAYS, *_OFFLINE.get(job.spec.name, _ONLINE)]
+    if job.spec.online and (name.startswith(_PARTS) or name in _FORMS or not _ours_alone(job)):
+        return
+    if name not in known:
+        raise ConfigError(unknown("evaluation.stop_metric", name, known))
+
+
+def _ours_alone(job: Any) -> bool:
+    """Whether every reward function is one of the package's."""
+    from aligntune.rewards import REWARDS
+
+    entries = [entry.get("name") if isinstance(entry, dict) else entry for entry in job.options.reward_functions or []]
+    return all(entry in REWARDS and str(REWARDS.entry(entry).target).startswith("aligntune.") for entry in entries)
