@@ -205,9 +205,13 @@ class AlignTrainer:
         self._progress.close()
         if not self.is_main:
             return
-        run = self.run_dir
-        if outcome.status != "failed":
+        run, ended_by = self.run_dir, sys.exc_info()[1]
+        try:
             run.write_attestation(self.attestation())
+        except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+            if ended_by is None:
+                raise
+            say(f"attestation.json is not written: {type(error).__name__}: {error}")  # `ended_by` is what is raised
         drawn = plots.draw(run.read_metrics(), run.path, title=f"{self.algorithm} on {run.path.name}",
                            online=self.online)
         summary = self._summary(outcome)

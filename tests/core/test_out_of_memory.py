@@ -261,6 +261,7 @@ def test_a_run_that_ran_out_ends_in_an_error_of_ours(tmp_path: Path, monkeypatch
     assert "batch_size=2, gradient_accumulation_steps=1, max_seq_length=16" in str(caught.value)
     assert caught.value.exit_code == 11
     assert '"status": "failed"' in (tmp_path / "run" / "summary.json").read_text()
+    assert '"steps": 0' in (tmp_path / "run" / "attestation.json").read_text()
 
 
 @pytest.mark.parametrize("way", ["FastSFTTrainer", "fast_train", "accelerate_trl"])

@@ -94,6 +94,24 @@ def test_a_run_leaves_its_outcome(tmp_path):
     assert json.loads((tmp_path / "environment.json").read_text())["packages"]["trl"]
 
 
+def test_a_run_that_failed_leaves_what_ran(tmp_path):
+    def unknown():
+        raise RuntimeError("the GPU is gone")
+
+    for name, attestation, written in (("known", lambda: {"kernels": {"rms_norm": 5}}, True), ("not", unknown, False)):
+        trainer = tiny.sft(tmp_path / name)
+        trainer.add_callback(At(3, give_up))
+        with pytest.raises(RuntimeError, match="power cut"):
+            wrap(trainer, tmp_path / name, attestation=attestation).train()
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert summary["status"] == "failed" and "power cut" in summary["error"]
+        file = tmp_path / name / "attestation.json"
+        assert file.exists() is written
+    assert json.loads((tmp_path / "known" / "attestation.json").read_text())["kernels"] == {"rms_norm": 5}
+    with pytest.raises(RuntimeError, match="the GPU is gone"):  # no other error: this one is raised
+        wrap(tiny.sft(tmp_path / "whole", max_steps=1), tmp_path / "whole", attestation=unknown).train()
+
+
 def test_tokens_are_the_real_ones_not_the_padding(tmp_path):
     trainer = tiny.sft(tmp_path, max_steps=8)  # 8 steps of 2 rows: each of the 16 rows once
     run = wrap(trainer, tmp_path)
