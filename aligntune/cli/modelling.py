@@ -1,4 +1,4 @@
-"""generate, evaluate."""
+"""generate, evaluate, export."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.command()(generate)
     app.command(context_settings=LENIENT)(evaluate)
+    app.command()(export)
 
 
 def generate(
@@ -138,3 +139,42 @@ def _metrics(plan: Plan, checkpoint: Path | None) -> dict[str, float]:
         trainer.trainer.state.global_step, trainer.trainer.state.epoch = trained["global_step"], trained["epoch"]
     found = trainer.evaluate()
     return {name: value for name, value in sorted(found.items()) if isinstance(value, (int, float))}
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="A run folder, a saved model, a hub id, or builtin:NAME.",
+                                         metavar="RUN_OR_MODEL", show_default=False)],
+    output: Annotated[Path | None, typer.Option(help="The folder to write; files of other names in it stay.",
+                                                show_default=False)] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="The whole model with its adapters merged in, read back and "
+                                         "compared; without it adapters alone.")] = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="The hub repository to upload to; made where there is none.",
+                                                    metavar="NAME", show_default=False)] = None,
+    private: Annotated[bool, typer.Option("--private", help="A repository that is made here is private.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+) -> None:
+    """A trained model as a folder of its own, or on the hub.
+
+    Weights keep the type that they are stored in.
+    """
+    from aligntune.core.callbacks import say
+    from aligntune.core.inference import load_as_saved
+    from aligntune.core.saving import check_repo_id, push, save
+    from aligntune.core.trainer import no_bars
+    from aligntune.errors import ConfigError
+
+    if output is None and push_to_hub is None:
+        raise ConfigError("export: give --output FOLDER, --push-to-hub NAME, or both")
+    if push_to_hub is not None:
+        check_repo_id(push_to_hub)  # before a model is loaded for nothing
+    with no_bars():
+        loaded, tokenizer = load_as_saved(model, trust_remote_code=trust_remote_code)
+        if merged and not hasattr(loaded, "peft_config"):
+            say("export: the model has no adapters to merge")
+        if output is not None:
+            check = save(loaded, tokenizer, output, merge_adapters=merged)
+            if check is not None:
+                say(f"read back and compared: {check}")
+            typer.echo(str(output))
+        if push_to_hub is not None:
+            typer.echo(push(loaded, tokenizer, push_to_hub, merge_adapters=merged, private=private or None))

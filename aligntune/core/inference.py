@@ -105,6 +105,46 @@ def load(name: str, *, device: str = "auto", trust_remote_code: bool = False) ->
     return model.eval(), tokenizer
 
 
+def load_as_saved(name: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """The model as its weights are stored, on the CPU, and its tokenizer as it is: for another save.
+
+    Adapters are loaded on their base, a reward model with its score head.
+
+    Raises:
+        ConfigError, CheckpointError: nothing to load there, adapters of a reward model, or a model that was not saved
+            whole.
+        AlignTuneError: it cannot be loaded; keeps the loader's reason.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    source = locate(name)
+    kwargs: dict[str, Any] = {"dtype": "auto", "trust_remote_code": trust_remote_code}
+    adapters, missing = Path(source) / "adapter_config.json", []
+    try:
+        if adapters.is_file():
+            from peft import AutoPeftModelForCausalLM
+
+            if json.loads(adapters.read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS":
+                raise ConfigError(f"{name!r} holds adapters of a reward model, which `save_model(folder, "
+                                  "merge_adapters=True)` of their trainer merges; reward_model_name takes them as they "
+                                  "are")
+            model = AutoPeftModelForCausalLM.from_pretrained(source, **kwargs)
+        else:
+            kinds = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).architectures or []
+            scores = any("SequenceClassification" in kind for kind in kinds)
+            auto: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+            model, info = auto.from_pretrained(source, output_loading_info=True, **kwargs)
+            missing = sorted(info["missing_keys"])
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        if isinstance(error, AlignTuneError):
+            raise
+        raise AlignTuneError(f"{name!r} cannot be loaded{looked_up(source)}: {error}") from error
+    if missing:
+        raise ConfigError(f"{name!r} has no {', '.join(missing[:3])}, which would be random: it was not saved whole")
+    return model.eval(), tokenizer
+
+
 def check_engine(name: str) -> None:
     """Raise ConfigError unless there is such an engine."""
     if name not in ENGINES:

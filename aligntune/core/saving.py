@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from aligntune.core.model_hygiene import autocast_if_mixed, copy_model, keep_4bit_layout, kept_mode, plain_forward
-from aligntune.errors import CheckpointError, ConfigError
+from aligntune.errors import AlignTuneError, CheckpointError, ConfigError
 
 CHECK_TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -100,6 +101,41 @@ def save(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return check
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise ConfigError unless a hub repository can have this name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ConfigError(f"push_to_hub: {error}") from error
+
+
+def push(
+    model: Any, tokenizer: Any, repo_id: str, *, merge_adapters: bool = False, private: bool | None = None,
+    token: str | None = None, commit_message: str = "Upload model",
+) -> str:
+    """Upload what `save` writes to the hub repository `repo_id`, made where there is none; returns its address.
+
+    Raises:
+        ConfigError, CheckpointError: what `save` raises.
+        AlignTuneError: the hub refused; keeps its reason.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory(prefix="aligntune-push-") as folder:
+        save(model, tokenizer, Path(folder) / "model", merge_adapters=merge_adapters)
+        try:
+            url = api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=url.repo_id, folder_path=Path(folder) / "model", commit_message=commit_message)
+        except (HfHubHTTPError, LocalTokenNotFoundError) as error:
+            raise AlignTuneError(f"push_to_hub: {error}") from error
+    return str(url)
 
 
 def merged_copy(model: Any) -> Any:

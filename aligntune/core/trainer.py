@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from aligntune.core.out_of_memory import explain
 from aligntune.core.progress import Progress, describe, duration
 from aligntune.core.rules import NO_EVALUATION
 from aligntune.core.run_dir import RunDir, on_main_process
-from aligntune.errors import AlignTuneError, ConfigError, DataError, GpuMemoryError
+from aligntune.errors import ConfigError, DataError, GpuMemoryError
 
 if TYPE_CHECKING:
     from aligntune.backends.base import Generator
@@ -354,28 +353,10 @@ class AlignTrainer:
             ConfigError: not a repository id, or what `save_model` raises.
             AlignTuneError: the hub refused; keeps its reason.
         """
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-        from huggingface_hub.utils import validate_repo_id
-
-        try:
-            validate_repo_id(repo_id)
-        except HFValidationError as error:
-            raise ConfigError(f"push_to_hub: {error}") from error
-
-        def upload() -> str:
-            api = HfApi(token=token)
-            with tempfile.TemporaryDirectory(prefix="aligntune-push-") as folder:
-                saving.save(self.model, self.tokenizer, Path(folder) / "model", merge_adapters=merge_adapters)
-                try:
-                    url = api.create_repo(repo_id, private=private, exist_ok=True)
-                    api.upload_folder(
-                        repo_id=url.repo_id, folder_path=Path(folder) / "model", commit_message=commit_message)
-                except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-                    raise AlignTuneError(f"push_to_hub: {error}") from error
-            return str(url)
-
-        return on_main_process(upload)
+        saving.check_repo_id(repo_id)
+        return on_main_process(lambda: saving.push(
+            self.model, self.tokenizer, repo_id, merge_adapters=merge_adapters, private=private, token=token,
+            commit_message=commit_message))
 
     def __repr__(self) -> str:
         return f"AlignTrainer({self.algorithm!r}, backend={self.backend!r}, run_dir={str(self.run_dir.path)!r})"

@@ -34,7 +34,7 @@ from aligntune.errors import (
 from tests.small_jobs import alpaca, write
 
 COMMANDS = ("train", "validate", "preview", "generate", "evaluate", "backends", "explain", "options", "doctor",
-            "launch", "recipes", "compare")
+            "launch", "recipes", "compare", "export")
 
 
 def run(*arguments: str, **kwargs: Any) -> Any:

@@ -201,6 +201,75 @@ def test_generate_says_what_it_cannot_load(
     assert result.exit_code == code and told in result.stderr, result.output
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_export_writes_the_model_of_a_run(lora_run: Path, shop: Path, merged: bool, tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from aligntune.core.inference import load
+
+    result = run("export", str(lora_run), "--output", str(tmp_path / "out"), *["--merged"][:merged])
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{tmp_path / 'out'}\n"
+    assert ("read back and compared: logits differ by" in result.stderr) is merged
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"tokenizer.json", "model.safetensors" if merged else "adapter_model.safetensors"} <= files
+    assert ("adapter_config.json" in files) is not merged
+    kind = AutoModelForCausalLM if merged else AutoPeftModelForCausalLM
+    exported, tokenizer = kind.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer("Say 3", return_tensors="pt")
+    trained, bare = load(str(lora_run), device="cpu")[0], AutoModelForCausalLM.from_pretrained(shop / "model")
+    wanted = trained(**ids).logits
+    assert torch.allclose(exported(**ids).logits, wanted, atol=1e-4)
+    assert not torch.allclose(bare(**ids).logits, wanted, atol=1e-2)
+    again = run("export", str(lora_run), "--output", str(tmp_path / "out"), *["--merged"][merged:])
+    assert again.exit_code == 2 and "would load as a mixture" in again.stderr
+
+
+def test_export_keeps_stored_types_and_score_heads(shop: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from tests.core import tiny
+
+    for name, model in (("bf16", tiny.llama().bfloat16()), ("scorer", tiny.scorer())):
+        model.save_pretrained(tmp_path / name)
+        tiny.tokenizer().save_pretrained(tmp_path / name)
+        result = run("export", str(tmp_path / name), "--output", str(tmp_path / f"{name}-out"), "--merged")
+        assert result.exit_code == 0 and "no adapters to merge" in result.stderr, result.output
+        before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in (name, f"{name}-out"))
+        assert before.keys() == after.keys() and ("score.weight" in after) is (name == "scorer")
+        assert all(after[key].dtype == value.dtype and torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_export_uploads_what_it_would_write(lora_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.core.test_saving import Hub
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr(Hub, "calls", [])
+    result = run("export", str(lora_run), "--push-to-hub", "me/model", "--private")
+    assert result.exit_code == 0 and result.stdout == "https://hub.example/me/model\n", result.output
+    assert Hub.calls[1] == ("create", "me/model", True) and "adapter_model.safetensors" in Hub.calls[2][2]
+
+
+@pytest.mark.parametrize(("arguments", "code", "told"), [
+    (["{shop}/model"], 2, "give --output FOLDER, --push-to-hub NAME, or both"),
+    (["{shop}/model", "--push-to-hub", "not a repo//id"], 2, "push_to_hub: "),
+    (["./nowhere", "--output", "{shop}/none"], 2, "no folder here"),
+    (["{shop}/reward", "--output", "{shop}/none"], 2, "holds adapters of a reward model"),
+    (["{shop}/beheaded", "--output", "{shop}/none"], 2, "has no lm_head.weight, which would be random"),
+])
+def test_export_says_what_it_cannot_do(shop: Path, arguments: list[str], code: int, told: str) -> None:
+    from tests.core import tiny
+
+    (shop / "reward").mkdir(exist_ok=True)
+    (shop / "reward" / "adapter_config.json").write_text('{"task_type": "SEQ_CLS"}')
+    tiny.llama().model.save_pretrained(shop / "beheaded")
+    tiny.tokenizer().save_pretrained(shop / "beheaded")
+    result = run("export", *(text.format(shop=shop) for text in arguments))
+    assert result.exit_code == code and told in result.stderr, result.output
+    assert not (shop / "none").exists()
+
+
 def test_evaluate_scores_the_checkpoint_of_a_run_and_leaves_it_alone(lora_run: Path, shop: Path) -> None:
     before = sorted(path.name for path in lora_run.iterdir())
     trained = json.loads(run("evaluate", str(lora_run), "--json").stdout.splitlines()[-1])
