@@ -83,6 +83,32 @@ def test_no_blanket_except_no_exec_no_stub(module: Module) -> None:
     assert not found
 
 
+def raised(function: ast.AST) -> set[str]:
+    """Names of the errors that the function itself raises, not one that is defined in it."""
+    found, waiting = set(), list(ast.iter_child_nodes(function))
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            found.add(ast.unparse(node.exc.func if isinstance(node.exc, ast.Call) else node.exc))
+        waiting += ast.iter_child_nodes(node)
+    return {name for name in found if "Error" in name and name != "AssertionError"}
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.name)
+def test_public_functions_say_which_errors_they_raise(module: Module) -> None:
+    if module.name.startswith("aligntune/cli/"):
+        return  # a command's docstring is its --help
+    silent = []
+    for function in module.tree.body:
+        if isinstance(function, ast.FunctionDef) and not function.name.startswith("_") and raised(function):
+            told = ast.get_docstring(function) or ""
+            if not re.search(r"\b[Rr]aises?\b", told) and not told.startswith("See "):
+                silent.append(function.name)
+    assert not silent
+
+
 def test_version_differences_live_in_one_module() -> None:
     """Only `_compat` compares versions of upstream packages."""
     found = [m.name for m in MODULES if m.name != "aligntune/backends/_compat.py"

@@ -80,7 +80,11 @@ def save_distributions(model: Any, rows: list[list[int]], path: Path) -> None:
 
 
 def divergence(first: torch.Tensor, second: torch.Tensor) -> dict[str, float]:
-    """KL(first || second) per token in nats, its maximum, and the share of positions whose likeliest token agrees."""
+    """KL(first || second) per token in nats, its maximum, and the share of positions whose likeliest token agrees.
+
+    Raises:
+        ValueError: the two have other shapes.
+    """
     if first.shape != second.shape:
         raise ValueError(f"probe sets of {tuple(first.shape)} and {tuple(second.shape)} cannot be compared")
     p, q = first.double(), second.double()

@@ -171,7 +171,11 @@ def _ids(value: Any) -> bool:
 
 
 def as_list(prompts: Any) -> list[Any]:
-    """One prompt or many as many: a string, or a list of message dicts, is one."""
+    """One prompt or many as many: a string, or a list of message dicts, is one.
+
+    Raises:
+        DataError: neither of these, nor a list.
+    """
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, Sequence):

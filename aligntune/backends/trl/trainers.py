@@ -92,6 +92,9 @@ def reference_from_memory(model: Any, args: Any) -> Iterator[None]:
     GRPO and RLOO take no `ref_model`: they read `config._name_or_path` again, which for a model that was changed in
     memory is another model, and for one built in memory is nothing; and they would spread it over all GPUs that the
     process sees. Here it comes to the GPU of `args`, the trainer's arguments.
+
+    Raises:
+        BackendUnavailableError: the processes share no folder to write the weights to.
     """
     name, given = model.config._name_or_path, args.model_init_kwargs
 

@@ -50,6 +50,9 @@ def denominator(
     """What `reduction` divides by: num_items_in_batch, else the rows that are not ignored ("mean") or 1 ("sum").
 
     0 counts as 1, so that a batch without a single target has loss 0 and gradient 0. Nothing waits for the GPU.
+
+    Raises:
+        ValueError: another reduction, or num_items_in_batch beside "sum".
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")

@@ -217,7 +217,11 @@ def check(
 def buffers(
     x: torch.Tensor, widths: Sequence[int], launch: DecodeLaunch, counts: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """The output, what splits leave and count in (anything where there is one), and how many programs run."""
+    """The output, what splits leave and count in (anything where there is one), and how many programs run.
+
+    Raises:
+        ConfigError: `counts` holds fewer tiles than the launch has.
+    """
     out = torch.empty((x.shape[0], sum(widths)), dtype=x.dtype, device=x.device)
     places = sum(_runtime.cdiv(width, launch.columns) for width in widths) * _runtime.cdiv(x.shape[0], launch.rows)
     if launch.splits == 1:

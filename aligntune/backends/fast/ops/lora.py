@@ -369,7 +369,11 @@ def lora_linear_group_reference(
     seed: torch.Tensor | None = None,
     first: int = 0,
 ) -> tuple[torch.Tensor, ...]:
-    """`lora_linear_group` in plain torch and PEFT's order; `first` is the number of the first mask."""
+    """`lora_linear_group` in plain torch and PEFT's order; `first` is the number of the first mask.
+
+    Raises:
+        ConfigError: what does not fit, or an fp8 weight, which has a reference of its own.
+    """
     _check(x, linears, "a LoRA group")
     dtype = _compute(x, linears, compute_dtype)
     rows, outs, j = x.to(dtype).reshape(-1, x.shape[-1]), [], first

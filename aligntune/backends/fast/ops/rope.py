@@ -188,6 +188,10 @@ def rotate_into(
     """Rotate q and k (backward: their gradients, the other way) into given tensors, outside autograd.
 
     Shapes as in `rope`, any strides with the last 1. The outputs may be q and k themselves.
+
+    Raises:
+        ValueError: shapes that do not fit, or outputs that cannot be written.
+        ConfigError: float64; BackendUnavailableError: off the GPU.
     """
     shapes = _Shapes.of(q, k, cos, sin, unsqueeze_dim)
     _runtime.require_device(q, k, cos, sin, q_out, k_out)
