@@ -96,7 +96,7 @@ def _with_kernels(job: Job, prepared: Prepared, built: Built, *, offloads: bool)
         layout += "; loss: gradients in the forward where its logits do not fit"
     if isinstance(built.trainer, FastRollouts):
         layout += f"; rollouts: {_rollouts(job, built)}"
-    layout += _updates(built.trainer)
+    layout += steps_of(built.trainer)
     generator = None
     if built.trainer.model.can_generate():
         options = vars(job.options)
@@ -109,10 +109,12 @@ def _with_kernels(job: Job, prepared: Prepared, built: Built, *, offloads: bool)
     return Built(built.trainer, attestation=witness.report, notices=built.notices, generator=generator)
 
 
-def _updates(trainer: Trainer) -> str:
-    """Who makes the optimizer's steps of a model on a GPU."""
+def steps_of(trainer: Trainer) -> str:
+    """Who makes the optimizer's steps of a model on a GPU, as the last part of a layout line."""
     if not next(trainer.model.parameters()).is_cuda:
         return ""
+    if trainer.optimizer is not None or getattr(trainer, "optimizer_cls_and_kwargs", None) is not None:
+        return "; optimizer: as it was given"
     why = by_torch_because(trainer)
     return "; optimizer: " + ("AdamW in one launch" if why is None else f"torch's launches, {why}")
 

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from aligntune.backends.fast.attachment import Attachment
-from aligntune.backends.fast.build import lay_rows, recompute_as_asked, recompute_layers
+from aligntune.backends.fast.build import lay_rows, recompute_as_asked, recompute_layers, steps_of
 from aligntune.backends.fast.fp8_base import quantize_base
 from aligntune.backends.fast.recompute import recompute_asked
 from aligntune.backends.fast.scripts import attach_trainer
@@ -82,7 +82,7 @@ class FastSFTTrainer(FastSFT):
     """TRL's SFTTrainer with its model attached to our kernels and its rows end to end where the model allows it.
 
     The loss, the rows of a step and the metrics are TRL's. `attachment` says what runs on which kernel, `layout` how
-    rows lie and how steps are launched.
+    rows lie, how steps are launched and who makes the optimizer's.
 
     Args:
         model: a model (from `FastLanguageModel` or anywhere), or a name that TRL loads.
@@ -144,6 +144,7 @@ class FastSFTTrainer(FastSFT):
         self.attachment = attach_trainer(self, strict=strict)
         recomputed = recompute_as_asked(self, self.attachment) or recompute_layers(self, self.attachment)
         self.layout = f"{lay_rows(self, self.attachment)}; {recomputed}" + (f"; {base}" if base else "")
+        self.layout += steps_of(self)
         logger.info(self.layout)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

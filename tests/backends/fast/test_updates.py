@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from aligntune import create_sft_trainer
-from aligntune.backends.fast import updates
+from aligntune.backends.fast import FastSFTTrainer, FastTrainingArguments, updates
 from aligntune.backends.fast.steps import QuickSteps
 from aligntune.backends.fast.trainers import FAST_TRAINERS
 from aligntune.backends.fast.updates import UpdatesAtOnce, by_torch_because, clip_at_once, step_at_once
@@ -321,6 +321,21 @@ def test_an_optimizer_goes_with_its_last_name(here: None) -> None:
         assert moment() is None
     finally:
         gc.enable()
+
+
+def test_a_script_s_layout_says_who_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True)
+
+    def layout(optim: str, **given: Any) -> str:
+        args = FastTrainingArguments(str(tmp_path), optim=optim, bf16=False, report_to="none", max_seq_length=32)
+        return FastSFTTrainer(tiny.llama(num_hidden_layers=1), args, train_dataset=tiny.text_rows(4),
+                              processing_class=tiny.tokenizer(), **given).layout
+
+    assert layout("adamw_torch").endswith("; optimizer: AdamW in one launch")
+    assert layout("sgd").endswith("; optimizer: torch's launches, sgd is not torch's AdamW")
+    mine = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    for given in ({"optimizers": (mine, None)}, {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})}):
+        assert layout("adamw_torch", **given).endswith("; optimizer: as it was given")
 
 
 @pytest.mark.gpu
