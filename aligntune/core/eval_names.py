@@ -1,10 +1,11 @@
-"""What an evaluation reports, by algorithm: a stop_metric that never comes is told before anything is loaded.
+"""What an evaluation reports, by algorithm: a mistyped stop_metric is told before anything is loaded.
 
 The names are those of transformers, TRL and our own trainers, without their `eval_`.
 """
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from aligntune.errors import ConfigError, unknown
@@ -32,7 +33,8 @@ def check_stop_metric(job: Any) -> None:
     """Nothing is said of online runs with rewards of the user's own: these may log metrics under any name.
 
     Raises:
-        ConfigError: no evaluation of this algorithm reports the job's `stop_metric`; names those that it does.
+        ConfigError: the job's `stop_metric` is all but one that an evaluation of this algorithm reports; names those
+            that it does.
     """
     if job.options.stop_metric is None:
         return
@@ -40,7 +42,8 @@ def check_stop_metric(job: Any) -> None:
     known = [*_ALWAYS, *_OFFLINE.get(job.spec.name, _ONLINE)]
     if job.spec.online and (name.startswith(_PARTS) or name in _FORMS or not _ours_alone(job)):
         return
-    if name not in known:
+    # One that is like none of them may be a later version's, or a user's own.
+    if name not in known and difflib.get_close_matches(name, known, n=1, cutoff=0.75):
         raise ConfigError(unknown("evaluation.stop_metric", name, known))
 
 
