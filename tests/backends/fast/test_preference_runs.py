@@ -243,8 +243,8 @@ def test_steps_run_within_the_memory_that_is_planned_with(tmp_path: Path) -> Non
             steps.clear()
 
         @contextlib.contextmanager
-        def step(self, tokens: int, *, number: int, most: int, keys: int) -> Any:
-            assert most == tokens == keys
+        def step(self, tokens: int, *, number: int, most: int) -> Any:
+            assert most == tokens
             steps.append((tokens, number))
             yield
 
