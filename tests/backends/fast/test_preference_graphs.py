@@ -238,9 +238,18 @@ def assert_same_run(ours: Any, theirs: Any) -> None:
     assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
 
 
+def assert_near_run(ours: Any, theirs: Any) -> None:
+    """Steps filled up to another flat length: cuBLAS multiplies in other tiles, and bits of bf16 go other ways."""
+    found, expected = ([entry["loss"] for entry in one.state.log_history if "loss" in entry] for one in (ours, theirs))
+    assert found[0] == pytest.approx(expected[0], rel=1e-6) and len(found) == len(expected) == 16
+    assert found == pytest.approx(expected, rel=3e-2) and found[-1] < found[0] / 4
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("filled", [False, True])
 @pytest.mark.parametrize("algorithm", ["dpo", "ipo", "kto", "orpo", "simpo", "reward"])
-def test_captured_steps_are_launched_ones_to_the_bit(algorithm: str, tmp_path: Any, monkeypatch: Any) -> None:
+def test_captured_steps_are_launched_ones(algorithm: str, filled: bool, tmp_path: Any, monkeypatch: Any) -> None:
+    """To the bit, where shapes are not filled up to another flat length, as only those of ORPO are here."""
     from aligntune import create_reward_trainer, create_rl_trainer
     from aligntune.builtin import load_tokenizer
 
@@ -268,6 +277,8 @@ def test_captured_steps_are_launched_ones_to_the_bit(algorithm: str, tmp_path: A
         trainer.train()
         return trainer
 
+    if not filled:
+        monkeypatch.setattr("aligntune.backends.fast.graph_shapes.MOST_FILLING", 0.0)
     captured = train(tmp_path / "captured")
     monkeypatch.setattr("aligntune.backends.fast.build.eager_because", lambda _: "a test asked for it")
     launched = train(tmp_path / "launched")
@@ -277,5 +288,6 @@ def test_captured_steps_are_launched_ones_to_the_bit(algorithm: str, tmp_path: A
                      "kto": {"trained", "reference", "policy"}}.get(algorithm, {"trained"})
     shared = {"shared_before" in pair.inputs for pair in captured.trainer.graphed.pairs.values()}
     assert shared == {algorithm != "kto"}, "a pair's prompt is computed once"
-    assert_same_run(captured.trainer, launched.trainer)
+    assert_same = assert_near_run if filled and algorithm == "orpo" else assert_same_run
+    assert_same(captured.trainer, launched.trainer)
     assert not captured.attestation()["step"]["problems"]
