@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from aligntune.backends.fast.ops import _runtime
 from aligntune.backends.fast.ops._lora_dropout import Dropout, padded_rank
 from aligntune.backends.fast.ops.fp8 import (
     Fp8Weight,
@@ -19,7 +20,12 @@ from aligntune.backends.fast.ops.fp8 import (
     together,
 )
 from aligntune.backends.fast.ops.glu import MAX_RANK, Update
+from aligntune.backends.fast.ops.lora_up import lora_up_grads
 from aligntune.backends.fast.ops.nf4 import NF4Weight, dequantize_nf4
+
+READ_ONCE_FROM, READ_ONCE_RANK = 1 << 22, 16
+"""A layer's gradient is read once for dS and dB if it has so many numbers or more, and at most this rank: beyond them
+two products take no longer (`python -m benchmarks.ops.lora_up`)."""
 
 
 class Adapter(NamedTuple):
@@ -279,54 +285,90 @@ def side_by_side(linears: Sequence[LoraLinear]) -> SideBySide | None:
     return beside if mine and together(beside.widths) else None
 
 
+class UpGrads(NamedTuple):
+    """dS (T, n R) of a group, and of its adapters, by number, the dB that came with it."""
+
+    ds: torch.Tensor
+    ups: dict[int, torch.Tensor]
+
+
+def up_grads(
+    douts: Sequence[torch.Tensor | None],
+    linears: Sequence[LoraLinear],
+    s: torch.Tensor | None,
+    factors: Factors | None,
+    needed: Sequence[bool],
+) -> UpGrads | None:
+    """dS from the gradients of the outputs, at least one of which is not None; None without adapters.
+
+    With dB of those that are read once for both: what `needed` says, in the order of `flatten`, and is worth it.
+    """
+    if factors is None:
+        return None
+    given = next(dout for dout in douts if dout is not None)
+    adapters, ups, at = adapters_of(linears), {}, 0
+    whole = all(one.a.shape[0] == factors.rank for one in adapters) and all(dout is not None for dout in douts)
+    new = torch.empty if whole else torch.zeros
+    ds = new((given.shape[0], len(adapters) * factors.rank), dtype=given.dtype, device=given.device)
+    j = 0
+    for dout, linear in zip(douts, linears, strict=True):
+        for k, adapter in enumerate(linear.adapters):
+            columns = slice(j * factors.rank, j * factors.rank + adapter.a.shape[0])
+            if dout is None:
+                pass
+            elif s is not None and needed[at + 3 + 3 * k] and _reads_once(dout, adapter):
+                _, ups[j] = lora_up_grads(dout, factors.ups[j], s[:, columns], scaling=adapter.scaling,
+                                          ds=ds[:, columns], dtype=adapter.b.dtype)
+            else:
+                ds[:, columns].addmm_(dout, factors.ups[j], beta=0, alpha=adapter.scaling)
+            j += 1
+        at += 2 + 3 * len(linear.adapters)
+    return UpGrads(ds, ups)
+
+
+def _reads_once(dout: torch.Tensor, adapter: Adapter) -> bool:
+    """Whether dS and dB come of one launch: 16 bits where kernels run, and enough to read."""
+    return (dout.dtype != torch.float32 and adapter.a.shape[0] <= READ_ONCE_RANK and dout.numel() >= READ_ONCE_FROM
+            and (dout.is_cuda or _runtime.interpreting()))
+
+
 def input_grad(
     douts: Sequence[torch.Tensor | None],
     linears: Sequence[LoraLinear],
     dropout: Dropout | None,
     factors: Factors | None,
-    want_dx: bool,
+    ds: torch.Tensor | None,
     *,
     base_only: bool = False,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """dX (T, H) if wanted, and dS (T, n R), from the gradients of the outputs; at least one of these is not None.
+) -> torch.Tensor:
+    """dX (T, H) from the gradients of the outputs, at least one of which is not None, and dS.
 
     `base_only`: dX is the base layers' alone; dS A is still to be added to it.
     """
     there = [dout for dout in douts if dout is not None]
-    given, dtype = there[0], there[0].dtype
-    beside = side_by_side(linears) if want_dx and len(there) == len(linears) else None
-    ds: torch.Tensor | None = None
+    dtype = there[0].dtype
+    beside = side_by_side(linears) if len(there) == len(linears) else None
     dx: torch.Tensor | None = None
-    j = 0
-    if factors is not None:
-        adapters = adapters_of(linears)
-        whole = all(one.a.shape[0] == factors.rank for one in adapters) and all(dout is not None for dout in douts)
-        new = torch.empty if whole else torch.zeros
-        ds = new((given.shape[0], len(adapters) * factors.rank), dtype=dtype, device=given.device)
     for dout, linear in zip(douts, linears, strict=True):
-        for adapter in linear.adapters:
-            if dout is not None and ds is not None and factors is not None:
-                part = ds[:, j * factors.rank : j * factors.rank + adapter.a.shape[0]]
-                part.addmm_(dout, factors.ups[j], beta=0, alpha=adapter.scaling)
-            j += 1
-        if want_dx and dout is not None and isinstance(linear.weight, Fp8Weight):
+        if dout is not None and isinstance(linear.weight, Fp8Weight):
             if beside is not None:
                 continue
             columns = linear.weight.columns.contiguous()  # part of several, where not all of them are wanted
             part = fp8_mm(*quantize_rows(dout), columns, linear.weight.column_scale, dtype)
             dx = part if dx is None else dx.add_(part)
-        elif want_dx and dout is not None:
+        elif dout is not None:
             weight = _weight(linear, dtype)
             dx = torch.mm(dout, weight) if dx is None else dx.addmm_(dout, weight)
             del weight
     if beside is not None:
         dx = fp8_mm(*quantize_rows_together(there), beside.columns, beside.scale, dtype)
-    if dx is not None and ds is not None and factors is not None and not base_only:
+    assert dx is not None
+    if ds is not None and factors is not None and not base_only:
         if dropout:
             dropout.add_grad_x_(dx, ds, factors.stack)
         else:
             dx.addmm_(ds, factors.stack)
-    return dx, ds
+    return dx
 
 
 def _mm_as(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -343,7 +385,7 @@ def param_grads(
     douts: Sequence[torch.Tensor | None],
     linears: Sequence[LoraLinear],
     s: torch.Tensor | None,
-    ds: torch.Tensor | None,
+    of_ups: UpGrads | None,
     dropout: Dropout | None,
     needed: Sequence[bool],
 ) -> list[torch.Tensor | None]:
@@ -359,8 +401,8 @@ def param_grads(
     flags = [needed[start : start + size] for start, size in zip(starts, sizes, strict=True)]
     da = None
     if any(dout is not None and any(wanted[2::3]) for dout, wanted in zip(douts, flags, strict=True)):
-        assert ds is not None
-        da = dropout.grad_a(x, ds) if dropout else _mm_as(ds.t(), x, torch.float32)
+        assert of_ups is not None
+        da = dropout.grad_a(x, of_ups.ds) if dropout else _mm_as(of_ups.ds.t(), x, torch.float32)
     rank = s.shape[1] // len(adapters_of(linears)) if s is not None else 0
     grads: list[torch.Tensor | None] = []
     j = 0
@@ -369,7 +411,8 @@ def param_grads(
             grads += [None] * len(wanted)
         else:
             parts = [slice((j + k) * rank, (j + k) * rank + one.a.shape[0]) for k, one in enumerate(linear.adapters)]
-            grads += _grads_of_one(x, dout, linear, s, da, parts, wanted)
+            ups = [None if of_ups is None else of_ups.ups.get(j + k) for k in range(len(linear.adapters))]
+            grads += _grads_of_one(x, dout, linear, s, da, ups, parts, wanted)
         j += len(linear.adapters)
     return grads
 
@@ -380,6 +423,7 @@ def _grads_of_one(
     linear: LoraLinear,
     s: torch.Tensor | None,
     da: torch.Tensor | None,
+    ups: Sequence[torch.Tensor | None],
     parts: Sequence[slice],
     wanted: Sequence[bool],
 ) -> list[torch.Tensor | None]:
@@ -396,7 +440,9 @@ def _grads_of_one(
         at = 2 + 3 * k
         if wanted[at] and da is not None:
             grads[at] = da[part].to(adapter.a.dtype)
-        if wanted[at + 1] and s is not None:
+        if wanted[at + 1] and ups[k] is not None:
+            grads[at + 1] = ups[k]
+        elif wanted[at + 1] and s is not None:
             grads[at + 1] = _mm_as(dout.t(), s[:, part], adapter.b.dtype).mul_(adapter.scaling)
         if columns is not None and adapter.bias is not None and wanted[at + 2]:
             grads[at + 2] = (columns * adapter.scaling).to(adapter.bias.dtype)

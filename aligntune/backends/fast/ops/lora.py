@@ -62,6 +62,7 @@ from aligntune.backends.fast.ops._lora_core import (
     input_grad,
     param_grads,
     side_by_side,
+    up_grads,
     updates_of,
 )
 from aligntune.backends.fast.ops._lora_dropout import STEPS, keep_reference, threshold_of
@@ -113,8 +114,10 @@ class LoraLinearGroup(torch.autograd.Function):
         rows = [gradient_rows(dout) for dout in douts]
         wanted = ctx.needs_input_grad[4:]
         with torch.autocast(next(dout for dout in douts if dout is not None).device.type, enabled=False):
-            dx, ds = input_grad(rows, linears, dropout, factors, ctx.needs_input_grad[0])
-            grads = param_grads(_input(ctx, of_x), rows, linears, s, ds, dropout, wanted)
+            ups = up_grads(rows, linears, s, factors, wanted)
+            ds = None if ups is None else ups.ds
+            dx = input_grad(rows, linears, dropout, factors, ds) if ctx.needs_input_grad[0] else None
+            grads = param_grads(_input(ctx, of_x), rows, linears, s, ups, dropout, wanted)
         return dx, None, None, None, *grads
 
 
@@ -157,7 +160,9 @@ class LoraMLP(torch.autograd.Function):
         dy = gradient_rows(dy)
         with torch.autocast(dy.device.type, enabled=False):
             fused = fusable([down]) and dropout_down is None
-            buffer, ds = input_grad([dy], [down], dropout_down, of_down, True, base_only=fused)
+            ups = up_grads([dy], [down], s_down, of_down, wanted[for_down:])
+            ds = None if ups is None else ups.ds
+            buffer = input_grad([dy], [down], dropout_down, of_down, ds, base_only=fused)
             for_gate, for_up = _updates(wide, s_wide, of_wide) if fusable(wide) else (None, None)
             gate, up = _halves(outs)
             # dgate and dup take the places of gate and up, the product that of its gradient: nothing is allocated.
@@ -167,10 +172,12 @@ class LoraMLP(torch.autograd.Function):
             )  # fmt: skip
             # A second backward through this node would read gradients as activations: this makes autograd refuse it.
             torch.autograd.graph.increment_version(outs)
-            grads = param_grads(buffer, [dy], [down], s_down, ds, dropout_down, wanted[for_down:])
+            grads = param_grads(buffer, [dy], [down], s_down, ups, dropout_down, wanted[for_down:])
             del buffer
-            dx, ds = input_grad(outs, wide, dropout, of_wide, ctx.needs_input_grad[0])
-            grads = param_grads(_input(ctx, of_x), outs, wide, s_wide, ds, dropout, wanted[:for_down]) + grads
+            ups = up_grads(outs, wide, s_wide, of_wide, wanted[:for_down])
+            ds = None if ups is None else ups.ds
+            dx = input_grad(outs, wide, dropout, of_wide, ds) if ctx.needs_input_grad[0] else None
+            grads = param_grads(_input(ctx, of_x), outs, wide, s_wide, ups, dropout, wanted[:for_down]) + grads
         return dx, None, None, None, None, *grads
 
 
