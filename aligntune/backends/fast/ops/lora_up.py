@@ -39,7 +39,7 @@ class UpLaunch:
 
 
 def launch_for(tokens: int, width: int, rank: int, sms: int) -> UpLaunch:
-    """Eight tiles of rows a program, where that leaves an SM no less than one: fewer parts to add up, or more SMs.
+    """As many programs an SM, one or more, as leave each some eight tiles of rows; none of a further wave.
 
     The wider the rank, the fewer columns: dB's are kept in registers, 32 of them a thread. Measured on an H100 at rank
     16, widths of 512 to 9,728.
@@ -47,10 +47,11 @@ def launch_for(tokens: int, width: int, rank: int, sms: int) -> UpLaunch:
     rows, tiles = 64, 8
     columns = 128 if width <= 1024 else 256 if width < 8192 else 512
     columns = max(32, columns * 16 // max(16, _runtime.next_power_of_2(rank)))
-    each = _runtime.cdiv(sms, _runtime.cdiv(width, columns))
-    runs = min(_runtime.cdiv(tokens, rows), max(each, _runtime.cdiv(tokens, rows * tiles)))
+    parts = _runtime.cdiv(width, columns)
+    an_sm = max(1, round(parts * _runtime.cdiv(tokens, rows * tiles) / sms))
+    runs = max(1, min(_runtime.cdiv(tokens, rows), an_sm * sms // parts))
     wide = columns == 512
-    return UpLaunch(rows, columns, max(1, runs), num_warps=8 if wide else 4, stages=2 if wide else 3)
+    return UpLaunch(rows, columns, runs, num_warps=8 if wide else 4, stages=2 if wide else 3)
 
 
 @_runtime.kernel(do_not_specialize=["tokens", "run"])
