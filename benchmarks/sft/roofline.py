@@ -37,7 +37,7 @@ PARTS: dict[str, str] = {
     "NF4": r"nf4_dequant",
     "quantising": r"quantize_rows",
     "optimizer": r"kOptimizer|FusedOptimizer|multi_tensor_apply|lpnorm|tensors_(norm|clip|scale|adamw)_kernel",
-    "products": r"nvjet|gemm|cublas|cutlass|splitK",
+    "products": r"nvjet|gemm|cublas|cutlass|splitK|lora_up",
 }
 """The part of a step that a kernel's name says it is; the first that matches."""
 REST = "copies and the rest"
