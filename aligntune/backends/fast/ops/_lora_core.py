@@ -24,8 +24,8 @@ from aligntune.backends.fast.ops.lora_up import lora_up_grads
 from aligntune.backends.fast.ops.nf4 import NF4Weight, dequantize_nf4
 
 READ_ONCE_FROM, READ_ONCE_RANK = 1 << 22, 16
-"""A layer's gradient is read once for dS and dB if it has so many numbers or more, and at most this rank: beyond them
-two products take no longer (`python -m benchmarks.ops.lora_up`)."""
+"""A layer's gradient is read once for dS and dB if it has so many numbers or more, of a layer of at most this rank.
+Smaller ones were not measured; at rank 32 two products take about as long, at 64 less (`benchmarks.ops.lora_up`)."""
 
 
 class Adapter(NamedTuple):
@@ -328,7 +328,7 @@ def up_grads(
 
 def _reads_once(dout: torch.Tensor, adapter: Adapter) -> bool:
     """Whether dS and dB come of one launch: 16 bits where kernels run, and enough to read."""
-    return (dout.dtype != torch.float32 and adapter.a.shape[0] <= READ_ONCE_RANK and dout.numel() >= READ_ONCE_FROM
+    return (dout.dtype != torch.float32 and 0 < adapter.a.shape[0] <= READ_ONCE_RANK and dout.numel() >= READ_ONCE_FROM
             and (dout.is_cuda or _runtime.interpreting()))
 
 

@@ -7,9 +7,9 @@ Hu et al., LoRA (arXiv 2106.09685), eq. 3. For linear layers i on X (T, H), each
     dA_j  = dS_j^T drop_j(X),      dB_j = s_j dout_i^T S_j,      S_j = drop_j(X) A_j^T
 
 All A_j are stacked, so S (T, n R) takes one read of X and all input gradients end in one dX buffer. R is the largest
-rank padded to 16, 32 or a multiple of 64. rsLoRA (arXiv 2312.03732) changes s_j only. Matrix products are cuBLAS's: at
-rank 16 they are bound by reading X and dout, as a fused kernel would be. Triton kernels do what cuBLAS cannot: dropout
-(`_lora_dropout`), NF4 (`nf4`), GLU (`glu`), e4m3 rows (`fp8`).
+rank padded to 16, 32 or a multiple of 64. rsLoRA (arXiv 2312.03732) changes s_j only. Matrix products are cuBLAS's, but
+for dS and dB of a large dout in 16 bits up to rank 16: bound by reading dout, they come of one reading (`lora_up`).
+Other Triton kernels do what cuBLAS cannot: dropout (`_lora_dropout`), NF4 (`nf4`), GLU (`glu`), e4m3 rows (`fp8`).
 
 With an fp8 weight, X is quantised by rows once for all layers of the group that have one, and each dout_i for its
 product with W_i, or all of them together where the weights' columns lie side by side (`fp8`): dX is then one product.
@@ -23,7 +23,8 @@ kept, these 2H bytes: of what the norm keeps it is made again for dA, the same b
 forward saved. Dropout masks are never stored.
 
 Work, T tokens, N outputs in all: 2THN flops forward, 2THN backward (a frozen weight has no dW). LoRA adds per linear
-layer 2T(H + 2N) bytes forward (X read for S, out read and written) and 2T(3H + 2N) backward. In the MLP the GLU reads
+layer 2T(H + 2N) bytes forward (X read for S, out read and written) and 2T(3H + 2N) backward, N where dout is read
+once. In the MLP the GLU reads
 gate, up and the product's gradient anyway, and adds to each of them what LoRA adds: 12TF bytes less forward and
 backward together, where every layer has one adapter of a rank up to 64 (and down no dropout).
 

@@ -7,7 +7,8 @@ read twice: they are as slow as memory. A program takes BLOCK_N columns over a r
 dS over its columns, and keeps dB's columns in registers. Both are parts of a sum, in fp32, which a second launch adds
 up in one order: no atomics, the same bits every time.
 
-Bytes: 2TN (dout) + 2Nr + 2Tr (B, S) + 2Tr + 4Nr (dS, dB), and the parts, written and read: 8Tr N / BLOCK_N + 8Nr RUNS.
+Bytes: 2TN (dout) + 2Nr + 2Tr (B, S) + 2Tr + 4Nr (dS, dB), and the parts, written and read, R of them for r, which is
+rounded up to 16 or more: 8TR N / BLOCK_N + 8NR RUNS.
 Flops: 4TNr.
 """
 
@@ -39,10 +40,10 @@ class UpLaunch:
 
 
 def launch_for(tokens: int, width: int, rank: int, sms: int) -> UpLaunch:
-    """As many programs an SM, one or more, as leave each some eight tiles of rows; none of a further wave.
+    """As many programs as SMs, or twice or three times as many where each then still has some eight tiles of rows.
 
-    The wider the rank, the fewer columns: dB's are kept in registers, 32 of them a thread. Measured on an H100 at rank
-    16, widths of 512 to 9,728.
+    The wider the rank, the fewer columns: dB's are kept in registers, at most 32 of them a thread. Measured on an H100
+    at rank 16, widths of 512 to 9,728.
     """
     rows, tiles = 64, 8
     columns = 128 if width <= 1024 else 256 if width < 8192 else 512
@@ -50,8 +51,7 @@ def launch_for(tokens: int, width: int, rank: int, sms: int) -> UpLaunch:
     parts = _runtime.cdiv(width, columns)
     an_sm = max(1, round(parts * _runtime.cdiv(tokens, rows * tiles) / sms))
     runs = max(1, min(_runtime.cdiv(tokens, rows), an_sm * sms // parts))
-    wide = columns == 512
-    return UpLaunch(rows, columns, runs, num_warps=8 if wide else 4, stages=2 if wide else 3)
+    return UpLaunch(rows, columns, runs, num_warps=4 if width < 8192 else 8, stages=2 if columns == 512 else 3)
 
 
 @_runtime.kernel(do_not_specialize=["tokens", "run"])
@@ -100,7 +100,7 @@ def lora_up_sum_kernel(
     ds_part_ptr, up_part_ptr, ds_ptr, ds_row, grad_ptr, tokens, ds_parts, up_parts, scaling,
     N: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     r = tl.arange(0, BLOCK_R)
     blocks = tl.cdiv(N, BLOCK_T)
     if program < blocks:
