@@ -337,7 +337,7 @@ def input_grad(
     linears: Sequence[LoraLinear],
     dropout: Dropout | None,
     factors: Factors | None,
-    ds: torch.Tensor | None,
+    of_ups: UpGrads | None,
     *,
     base_only: bool = False,
 ) -> torch.Tensor:
@@ -363,11 +363,11 @@ def input_grad(
     if beside is not None:
         dx = fp8_mm(*quantize_rows_together(there), beside.columns, beside.scale, dtype)
     assert dx is not None
-    if ds is not None and factors is not None and not base_only:
+    if of_ups is not None and factors is not None and not base_only:
         if dropout:
-            dropout.add_grad_x_(dx, ds, factors.stack)
+            dropout.add_grad_x_(dx, of_ups.ds, factors.stack)
         else:
-            dx.addmm_(ds, factors.stack)
+            dx.addmm_(of_ups.ds, factors.stack)
     return dx
 
 

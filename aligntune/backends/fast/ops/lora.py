@@ -24,9 +24,8 @@ forward saved. Dropout masks are never stored.
 
 Work, T tokens, N outputs in all: 2THN flops forward, 2THN backward (a frozen weight has no dW). LoRA adds per linear
 layer 2T(H + 2N) bytes forward (X read for S, out read and written) and 2T(3H + 2N) backward, N where dout is read
-once. In the MLP the GLU reads
-gate, up and the product's gradient anyway, and adds to each of them what LoRA adds: 12TF bytes less forward and
-backward together, where every layer has one adapter of a rank up to 64 (and down no dropout).
+once. In the MLP the GLU reads gate, up and the product's gradient anyway, and adds to each of them what LoRA adds: 12TF
+bytes less forward and backward together, where every layer has one adapter of a rank up to 64 (and down no dropout).
 
 Rounding. Factors are cast from their fp32 masters once a call, in one launch, and the backward takes the same; within
 `PassCasts.running` those of all groups together, when the first is called. The cast is not kept between passes:
@@ -52,6 +51,7 @@ from aligntune.backends.fast.ops._lora_core import (
     Factors,
     LoraLinear,
     PassCasts,
+    UpGrads,
     adapters_of,
     bind,
     dropout_of,
@@ -116,8 +116,7 @@ class LoraLinearGroup(torch.autograd.Function):
         wanted = ctx.needs_input_grad[4:]
         with torch.autocast(next(dout for dout in douts if dout is not None).device.type, enabled=False):
             ups = up_grads(rows, linears, s, factors, wanted)
-            ds = None if ups is None else ups.ds
-            dx = input_grad(rows, linears, dropout, factors, ds) if ctx.needs_input_grad[0] else None
+            dx = input_grad(rows, linears, dropout, factors, ups) if ctx.needs_input_grad[0] else None
             grads = param_grads(_input(ctx, of_x), rows, linears, s, ups, dropout, wanted)
         return dx, None, None, None, *grads
 
@@ -162,22 +161,20 @@ class LoraMLP(torch.autograd.Function):
         with torch.autocast(dy.device.type, enabled=False):
             fused = fusable([down]) and dropout_down is None
             ups = up_grads([dy], [down], s_down, of_down, wanted[for_down:])
-            ds = None if ups is None else ups.ds
-            buffer = input_grad([dy], [down], dropout_down, of_down, ds, base_only=fused)
+            buffer = input_grad([dy], [down], dropout_down, of_down, ups, base_only=fused)
             for_gate, for_up = _updates(wide, s_wide, of_wide) if fusable(wide) else (None, None)
             gate, up = _halves(outs)
             # dgate and dup take the places of gate and up, the product that of its gradient: nothing is allocated.
             glu_backward_(
                 buffer, gate, up, activation=ctx.activation, out_gate=gate, out_up=up, out_product=buffer,
-                dy_update=_input_update(down, ds, of_down) if fused else None, gate_update=for_gate, up_update=for_up,
+                dy_update=_input_update(down, ups, of_down) if fused else None, gate_update=for_gate, up_update=for_up,
             )  # fmt: skip
             # A second backward through this node would read gradients as activations: this makes autograd refuse it.
             torch.autograd.graph.increment_version(outs)
             grads = param_grads(buffer, [dy], [down], s_down, ups, dropout_down, wanted[for_down:])
             del buffer
             ups = up_grads(outs, wide, s_wide, of_wide, wanted[:for_down])
-            ds = None if ups is None else ups.ds
-            dx = input_grad(outs, wide, dropout, of_wide, ds) if ctx.needs_input_grad[0] else None
+            dx = input_grad(outs, wide, dropout, of_wide, ups) if ctx.needs_input_grad[0] else None
             grads = param_grads(_input(ctx, of_x), outs, wide, s_wide, ups, dropout, wanted[:for_down]) + grads
         return dx, None, None, None, None, *grads
 
@@ -238,11 +235,11 @@ def _updates(
     return both._replace(b=gate), both._replace(b=up)
 
 
-def _input_update(linear: LoraLinear, ds: torch.Tensor | None, factors: Factors | None) -> Update:
+def _input_update(linear: LoraLinear, of_ups: UpGrads | None, factors: Factors | None) -> Update:
     """What the one adapter adds to the gradient of the layer's input: dS A; dS holds the scaling."""
-    assert ds is not None and factors is not None
+    assert of_ups is not None and factors is not None
     rank = linear.adapters[0].a.shape[0]
-    return Update(ds[:, :rank], factors.stack[:rank], 1.0)
+    return Update(of_ups.ds[:, :rank], factors.stack[:rank], 1.0)
 
 
 def _halves(outs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
