@@ -40,18 +40,18 @@ class UpLaunch:
 
 
 def launch_for(tokens: int, width: int, rank: int, sms: int) -> UpLaunch:
-    """Eight tiles of rows a program, where that leaves an SM no less than one: fewer parts to add up, or more SMs.
+    """As many programs as SMs, or twice or three times as many where each then still has some eight tiles of rows.
 
-    The wider the rank, the fewer columns: dB's are kept in registers, at most 32 of them a thread up to rank 16, 64
-    beyond. Measured on an H100, widths of 512 to 9,728.
+    The wider the rank, the fewer columns: dB's are kept in registers, at most 32 of them a thread. Measured on an H100
+    at rank 16, widths of 512 to 9,728.
     """
     rows, tiles = 64, 8
     columns = 128 if width <= 1024 else 256 if width < 8192 else 512
     columns = max(32, columns * 16 // max(16, _runtime.next_power_of_2(rank)))
-    each = _runtime.cdiv(sms, _runtime.cdiv(width, columns))
-    runs = min(_runtime.cdiv(tokens, rows), max(each, _runtime.cdiv(tokens, rows * tiles)))
-    wide = columns == 512
-    return UpLaunch(rows, columns, max(1, runs), num_warps=8 if wide else 4, stages=2 if wide else 3)
+    parts = _runtime.cdiv(width, columns)
+    an_sm = max(1, round(parts * _runtime.cdiv(tokens, rows * tiles) / sms))
+    runs = max(1, min(_runtime.cdiv(tokens, rows), an_sm * sms // parts))
+    return UpLaunch(rows, columns, runs, num_warps=4 if width < 8192 else 8, stages=2 if columns == 512 else 3)
 
 
 @_runtime.kernel(do_not_specialize=["tokens", "run"])
@@ -100,7 +100,7 @@ def lora_up_sum_kernel(
     ds_part_ptr, up_part_ptr, ds_ptr, ds_row, grad_ptr, tokens, ds_parts, up_parts, scaling,
     N: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     r = tl.arange(0, BLOCK_R)
     blocks = tl.cdiv(N, BLOCK_T)
     if program < blocks:

@@ -105,23 +105,23 @@ def test_what_cannot_be_read_is_refused(device):
 
 
 def test_a_machine_is_filled():
-    """A program an SM or more, and dB's columns in no more registers at a higher rank."""
-    for width in (512, 1024, 2048, 4096, 9728, 14336):
+    """All SMs but a few have as many programs, and dB's columns take no more registers at a higher rank."""
+    for width in (512, 1024, 2048, 2560, 4096, 9728, 14336):
         for rank in (8, 16, 32, 64):
             launch = launch_for(8192, width, rank, 132)
             programs = -(-width // launch.columns) * launch.runs
-            assert programs >= 132 or launch.runs == 8192 // launch.rows
-            assert launch.columns * max(16, rank) <= (32 if rank <= 16 else 64) * 32 * launch.num_warps
-            assert launch.rows == 64
-    assert launch_for(40, 4096, 16, 132).runs == 1
+            waves = -(-programs // 132)
+            assert programs >= 0.9 * 132 * waves or launch.runs == 8192 // launch.rows
+            assert launch.columns * max(16, rank) <= 32 * 32 * launch.num_warps and launch.rows == 64
+    assert launch_for(40, 4096, 16, 132).runs == launch_for(40, 40000, 16, 132).runs == 1
 
 
 def test_tiles_that_were_measured():
-    """A sum of fewer parts where programs are plenty, more programs where they are few."""
     found = {(tokens, width): launch_for(tokens, width, 16, 132) for tokens, width in (
-        (8192, 512), (4096, 2048), (8192, 4096), (8192, 9728))}  # fmt: skip
-    assert found == {(8192, 512): UpLaunch(64, 128, 33), (4096, 2048): UpLaunch(64, 256, 17),
-                     (8192, 4096): UpLaunch(64, 256, 16), (8192, 9728): UpLaunch(64, 512, 16, 8, 2)}  # fmt: skip
+        (8192, 512), (8192, 2560), (4096, 2048), (8192, 4096), (8192, 9728))}  # fmt: skip
+    assert found == {(8192, 512): UpLaunch(64, 128, 33), (8192, 2560): UpLaunch(64, 256, 13),
+                     (4096, 2048): UpLaunch(64, 256, 16), (8192, 4096): UpLaunch(64, 256, 16),
+                     (8192, 9728): UpLaunch(64, 512, 13, 8, 2)}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ sm_90
@@ -147,7 +147,8 @@ def sm90_sum(width, rank):
     return sm90_case(lora_up.lora_up_sum_kernel, signature, constants, num_warps=4)
 
 
-CASES = {(width, rank): sm90(width, rank) for width, rank in ((512, 16), (2048, 16), (9728, 16), (8192, 8), (4096, 64))}
+CASES = {(width, rank): sm90(width, rank) for width, rank in (
+    (512, 16), (2048, 16), (9728, 16), (8192, 8), (4096, 64), (8192, 64))}  # fmt: skip
 SUMS = {rank: sm90_sum(2048, rank) for rank in (16, 64)}
 
 
