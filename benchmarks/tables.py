@@ -182,7 +182,7 @@ def parity(report: Report) -> str:
                       for name, found in report.get("apart", {}).items())
     by_seed = f"Its rms distances from fp32 in thousandths, seed by seed: {apart}. " if apart else ""
     fell = "The learning run's loss fell from {:.2f} to {:.2f}. ".format(*report["fell"]) if "fell" in report else ""
-    return markdown(DIFFERENCE, rows) + f"\n{fell}{by_seed}{source(report)}"
+    return markdown(DIFFERENCE, rows) + f"\n{fell}{by_seed}{sources(report)}"
 
 
 DIFFERENCE = ["run", "what", "steps", "seeds", "fast", "held against", "times it", "bound", "holds"]
@@ -200,7 +200,7 @@ def _differences(report: Report) -> list[list[str]]:
 
 def differences(report: Report) -> str:
     """Every difference of a run of some parts."""
-    return markdown(DIFFERENCE, _differences(report)) + f"\n{source(report)}"
+    return markdown(DIFFERENCE, _differences(report)) + f"\n{sources(report)}"
 
 
 def parity_options(report: Report) -> str:
@@ -224,7 +224,13 @@ def parity_options(report: Report) -> str:
         worst = ("**no**", "**no**, not settled", "yes, not settled", "yes")
         rows.append([name, told(OPTIONS[name][1]), *cells, min(map(held, entries), key=worst.index, default="-")])
     table = markdown(["run", "options", "seeds", *columns.values(), "holds"], rows)
-    return f"{table}\n{_true(of_part)}{source(report)}"
+    return f"{table}\n{_true(of_part)}{sources(report)}"
+
+
+def sources(report: Report) -> str:
+    """`source`, and of the parts that were measured before, where theirs are from."""
+    earlier = [f"{', '.join(one['parts'])}: {source(one)}" for one in report.get("earlier", ())]
+    return "\n".join([source(report), *earlier])
 
 
 def _true(of_part: Mapping[str, list[dict[str, Any]]]) -> str:

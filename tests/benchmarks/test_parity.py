@@ -13,7 +13,22 @@ import pytest
 import torch
 
 from aligntune.core.resolve import resolve
-from benchmarks import bounds, jobs, parity, parity_parts, tables
+from benchmarks import bounds, jobs, parity, parity_parts, parity_runs, tables
+from benchmarks.parity_parts import (
+    ARMS,
+    JUDGED,
+    ONLINE,
+    OPTIONS,
+    PARTS,
+    PREFERENCE,
+    PROMPTS,
+    SFT,
+    TRUE_LOSS,
+    Job,
+    Plan,
+    algorithm_of,
+)
+from benchmarks.parity_runs import Ran
 
 RESULTS = tables.RESULTS / "parity.json"
 
@@ -92,15 +107,15 @@ def test_a_ratio_s_interval_is_of_the_seeds():
     assert bounds.pooled("x", [1.0], [1.0], 1.5, steps=1).interval is None
 
 
-def ran(*losses: torch.Tensor, layout: str = "", keys: tuple[str, ...] = ("loss",), gradient: Any = None) -> parity.Ran:
-    return parity.Ran(dict(zip(keys, losses, strict=True)), gradient or {}, layout)
+def ran(*losses: torch.Tensor, layout: str = "", keys: tuple[str, ...] = ("loss",), gradient: Any = None) -> Ran:
+    return Ran(dict(zip(keys, losses, strict=True)), gradient or {}, layout)
 
 
-def made_up(plan: parity.Plan, part: str, loss_of: Any, apart: Any = None) -> tuple[list[bounds.Check], Any]:
+def made_up(plan: Plan, part: str, loss_of: Any, apart: Any = None) -> tuple[list[bounds.Check], Any]:
     """`judged` of runs whose losses are `loss_of(arm, seed)`, and of gradients that are `apart`."""
-    def later(job: parity.Job) -> Any:
+    def later(job: Job) -> Any:
         return lambda: apart if job.still else [ran(*loss_of(name, job.seed)[:, :job.steps],
-                                                    keys=parity.JUDGED.get(parity.algorithm_of(part), ("loss",)),
+                                                    keys=JUDGED.get(algorithm_of(part), ("loss",)),
                                                     layout=f"of {name}",
                                                     gradient={"w": torch.ones(9) + 0.1 * ("bf16" in name)})
                                                 for name in job.arms]
@@ -124,7 +139,7 @@ QUIET = {"trl-eager": 1e-6, "fast": 1e-6, "trl-bf16": 1e-3, "fast-bf16": 1e-3, "
 @pytest.mark.parametrize(("part", "forced"), [("dr_grpo", ", forced rollouts"), ("dpo", "")])
 def test_what_is_asked_of_a_method(part, forced):
     """Each fails alone: fp32 beyond the yardstick, losses or gradients in bf16 beyond trl's, two chaotic runs."""
-    plan = parity.Plan("", 300, 3)
+    plan = Plan("", 300, 3)
 
     def fails(apart_=0.02, **sizes: float) -> list[str]:
         checks, _ = made_up(plan, part, losses(QUIET | sizes), apart(apart_))
@@ -149,7 +164,7 @@ def test_ppo_is_judged_by_both_its_losses():
         policy, value = small(name, seed), 20 * small(name, seed + 9)
         return torch.cat([policy, value + (name == "fast") * 1e-3])
 
-    checks, _ = made_up(parity.Plan("", 50, 2), "ppo", both, apart(0.02))
+    checks, _ = made_up(Plan("", 50, 2), "ppo", both, apart(0.02))
     whats = [check.what for check in checks]
     assert whats[:4] == ["max |loss difference|, loss/policy_avg", "|mean signed difference|, loss/policy_avg",
                          "max |loss difference|, loss/value_avg", "|mean signed difference|, loss/value_avg"]
@@ -160,8 +175,8 @@ def test_ppo_is_judged_by_both_its_losses():
 
 def test_sft_s_parts(monkeypatch):
     """All have a first loss, yardsticks and gradients; the first alone has runs that learn, and fp8."""
-    plan = parity.Plan("", 300, 2, 3, 5)
-    for part in parity.SFT:
+    plan = Plan("", 300, 2, 3, 5)
+    for part in SFT:
         checks, more = made_up(plan, part, losses(QUIET))
         told = [(check.part.removeprefix(f"{part}, "), check.what, check.steps, check.seeds) for check in checks]
         assert told[:5] == [("fp32", "loss of one step, relative", 1, 2), ("fp32", "max |loss difference|", 100, 2),
@@ -175,19 +190,19 @@ def test_sft_s_parts(monkeypatch):
             assert len(more["losses"]["fast"]) == 2 and {len(run) for run in more["losses"]["trl"]} == {300}
         else:
             assert told[5:] == [("two trl runs in fp32", bounds.LOSS, 100, 2)] and set(more) == {"layouts"}
-    options = {part: plan.jobs(part)[0].options for part in parity.SFT}
+    options = {part: plan.jobs(part)[0].options for part in SFT}
     assert options["sft-full"]["use_peft"] is False and options["sft-nf4"] == {"quantization": "nf4"}
 
 
 def test_all_seeds_have_the_same_arms_and_what_shares_rollouts_is_one_job():
-    plan = parity.Plan("", 300, 2, 3, 5)
-    for part in parity.PARTS:
+    plan = Plan("", 300, 2, 3, 5)
+    for part in PARTS:
         found = [(name, job.seed, job.steps) for job in plan.jobs(part) if not job.still for name in job.arms]
         assert len(set(found)) == len(found)
         short = {(name, seed) for name, seed, _ in found if seed <= 2}
         assert {(name, seed) for name in parity_parts.HELD for seed in (1, 2)} <= short
-        assert [job.seed for job in plan.jobs(part) if job.still] == ([] if part in parity.SFT else [1, 2])
-        assert all(len(job.arms) == (5 if part in parity.ONLINE else 1) for job in plan.jobs(part) if not job.still)
+        assert [job.seed for job in plan.jobs(part) if job.still] == ([] if part in SFT else [1, 2])
+        assert all(len(job.arms) == (5 if part in ONLINE else 1) for job in plan.jobs(part) if not job.still)
     still = [job.arms for part in ("grpo", "dpo") for job in plan.jobs(part) if job.still]
     assert still[0][0] == "fast" and set(still[-1]) == {"trl", "trl-bf16", "fast-bf16"}
 
@@ -195,13 +210,13 @@ def test_all_seeds_have_the_same_arms_and_what_shares_rollouts_is_one_job():
 @pytest.mark.parametrize(("part", "arms", "seeds"), [("grpo-sapo", 4, [1, 2]), ("dpo-js", 1, [1])])
 def test_of_a_method_s_options_few_runs_decide(part, arms, seeds):
     """One seed of the yardstick and of trl in bf16, which tells that it is quiet; gradients of 32 batches."""
-    plan = parity.Plan("", 300, 3)
+    plan = Plan("", 300, 3)
     found = plan.jobs(part)
     short = [job for job in found if not job.still]
     assert sorted(name for job in short for name in job.arms) == ["fast", "trl", "trl-bf16", "trl-eager"]
     assert {(job.seed, job.steps, len(job.arms)) for job in short} == {(1, 50, arms)}
     assert [job.seed for job in found if job.still] == seeds
-    assert all(job.options == parity.OPTIONS[part][1] for job in found)
+    assert all(job.options == OPTIONS[part][1] for job in found)
 
     def fails(apart_: float = 0.02, **sizes: float) -> list[str]:
         checks, _ = made_up(plan, part, losses(QUIET | sizes), apart(apart_))
@@ -223,7 +238,7 @@ def test_where_one_seed_of_options_keeps_no_bound_several_decide(asked, monkeypa
     """Of three runs one is off, one at the first seed, whose two trl runs are near one another, and one not."""
     begun: list[tuple[str, int]] = []
 
-    def done(job: parity.Job) -> Any:
+    def done(job: Job) -> Any:
         begun.append((job.part, job.seed))
         off = {"dpo-js": {"fast": 1e-5}, "kto-weights": {"trl-eager": 2e-7} if job.seed == 1 else {}}
         sizes = losses(QUIET | {"trl-fp64": 1e-4} | off.get(job.part, {}))
@@ -241,7 +256,7 @@ def test_where_one_seed_of_options_keeps_no_bound_several_decide(asked, monkeypa
     kept = {row["part"].partition(",")[0] for row in report["rows"]} - {
         row["part"].partition(",")[0] for row in report["rows"] if not row["holds"]}
     assert kept == ({"dpo-hinge", "kto-weights"} if several > 1 else {"dpo-hinge"})
-    true = {row["part"] for row in report["rows"] if parity_parts.TRUE_LOSS in row["what"]}
+    true = {row["part"] for row in report["rows"] if TRUE_LOSS in row["what"]}
     assert true == ({"dpo-js, fp32", "kto-weights, fp32"} if several > 1 else set())
     assert len(report["rows"]) == 4 * 3 + 2 * len(true) and set(report["layouts"]) == set(seeds)
     assert ("again, over 4 seeds: dpo-js, kto-weights" in capsys.readouterr().out) is (several > 1)
@@ -251,25 +266,25 @@ def test_options_are_asked_for_by_name(monkeypatch):
     asked: list[str] = []
     monkeypatch.setattr(parity, "write_model", str)
     monkeypatch.setattr(parity, "judged", lambda part, *_: asked.append(part) or ([], {"layouts": {}}))
-    for parts, expected in (("options", [*parity.OPTIONS]), ("dpo-js,grpo", ["grpo", "dpo-js"]),
-                            ("dpo,options", ["dpo", *parity.OPTIONS])):
+    for parts, expected in (("options", [*OPTIONS]), ("dpo-js,grpo", ["grpo", "dpo-js"]),
+                            ("dpo,options", ["dpo", *OPTIONS])):
         assert parity.main(["--device", "cpu", "--parts", parts]) == 0 and asked == expected
         asked.clear()
     parity.main(["--device", "cpu"])
-    assert asked == [*parity.PARTS]
+    assert asked == [*PARTS]
     with pytest.raises(SystemExit):
         parity.main(["--parts", "grpo-none"])
 
 
 def test_options_are_those_of_their_method():
     """Each gets through the checks of a job, changes something, and no two are the same."""
-    assert len({str(one) for one in parity.OPTIONS.values()}) == len(parity.OPTIONS)
-    for name, (algorithm, options) in parity.OPTIONS.items():
+    assert len({str(one) for one in OPTIONS.values()}) == len(OPTIONS)
+    for name, (algorithm, options) in OPTIONS.items():
         assert name.partition("-")[0] == algorithm
         given = {"model_name": "x", "dataset_name": "y", "algorithm": algorithm, "backend": "fast",
-                 "reward_functions": ["math"] if algorithm in parity.ONLINE else None,
-                 "num_generations": 4, **(parity.ONLINE | parity.PREFERENCE)[algorithm]}
-        if algorithm not in parity.ONLINE:
+                 "reward_functions": ["math"] if algorithm in ONLINE else None,
+                 "num_generations": 4, **(ONLINE | PREFERENCE)[algorithm]}
+        if algorithm not in ONLINE:
             given = {name: value for name, value in given.items() if value is not None and name != "num_generations"}
         plain, found = (vars(resolve(one).options) for one in (given, {**given, **options}))
         assert {name for name in found if found[name] != plain.get(name)} >= set(options), name
@@ -289,8 +304,8 @@ def test_the_gradients_of_batches_are_a_mean_that_one_batch_does_not_decide():
     assert [batch["w"] for batch in (*found.own, *found.found)] == pytest.approx([0.1, 0.1, 0.2, 0.0], abs=1e-6)
 
 
-def sized(size: float, **more: Any) -> parity.Job:
-    return parity.Job("dpo", ("trl",), 1, int(size), "", None, more)
+def sized(size: float, **more: Any) -> Job:
+    return Job("dpo", ("trl",), 1, int(size), "", None, more)
 
 
 class Pool:
@@ -299,14 +314,14 @@ class Pool:
     def __init__(self) -> None:
         self.begun: list[int] = []
 
-    def submit(self, work: Any, function: Any, job: parity.Job) -> Future:
+    def submit(self, work: Any, function: Any, job: Job) -> Future:
         self.begun.append(job.steps)
         future: Future = Future()
         future.set_result(work(function, job))
         return future
 
 
-def fail_at_two(job: parity.Job) -> list[int]:
+def fail_at_two(job: Job) -> list[int]:
     if job.steps == 2:
         raise RuntimeError("the card is full\nat length")
     return [job.steps]
@@ -328,7 +343,7 @@ def test_a_pool_begins_with_the_longest_and_a_failure_is_its_job_s_alone(capsys)
 
 
 def test_a_part_that_fails_is_a_row_and_the_others_are_written(monkeypatch, tmp_path, capsys):
-    def done(job: parity.Job) -> Any:
+    def done(job: Job) -> Any:
         if job.part == "kto" and "trl-eager" in job.arms:
             raise MemoryError("no room")
         sizes = losses(QUIET)
@@ -349,6 +364,47 @@ def test_a_part_that_fails_is_a_row_and_the_others_are_written(monkeypatch, tmp_
     assert parity.main(["--parts", "dpo", "--device", "cpu"]) == 0
 
 
+def test_parts_are_measured_in_turn_and_the_file_keeps_the_others(monkeypatch, tmp_path):
+    """Each part is in the file as soon as it is judged, with the command and commit that measured it."""
+    path, sizes, seen = tmp_path / "found.json", losses(QUIET), []
+
+    def done(job: Job) -> Any:
+        seen.append({row["part"].partition(",")[0] for row in json.loads(path.read_text())["rows"]}
+                    if path.is_file() else set())
+        if job.part == "orpo":
+            raise MemoryError("no room")
+        return apart(0.02) if job.still else [
+            ran(sizes(name, job.seed)[0, :job.steps], layout=f"of {name}",
+                gradient={"w": torch.ones(9) + 0.1 * ("16" in name) + 0.2 * ("8" in name)}) for name in job.arms]
+
+    def run(parts: str, at: str) -> dict[str, Any]:
+        seen.clear()
+        parity.main(["--parts", parts, "--json", str(path), "--device", "cpu", "--commit", at * 40,
+                     "--learn-seeds", "2"])
+        return json.loads(path.read_text())
+
+    monkeypatch.setattr(parity, "done", done)
+    monkeypatch.setattr(parity, "write_model", str)
+    first = run("dpo,sft,kto", "a")
+    assert seen[0] == set() and seen[-1] == {"sft", "dpo"} and "earlier" not in first
+    assert [*first["layouts"]] == ["sft", "dpo", "kto"] and first["parameters"] == 1
+    then = run("kto,orpo", "b")
+    assert then["commit"] == "b" * 40 and "--parts kto,orpo" in then["command"]
+    assert [(one["parts"], one["commit"][0], "--parts dpo,sft,kto" in one["command"]) for one in then["earlier"]] == [
+        (["sft", "dpo"], "a", True)]
+    assert [*dict.fromkeys(row["part"].partition(",")[0] for row in then["rows"])] == ["sft", "dpo", "kto", "orpo"]
+    assert {name: then[name] for name in ("fell", "losses", "apart")} == {
+        name: first[name] for name in ("fell", "losses", "apart")}
+    last = run("dpo,orpo", "c")
+    assert [(one["parts"], one["commit"][0]) for one in last["earlier"]] == [(["sft"], "a"), (["kto"], "b")]
+    *_, now, gap, before, _, kto = tables.parity(last).splitlines()
+    assert f"commit {'c' * 12}" in now and not gap
+    assert before.startswith("sft: ") and f"commit {'a' * 12}" in before
+    assert kto.startswith("kto: ") and f"commit {'b' * 12}" in kto
+    assert "earlier" not in run("sft,dpo,kto,orpo", "d")
+    assert not [*tmp_path.glob("*.part")]
+
+
 def test_a_device_without_nf4_says_so_and_leaves_the_part_out(monkeypatch, capsys):
     asked: list[str] = []
     monkeypatch.setattr(parity, "write_model", str)
@@ -356,7 +412,7 @@ def test_a_device_without_nf4_says_so_and_leaves_the_part_out(monkeypatch, capsy
     assert parity.no_nf4_because("cpu") is None
     monkeypatch.setattr(parity, "no_nf4_because", lambda device: "ImportError: no bitsandbytes")
     parity.main(["--device", "cpu"])
-    assert asked == [part for part in parity.PARTS if part != "sft-nf4"]
+    assert asked == [part for part in PARTS if part != "sft-nf4"]
     assert "sft-nf4 is left out: ImportError: no bitsandbytes" in capsys.readouterr().out
     asked.clear()
     parity.main(["--device", "cpu", "--parts", "sft-nf4"])
@@ -375,14 +431,14 @@ def test_why_nf4_cannot_be_made(monkeypatch):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return parity.write_model(tmp_path_factory.mktemp("model") / "model")
+    return parity_runs.write_model(tmp_path_factory.mktemp("model") / "model")
 
 
 @pytest.mark.slow
 def test_fp32_on_nf4_is_fp32_in_its_adapters(source):
     toy = {"batch_size": 2, "max_seq_length": 32, "max_samples": 4, "device": "cpu", "quantization": "nf4"}
     for name, dtype in (("trl", torch.float32), ("trl-bf16", torch.bfloat16)):
-        _, (gradient,), run = parity.sft(parity.ARMS[name], source, "builtin:pydoc", steps=1, **toy)
+        _, (gradient,), run = parity_runs.sft(ARMS[name], source, "builtin:pydoc", steps=1, **toy)
         assert {p.dtype for p in run.model.parameters() if p.requires_grad} == {dtype}
         assert len(gradient) == 42 and any("Linear4bit" in type(module).__name__ for module in run.model.modules())
 
@@ -390,25 +446,25 @@ def test_fp32_on_nf4_is_fp32_in_its_adapters(source):
 def test_ppo_s_gradients_are_the_policy_s_and_the_value_head_s(source, monkeypatch):
     """The head is drawn: from one of 0 no gradient of a value reaches the policy."""
     heads = []
-    started = parity.FirstGradients.on_pre_optimizer_step
+    started = parity_runs.FirstGradients.on_pre_optimizer_step
 
     def read(self: Any, *args: Any, **kwargs: Any) -> None:
         heads.append([float(p.detach().norm()) for p in self.critic.parameters()])
         started(self, *args, **kwargs)
 
-    monkeypatch.setattr(parity.FirstGradients, "on_pre_optimizer_step", read)
-    ((gradients, run),) = parity.forced("ppo", source, parity_parts.PROMPTS[:8], [parity.ARMS["trl"]], steps=1, kept=1,
+    monkeypatch.setattr(parity_runs.FirstGradients, "on_pre_optimizer_step", read)
+    ((gradients, run),) = parity_runs.forced("ppo", source, PROMPTS[:8], [ARMS["trl"]], steps=1, kept=1,
                                         max_completion_length=4, device="cpu")
     assert 0.2 < heads[0][0] < 0.5 and heads[0][1] > 0, "256 numbers of N(0, 0.02), and one"
     assert gradients[0]["critic"].shape == (257,) and len(gradients[0]) == 43
-    assert all(len(parity.losses_of(run, key)) == 1 for key in parity.JUDGED["ppo"])
+    assert all(len(parity_runs.losses_of(run, key)) == 1 for key in JUDGED["ppo"])
 
 
 def test_arms_train_the_same_micro_batches(source):
     """TRL shuffles a rollout into them by the generator that the first arm has sampled with."""
-    drew, given = parity.forced("grpo", source, parity_parts.PROMPTS[:8], [parity.ARMS["trl"]] * 2, steps=2,
+    drew, given = parity_runs.forced("grpo", source, PROMPTS[:8], [ARMS["trl"]] * 2, steps=2,
                                 max_completion_length=4, device="cpu", **parity_parts.HALVES)
-    assert torch.equal(parity.losses_of(drew[1]), parity.losses_of(given[1]))
+    assert torch.equal(parity_runs.losses_of(drew[1]), parity_runs.losses_of(given[1]))
 
 
 def test_of_tokens_that_rounding_tells_apart_the_first_arm_s_are_learnt_from():
@@ -418,7 +474,7 @@ def test_of_tokens_that_rounding_tells_apart_the_first_arm_s_are_learnt_from():
 
     def arm(*, first: bool = False, exact: bool = True) -> Any:
         trainer = SimpleNamespace(get_high_entropy_mask=choose)
-        parity.choose_as_first(trainer, chosen, first=first, exact=exact)
+        parity_runs.choose_as_first(trainer, chosen, first=first, exact=exact)
         return trainer.get_high_entropy_mask
 
     chosen: list[torch.Tensor] = []
@@ -439,15 +495,15 @@ def test_of_tokens_that_rounding_tells_apart_the_first_arm_s_are_learnt_from():
 
 def test_the_tokens_of_a_quantile_are_given_to_all_arms(source, monkeypatch):
     asked: list[Any] = []
-    begun = parity.choose_as_first
+    begun = parity_runs.choose_as_first
 
     def begin(trainer: Any, chosen: list[torch.Tensor], **how: bool) -> None:
         begun(trainer, chosen, **how)
         asked.append((how, len(chosen)))
 
-    monkeypatch.setattr(parity, "choose_as_first", begin)
-    arms = [parity.ARMS["trl"], parity.ARMS["trl"], parity.ARMS["trl-bf16"]]
-    run = partial(parity.forced, "grpo", source, parity_parts.PROMPTS[:8], steps=2, max_completion_length=4,
+    monkeypatch.setattr(parity_runs, "choose_as_first", begin)
+    arms = [ARMS["trl"], ARMS["trl"], ARMS["trl-bf16"]]
+    run = partial(parity_runs.forced, "grpo", source, PROMPTS[:8], steps=2, max_completion_length=4,
                   device="cpu")
     run(arms[:1])
     assert not asked, "without a quantile all tokens are learnt from"
@@ -458,11 +514,11 @@ def test_the_tokens_of_a_quantile_are_given_to_all_arms(source, monkeypatch):
 
 def test_a_reward_model_s_head_is_drawn(source):
     """Its scores are apart, and their loss is not log 2; the head's gradient is one of those compared."""
-    (gradients,), run = parity.preference("reward", source, "builtin:arithmetic-preference", parity.ARMS["trl"],
+    (gradients,), run = parity_runs.preference("reward", source, "builtin:arithmetic-preference", ARMS["trl"],
                                           steps=1, kept=1, max_samples=16, device="cpu")
     head = run.model.get_base_model().score.modules_to_save["default"].weight
-    assert float(head.detach().std()) == pytest.approx(parity.SCORES, rel=0.2)
-    assert abs(float(parity.losses_of(run)[0]) - 0.6931) > 1e-3
+    assert float(head.detach().std()) == pytest.approx(parity_runs.SCORES, rel=0.2)
+    assert abs(float(parity_runs.losses_of(run)[0]) - 0.6931) > 1e-3
     assert sum("score" in name for name in gradients) == 1 and len(gradients) == 43
 
 
@@ -470,11 +526,11 @@ def test_a_run_in_fp64_is_one_and_leaves_torch_as_it_was(source):
     """What is named fp32 within TRL's and transformers' code is fp64 there: the norms, the losses, Adam's states."""
     losses, runs = {}, {}
     kinds = torch.float32, torch.float, torch.Tensor.float, torch.get_default_dtype()
-    eager = replace(parity.ARMS["trl-eager"], fp64=True)
-    for name, arm in {"trl": parity.ARMS["trl"], "trl-fp64": parity.ARMS["trl-fp64"], "eager": eager}.items():
-        _, run = parity.preference("cpo", source, "builtin:arithmetic-preference", arm, steps=3, batch_size=2,
-                                   max_samples=16, device="cpu", **parity.OPTIONS["cpo-hinge"][1])
-        losses[name], runs[name] = parity.losses_of(run), run
+    eager = replace(ARMS["trl-eager"], fp64=True)
+    for name, arm in {"trl": ARMS["trl"], "trl-fp64": ARMS["trl-fp64"], "eager": eager}.items():
+        _, run = parity_runs.preference("cpo", source, "builtin:arithmetic-preference", arm, steps=3, batch_size=2,
+                                   max_samples=16, device="cpu", **OPTIONS["cpo-hinge"][1])
+        losses[name], runs[name] = parity_runs.losses_of(run), run
     assert (torch.float32, torch.float, torch.Tensor.float, torch.get_default_dtype()) == kinds
     wide = runs["trl-fp64"].trainer
     assert {p.dtype for p in wide.model.parameters()} == {torch.float64}
@@ -486,7 +542,7 @@ def test_a_run_in_fp64_is_one_and_leaves_torch_as_it_was(source):
 
 def test_a_run_in_fp64_has_a_process_of_its_own(monkeypatch):
     """What is first imported there takes fp64 for fp32: after one in a pool's process the next job failed."""
-    plan = replace(parity.Plan("", 50), truth=True)
+    plan = replace(Plan("", 50), truth=True)
     (wide,) = [job for job in plan.jobs("cpo-hinge") if job.arms == (parity_parts.TRUTH,)]
     begun: list[Any] = []
 
@@ -505,10 +561,10 @@ def test_a_run_in_fp64_has_a_process_of_its_own(monkeypatch):
             future.set_result("ran there")
             return future
 
-    monkeypatch.setattr(parity, "ProcessPoolExecutor", Alone)
-    monkeypatch.setattr(parity, "runs_of", lambda job: "ran here")
-    assert parity.done(wide) == "ran there" and begun == [(parity.runs_of, wide)]
-    assert parity.done(replace(wide, arms=("trl",))) == "ran here"
+    monkeypatch.setattr(parity_runs, "ProcessPoolExecutor", Alone)
+    monkeypatch.setattr(parity_runs, "runs_of", lambda job: "ran here")
+    assert parity_runs.done(wide) == "ran there" and begun == [(parity_runs.runs_of, wide)]
+    assert parity_runs.done(replace(wide, arms=("trl",))) == "ran here"
     assert not [job for job in plan.jobs("grpo-cispo") if parity_parts.TRUTH in job.arms], "online methods have none"
 
 
@@ -541,7 +597,7 @@ def test_the_table_shows_what_does_not_hold():
     report["rows"][0]["interval"] = [2.1, 2.4]
     assert "| 2.20 [2.10, 2.40] | 2.0e-03 | **no** |" in tables.parity(report)
     # What this run has no row of is said to be missing.
-    names = ", ".join(parity.PARTS)
+    names = ", ".join(PARTS)
     for what in ("fp32", "bf16", "two trl runs in fp32"):
         assert f"| {names}: {what} | not measured yet |" in tables.parity(report)
     report["rows"][0]["part"] = "sft, fp32"
@@ -564,14 +620,14 @@ def test_the_table_of_options_has_a_row_each():
         *rows("grpo-bnpo"), *rows("grpo-cispo", fast=2.5), *rows("grpo-sapo", gradient=1.2), *rows("dpo-ld", two=0.2),
         {"part": "dpo-js", "failed": "MemoryError: no room", "holds": False}]}  # fmt: skip
     for own, run in ((2.0, ""), (4.0, ", against trl, eager")):
-        what = f"{parity_parts.TRUE_LOSS}{run}"
+        what = f"{TRUE_LOSS}{run}"
         check = bounds.Check("grpo-sapo, fp32", what, 1.0, own, 1.25 * own, 50, 6, (0.1, 0.6))
         report["rows"].append({**asdict(check), "holds": check.holds})
     *lines, _, true, _, _ = tables.parity_options(report).splitlines()
     found = {line.split(" | ")[0].removeprefix("| "): line for line in lines[2:]}
-    assert true == (f"`grpo-sapo`, {parity_parts.TRUE_LOSS}, fp32: fast 1.0e+00, 0.50 [0.10, 0.60] times as far as "
+    assert true == (f"`grpo-sapo`, {TRUE_LOSS}, fp32: fast 1.0e+00, 0.50 [0.10, 0.60] times as far as "
                     "trl's 2.0e+00 with sdpa, 0.25 [0.10, 0.60] times as far as trl's 4.0e+00 with eager attention.")
-    assert [*found] == [*parity.OPTIONS]
+    assert [*found] == [*OPTIONS]
     assert found["grpo-bnpo"].endswith("_steps 2 | 1 | 1.00 | 0.25 | 1.00 [0.90, 1.10] | 0.01 | yes |")
     assert "| 2.50 | 0.25 |" in found["grpo-cispo"] and found["grpo-cispo"].endswith("| **no** |")
     assert found["grpo-sapo"].endswith("| yes, not settled |")
@@ -587,7 +643,7 @@ def test_the_committed_figures_hold():
     assert all(row["holds"] is (row["value"] <= row["bound"]) for row in rows)
     assert all(row["holds"] for row in rows)
     assert all(set(row) >= {"value", "bound"} for row in rows), "none failed"
-    assert {row["part"].partition(",")[0] for row in rows} == set(parity.PARTS)
+    assert {row["part"].partition(",")[0] for row in rows} == set(PARTS)
     assert {row["seeds"] for row in rows if row["part"] == "sft-nf4, bf16"} == {16}
     assert {row["steps"] for row in rows if "fp8" in row["part"]} == {300}
     assert min(row["steps"] for row in rows if "max |loss" in row["what"] and "sft" in row["part"]) >= 100

@@ -15,8 +15,8 @@ import torch
 from aligntune import create_rl_trainer
 from aligntune.backends.fast import packing
 from aligntune.backends.fast.ops import _runtime
-from benchmarks import parity
-from benchmarks.parity import ARMS, Arm
+from benchmarks import bounds, parity_runs
+from benchmarks.parity_parts import ARMS, Arm
 from tests.backends.fast.minis import MINIS, build
 from tests.backends.fast.test_parity import IN_CI
 from tests.core import tiny
@@ -44,19 +44,19 @@ def sft(backend: str, family: str = "llama", *, steps: int = 2, model: Any = Non
     """(losses, gradients of every step) in fp32, by plain SGD: nothing but the gradient moves a weight."""
     given = {"tokenizer_name": tiny.tokenizer(), "batch_size": 4, "learning_rate": 0.1, "max_samples": None,
              "optimizer": "sgd", "lora_r": 3, "lora_alpha": 6, **options}  # fmt: skip
-    losses, gradients, _ = parity.sft(
+    losses, gradients, _ = parity_runs.sft(
         ARMS["fast"] if backend == "fast" else Arm("trl", {"precision": "fp32"}), model or mini(family), ROWS,
         steps=steps, kept=steps, **given)
     assert len(losses) == len(gradients) == steps
     return losses, gradients
 
 
-def assert_same(ours: Any, theirs: Any, *, loss: float = parity.FIRST, gradient: float = 1e-5) -> None:
+def assert_same(ours: Any, theirs: Any, *, loss: float = bounds.FIRST, gradient: float = 1e-5) -> None:
     """Of every step: the loss, and every parameter's gradient relative to its norm."""
     for step, (x, y) in enumerate(zip(ours[0].tolist(), theirs[0].tolist(), strict=True)):
         assert y > 1 and x == pytest.approx(y, rel=loss), f"step {step}"
     for step, (found, true) in enumerate(zip(ours[1], theirs[1], strict=True)):
-        apart = parity.gradient_distances([true], [found])
+        apart = bounds.gradient_distances([true], [found])
         assert len(apart) > 4
         worst = max(apart, key=lambda name: apart[name])
         assert apart[worst] < gradient, f"step {step}: {worst} is {apart[worst]:.1e} from trl's"
@@ -120,13 +120,13 @@ def online(backend: str, algorithm: str, path: Path, **options: Any) -> Any:
     given = {"backend": backend, "output_dir": str(path / backend), "tokenizer_name": tiny.tokenizer(),
              "precision": "fp32", "batch_size": 4, "num_generations": 1 if algorithm == "ppo" else 4, "max_steps": 2,
              "max_completion_length": 5, "max_seq_length": 64, "report_to": "none", "progress": False,
-             "gradient_accumulation_steps": 1, "reward_functions": [parity.letters],
+             "gradient_accumulation_steps": 1, "reward_functions": [parity_runs.letters],
              "gradient_checkpointing": False, **options}  # fmt: skip
-    with parity.no_tf32():
+    with parity_runs.no_tf32():
         run = create_rl_trainer(mini(), [{"prompt": f"count to {i}:"} for i in range(8)], algorithm=algorithm, **given)
-    parity.draw_adapters(run.trainer.model)
+    parity_runs.draw_adapters(run.trainer.model)
     if algorithm == "ppo":  # a head of zeros passes no gradient on
-        parity.draw_adapters(run.trainer.critic)
+        parity_runs.draw_adapters(run.trainer.critic)
         with torch.no_grad():
             run.trainer.critic.head.weight.copy_(noise(run.trainer.critic.head.weight.shape, 0.1, 6))
     return run.trainer
@@ -148,7 +148,7 @@ def rollouts(trainer: Any, algorithm: str) -> dict[str, torch.Tensor]:
     device = trainer.accelerator.device
     given = {name: value.to(device) for name, value in given.items()}
     mask = given["completion_mask"]
-    with torch.no_grad(), parity.no_tf32():
+    with torch.no_grad(), parity_runs.no_tf32():
         now = trainer._get_per_token_logps_and_entropies(
             trainer.model, torch.cat([given["prompt_ids"], given["completion_ids"]], 1),
             torch.cat([given["prompt_mask"], mask], 1), 5, compute_entropy=True)[0] * mask
@@ -174,7 +174,7 @@ def loss_and_gradients(trainer: Any, inputs: dict[str, torch.Tensor]) -> Any:
     models = {"": trainer.model, "critic.": getattr(trainer, "critic", torch.nn.Identity())}
     for model in models.values():
         model.zero_grad()
-    with parity.no_tf32():
+    with parity_runs.no_tf32():
         loss = trainer._compute_loss(trainer.model, dict(inputs))
         loss.backward()
     return loss.item(), {prefix + name: p.grad.double().cpu() for prefix, model in models.items()
@@ -195,6 +195,6 @@ def test_the_loss_of_fixed_rollouts(
     assert ours.rows_end_to_end
     (found, gradients), (true, expected) = (loss_and_gradients(one, inputs) for one in (ours, theirs))
     assert abs(true) > 1e-3 and found == pytest.approx(true, rel=1e-6, abs=1e-6)
-    apart = parity.gradient_distances([expected], [gradients])
+    apart = bounds.gradient_distances([expected], [gradients])
     worst = max(apart, key=lambda name: apart[name])
     assert len(apart) > 4 and apart[worst] < 1e-5, f"{worst}: {apart[worst]:.1e}"

@@ -11,16 +11,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aligntune.backends.fast.ops import _lora_core
-from benchmarks import parity
+from benchmarks import bounds, parity, parity_runs
+from benchmarks.bounds import BF16, Check
 from benchmarks.jobs import begun
-from benchmarks.parity import ARMS, BF16, Arm, Check
+from benchmarks.parity_parts import ARMS, ONLINE, PREFERENCE, Arm, Plan
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return parity.write_model(tmp_path_factory.mktemp("model") / "model")
+    return parity_runs.write_model(tmp_path_factory.mktemp("model") / "model")
 
 
 def assert_hold(checks: list[Check]) -> None:
@@ -28,7 +29,7 @@ def assert_hold(checks: list[Check]) -> None:
 
 
 def test_sft_in_three_precisions(source: str) -> None:
-    checks, more = parity.measured("sft", parity.Plan(source, steps=100))
+    checks, more = parity.measured("sft", Plan(source, steps=100))
     # Of e4m3 the committed figures judge 300 steps over several seeds: one run's distance depends on where Adam takes
     # its rounding. Here the gradients of the first step: 2^-5.3 an element and factor, over a product and its inputs.
     assert_hold([check for check in checks if "fp8" not in check.part])
@@ -43,19 +44,19 @@ def test_sft_in_three_precisions(source: str) -> None:
                          ids=["lora", "full", "accumulated"])
 def test_every_gradient_in_bf16(options: dict, source: str) -> None:
     """Of every parameter, over two batches: no further from fp32 than 1.25 times trl's."""
-    found = {name: [parity.sft(ARMS[name], source, "builtin:pydoc", steps=1, seed=seed, **options)[1][0]
+    found = {name: [parity_runs.sft(ARMS[name], source, "builtin:pydoc", steps=1, seed=seed, **options)[1][0]
                     for seed in (1, 2)] for name in ("trl", "trl-bf16", "fast-bf16")}  # fmt: skip
-    assert_hold(parity.gradients_apart("bf16", found["trl"], found["trl-bf16"], found["fast-bf16"]))
+    assert_hold(bounds.gradients_apart("bf16", found["trl"], found["trl-bf16"], found["fast-bf16"]))
 
 
 def test_every_gradient_in_bf16_where_layers_read_theirs_once(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As layers of a real model do; these are too small for it."""
     monkeypatch.setattr(_lora_core, "READ_ONCE_FROM", 0)
-    ran = {name: [parity.sft(ARMS[name], source, "builtin:pydoc", steps=1, seed=seed) for seed in (1, 2)]
+    ran = {name: [parity_runs.sft(ARMS[name], source, "builtin:pydoc", steps=1, seed=seed) for seed in (1, 2)]
            for name in ("trl", "trl-bf16", "fast-bf16")}  # fmt: skip
     assert all("lora_up_parts_kernel" in run.attestation()["step"]["kernels"] for *_, run in ran["fast-bf16"])
     found = {name: [gradients[0] for _, gradients, _ in runs] for name, runs in ran.items()}
-    assert_hold(parity.gradients_apart("bf16", found["trl"], found["trl-bf16"], found["fast-bf16"]))
+    assert_hold(bounds.gradients_apart("bf16", found["trl"], found["trl-bf16"], found["fast-bf16"]))
 
 
 BATCHES = 16
@@ -94,7 +95,7 @@ def assert_is_nf4_of(model: Any, truth: Any) -> None:
 
 def test_every_gradient_on_a_base_in_nf4(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and gradients over an epoch that moves no weight, against fp32 on the base as it is dequantised."""
-    drawn = parity.draw_adapters
+    drawn = parity_runs.draw_adapters
 
     def draw_numbers_of_bf16(model: Any) -> int:
         # TRL stores the adapters of a quantised base in bf16: fp32 is to start from the same numbers.
@@ -104,10 +105,11 @@ def test_every_gradient_on_a_base_in_nf4(source: str, tmp_path: Path, monkeypatc
                 parameter.copy_(parameter.bfloat16())
         return count
 
-    monkeypatch.setattr(parity, "draw_adapters", draw_numbers_of_bf16)
+    monkeypatch.setattr(parity_runs, "draw_adapters", draw_numbers_of_bf16)
 
     def run(arm: Arm, folder: str, **options: Any) -> Any:
-        return parity.sft(arm, folder, "builtin:pydoc", steps=BATCHES, kept=BATCHES, learning_rate=1e-12, **options)
+        return parity_runs.sft(arm, folder, "builtin:pydoc", steps=BATCHES, kept=BATCHES, learning_rate=1e-12,
+                               **options)
 
     true, truth, oracle = run(ARMS["trl"], dequantized(source, tmp_path / "dequantized"))
     theirs, own, trl = run(ARMS["trl-bf16"], source, quantization="nf4")
@@ -118,15 +120,15 @@ def test_every_gradient_on_a_base_in_nf4(source: str, tmp_path: Path, monkeypatc
     assert len(true) == len(truth) == BATCHES and len(truth[0]) == 2 * 7 * oracle.model.config.num_hidden_layers
     # As for gradients, three standard deviations of a ratio over so many numbers.
     chance = 1 + 3 / math.sqrt(BATCHES)
-    assert_hold([parity.distance("bf16, nf4", [true], [theirs], [ours], BF16 * chance),
-                 *parity.gradients_apart("bf16, nf4", truth, own, found)])
+    assert_hold([bounds.distance("bf16, nf4", [true], [theirs], [ours], BF16 * chance),
+                 *bounds.gradients_apart("bf16, nf4", truth, own, found)])
 
 
-@pytest.mark.parametrize("algorithm", (*parity.ONLINE, *parity.PREFERENCE))
+@pytest.mark.parametrize("algorithm", (*ONLINE, *PREFERENCE))
 def test_thirty_steps_on_the_same_rollouts_or_pairs(algorithm: str, source: str) -> None:
-    plan = parity.Plan(source, steps=30)
+    plan = Plan(source, steps=30)
     jobs = [job for job in plan.jobs(algorithm) if not job.still]
-    checks, _ = parity.judged(algorithm, begun(parity.done, jobs, None), plan)
+    checks, _ = parity.judged(algorithm, begun(parity_runs.done, jobs, None), plan)
     # Of one seed the distance in bf16 says little; one that a wrong kernel brings is many times trl's.
     assert_hold([check for check in checks if ", bf16" not in check.part])
     assert all(check.value < 5 * check.own for check in checks if ", bf16" in check.part)

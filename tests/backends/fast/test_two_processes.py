@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.parity import gradient_distances
+from benchmarks.bounds import gradient_distances
 from tests.backends.fast.two_processes import ROWS, train
 
 ROOT = Path(__file__).parents[3]

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from aligntune import create_rl_trainer, create_sft_trainer
-from benchmarks import parity
+from benchmarks import parity_runs
 from tests.backends.fast.minis import build
 from tests.core import tiny
 
@@ -36,27 +36,27 @@ MORE: dict[str, dict[str, Any]] = {
     "sft-accumulated": FULL | {"gradient_accumulation_steps": 2},
     "dpo": LORA,
     "grpo": LORA
-    | {"reward_functions": [parity.letters], "num_generations": 4, "max_completion_length": 5, "beta": 0.1},
+    | {"reward_functions": [parity_runs.letters], "num_generations": 4, "max_completion_length": 5, "beta": 0.1},
 }
 
 
 def train(name: str, folder: Path, *, world: int) -> dict[str, Any]:
     """{losses, gradients, weights, layout, accumulation} of three steps of 4 rows, over `world` processes."""
-    gradients = parity.FirstGradients()
-    given = {**parity.COMMON, "backend": "fast", "precision": "fp32", "tokenizer_name": tiny.tokenizer(),
+    gradients = parity_runs.FirstGradients()
+    given = {**parity_runs.COMMON, "backend": "fast", "precision": "fp32", "tokenizer_name": tiny.tokenizer(),
              "batch_size": 4 // world // MORE[name].get("gradient_accumulation_steps", 1), "max_steps": 3,
              "learning_rate": 1e-2, "max_seq_length": 64,
              "output_dir": str(folder / f"{name}-{world}"), "callbacks": [gradients], **MORE[name]}  # fmt: skip
     model = build("llama", vocab_size=259, max_position_embeddings=256, num_hidden_layers=1)
-    with parity.no_tf32():
+    with parity_runs.no_tf32():
         if name.startswith("sft"):
             run = create_sft_trainer(model, ROWS[name], **given)
         else:
             run = create_rl_trainer(model, ROWS[name], algorithm=name, **given)
-        parity.draw_adapters(run.trainer.model)
+        parity_runs.draw_adapters(run.trainer.model)
         run.train()
     weights = {key: p.detach().cpu() for key, p in run.trainer.model.named_parameters() if p.requires_grad}
-    return {"losses": parity.losses_of(run), "gradients": gradients.found, "weights": weights,
+    return {"losses": parity_runs.losses_of(run), "gradients": gradients.found, "weights": weights,
             "layout": run.attestation()["layout"], "processes": run.trainer.accelerator.num_processes,
             "accumulation": run.trainer.args.gradient_accumulation_steps, "device": str(run.trainer.accelerator.device)}
 
