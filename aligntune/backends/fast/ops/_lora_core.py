@@ -25,7 +25,8 @@ from aligntune.backends.fast.ops.nf4 import NF4Weight, dequantize_nf4
 
 READ_ONCE_FROM, READ_ONCE_RANK = 1 << 22, 16
 """A layer's gradient is read once for dS and dB if it has so many numbers or more, of a layer of at most this rank.
-Smaller ones were not measured; at rank 32 two products take about as long, at 64 less (`benchmarks.ops.lora_up`)."""
+Of smaller ones only the op was measured, not a step; at rank 32 two products take about as long, at 64 less
+(`benchmarks.ops.lora_up`)."""
 
 
 class Adapter(NamedTuple):
