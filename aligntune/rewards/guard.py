@@ -108,7 +108,7 @@ def is_async(function: Any) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
-_HANDED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+HANDED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """What TRL's trainers call every reward with, beside the columns of the rows."""
 
 
@@ -131,10 +131,10 @@ def _callable_as_reward(function: Any, label: str) -> None:
         ConfigError: it lacks one of them; says how it is called.
     """
     named, any_other = _by_keyword(function) or ({}, True)
-    missing = [] if any_other else [name for name in _HANDED if name not in named]
+    missing = [] if any_other else [name for name in HANDED if name not in named]
     if missing:
         raise ConfigError(f"reward {label!r} does not take {', '.join(missing)}: it is called with "
-                          f"{', '.join(_HANDED)} and the columns of the rows, all by keyword; end its parameters with "
+                          f"{', '.join(HANDED)} and the columns of the rows, all by keyword; end its parameters with "
                           "**columns")
 
 
@@ -145,7 +145,7 @@ def column_faults(guarded: RewardFunction, columns: Collection[str], where: str)
     there = f"its columns: {', '.join(sorted(columns)) or 'none beside the prompt'}"
     faults = []
     for name, required in named.items():
-        if required and name not in columns and name not in _HANDED:
+        if required and name not in columns and name not in HANDED:
             close = nearest(name, columns)
             faults.append(f"reward {label!r} needs the column {name!r}, which {where} does not hand to rewards; {there}"
                           + (f"; did you mean {close!r}?" if close else ""))

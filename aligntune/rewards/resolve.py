@@ -14,7 +14,7 @@ from typing import Any
 
 from aligntune.core.registry import Registry
 from aligntune.errors import ConfigError, DataError, unknown
-from aligntune.rewards.guard import RewardFunction, column_faults, function_name, guard, is_async, is_module
+from aligntune.rewards.guard import HANDED, RewardFunction, column_faults, function_name, guard, is_async, is_module
 
 REWARDS: Registry[Any] = Registry("reward")
 REWARDS.register(
@@ -229,11 +229,15 @@ def check_columns(functions: Sequence[RewardFunction], columns: Collection[str],
         columns: names; `prompt` is not among them, for rewards get it as `prompts`.
 
     Raises:
-        DataError: a parameter without a default has no column, or a column no parameter. All faults at once, with the
-            columns that there are.
+        DataError: a parameter without a default has no column, or a column no parameter, or a column a name that the
+            trainer hands its own values by. All faults at once, with the columns that there are.
     """
-    faults = [fault for function in functions if not is_module(function)
-              for fault in column_faults(function, columns, where)]
+    called = [function for function in functions if not is_module(function)]
+    taken = sorted({*columns} & {*HANDED} - {"completion_ids"}) if called else []  # that column is not handed on
+    faults = [f"{where} has a column {name!r}, and rewards are handed something else by that name: rename it"
+              for name in taken]
+    faults += [fault for function in called
+               for fault in column_faults(function, columns, where)]
     if faults:
         raise DataError("\n".join(faults))
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from aligntune.errors import AlignTuneError, ConfigError, DataError, NonFiniteError, RewardError
 from aligntune.rewards import REWARDS, check_columns, get_reward, guard, register, resolve_rewards
@@ -171,6 +172,11 @@ def test_columns_that_a_reward_needs_and_those_that_it_does_not_take():
     assert not faults({"name": "math", "options": {"column": "levels"}})
     (told,) = faults({"name": "math", "options": {"column": "level"}}, "exact_match", where="the evaluation data")
     assert "'level', which the evaluation data does not have; its columns: answer, levels. Name the column:" in told
+    # TRL would call the reward with two values of one name, or with its own in the place of the column's.
+    assert faults(Free, length, columns=("completions", "log_extra", "completion_ids")) == [
+        f"the dataset has a column {name!r}, and rewards are handed something else by that name: rename it"
+        for name in ("completions", "log_extra")]
+    assert not faults(torch.nn.Linear(1, 1), columns=("completions",)), "it is called with texts alone"
 
 
 def test_options_of_functions_are_named_parameters_and_beat_columns():

@@ -143,6 +143,10 @@ def trl_config(job: Job, precision: Precision, *, eval_rows: int, fields: Mappin
     if job.spec.online:
         if faults := generation_faults(job, args):
             raise ConfigError.from_faults(faults, "generation_kwargs")
+        batch, group = args.per_device_eval_batch_size * world_size(), args.num_generations_eval or args.num_generations
+        if eval_rows and batch % group:
+            raise ConfigError(f"train.trainer_options.num_generations_eval = {group}: an evaluation batch of {batch} "
+                              "rows holds no whole groups of it; leave it out, or change evaluation.eval_batch_size")
         args.generation_kwargs = with_stops(job, args)
     return args
 

@@ -154,6 +154,20 @@ def test_generation_kwargs_that_cannot_be(name: str, given: Any, message: str, t
         trl_config(job_of(name, tmp_path, trainer_options={"generation_kwargs": given}), CPU, eval_rows=0)
 
 
+@pytest.mark.parametrize("name", ["grpo", "rloo", "ppo"])
+def test_an_evaluation_batch_holds_whole_groups(name: str, tmp_path: Path) -> None:
+    def args_of(group: int, eval_rows: int, batch: int = 4) -> Any:
+        job = job_of(name, tmp_path, trainer_options={"num_generations_eval": group}, num_generations=4, batch_size=4,
+                     eval_batch_size=batch)
+        return trl_config(job, CPU, eval_rows=eval_rows)
+
+    with pytest.raises(ConfigError, match="num_generations_eval"):
+        args_of(3, 5)
+    assert args_of(3, 6, 6).num_generations_eval == 3 and args_of(2, 5).num_generations_eval == 2
+    if name != "ppo":  # which looks at it itself, whether anything evaluates or not
+        assert args_of(3, 0).num_generations_eval == 3
+
+
 def test_ends_that_the_engine_of_fast_alone_takes(tmp_path: Path) -> None:
     def args_of(given: dict[str, Any], **options: Any) -> Any:
         job = job_of("grpo", tmp_path, trainer_options={"generation_kwargs": given}, **options)

@@ -36,6 +36,17 @@ MOST_ROWS = 256
 _ENDED = -1
 """No token's id: among a trainer's `eos_token_ids` it stands for every `LastToken`."""
 _DIFFERENCE = "sampling/sampling_logp_difference"
+MODELS_OWN: Mapping[str, Any] = {
+    "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None,
+    "num_beams": 1, "num_beam_groups": 1, "penalty_alpha": None, "dola_layers": None, "guidance_scale": 1.0,
+    "constraints": None, "force_words_ids": None, "bad_words_ids": None, "sequence_bias": None, "suppress_tokens": None,
+    "begin_suppress_tokens": None, "forced_bos_token_id": None, "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None, "remove_invalid_values": False, "watermarking_config": None,
+    "stop_strings": None, "max_time": None,
+}
+"""Fields of a model's own `generation_config` that change what `generate` draws and that TRL does not set, each with
+the value beside None that asks for nothing."""
 
 
 def engine_cannot_because(trainer: Trainer, *, max_len: int) -> str | None:
@@ -45,8 +56,13 @@ def engine_cannot_because(trainer: Trainer, *, max_len: int) -> str | None:
         return why
     if trainer.use_vllm or trainer.use_transformers_continuous_batching:
         return "TRL was told to generate with another engine"
-    others = sorted(set(trainer.args.generation_kwargs or ()) - {*STOPS})
-    return f"generation_kwargs {others} are transformers' options" if others else None
+    given = trainer.args.generation_kwargs or {}
+    if others := sorted(set(given) - {*STOPS}):
+        return f"generation_kwargs {others} are transformers' options"
+    own = getattr(trainer.model, "generation_config", None)
+    asked = [name for name, neutral in MODELS_OWN.items()
+             if name not in given and getattr(own, name, None) not in (None, neutral)]
+    return f"the model's generation_config sets {', '.join(asked)}, which only transformers reads" if asked else None
 
 
 def stops_given(trainer: Trainer) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from aligntune.backends.base import Prepared, require
 from aligntune.backends.fast.attachment import detach
@@ -251,6 +252,22 @@ def test_what_the_engine_cannot_run_is_said_when_building(tmp_path: Any) -> None
     built = built_of("fast", "grpo", tmp_path, **options)  # auto: another engine, and it is said
     told = "rollouts: hf, generation_kwargs ['num_beams'] are transformers' options"
     assert told in built.attestation()["layout"] and told in built.notices
+
+
+@pytest.mark.parametrize(("field", "value"), [("suppress_tokens", [3, 4]), ("min_new_tokens", 2), ("num_beams", 2)])
+def test_what_the_models_own_generation_config_asks_for_is_not_dropped(field: str, value: Any, tmp_path: Any) -> None:
+    """TRL's `generate` fills in from it what TRL does not set."""
+    model = tiny.llama()
+    setattr(model.generation_config, field, value)
+    with pytest.raises(ConfigError, match=f"the model's generation_config sets {field}, which only transformers"):
+        built_of("fast", "grpo", tmp_path / "asked", rollout_engine="fast", model_name=model)
+    built = built_of("fast", "grpo", tmp_path / "auto", model_name=model)
+    assert f"rollouts: hf, the model's generation_config sets {field}" in built.attestation()["layout"]
+    # What an ordinary checkpoint has, and what TRL sets over it, keeps our engine.
+    model.generation_config = GenerationConfig(
+        temperature=0.6, top_p=0.9, top_k=20, do_sample=True, repetition_penalty=1.05, num_beams=1, min_length=0,
+        bos_token_id=1, eos_token_id=[2, 3], pad_token_id=0, max_length=20, use_cache=True)
+    assert "rollouts: hf" not in built_of("fast", "grpo", tmp_path / "own", model_name=model).attestation()["layout"]
 
 
 @pytest.mark.parametrize("given", ["option", "field"])
