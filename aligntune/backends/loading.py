@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aligntune.builtin import is_builtin
-from aligntune.core.inference import locate, looked_up
+from aligntune.core.inference import locate, looked_up, must_be_whole, scorer_of
 from aligntune.core.resolve import option_table
 from aligntune.errors import AlignTuneError, BackendUnavailableError, ConfigError, unknown
 
@@ -126,7 +126,7 @@ def load_model(job: Job, precision: Precision, *, scores: bool = False) -> Any:
     Raises:
         AlignTuneError: it cannot be loaded; the message keeps the loader's reason.
         ConfigError: quantization contradicts the checkpoint, or a 4-bit base would train whole; or the name is of
-            adapters alone, or of a reward model that lacks weights, its score head among them: names them.
+            adapters alone, or of a model that lacks weights (a reward model its score head): names them.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 
@@ -138,7 +138,7 @@ def load_model(job: Job, precision: Precision, *, scores: bool = False) -> Any:
         _settle_quantization(job, getattr(model.config, "quantization_config", None))
         return model.to(precision.device) if _movable(model) else model
     source = weights_of(job, "model_name")
-    adapters = _adapters_in(source, options.model_name, scores=scores)
+    _check_adapters(source, options.model_name, scores=scores)
     try:
         config = AutoConfig.from_pretrained(
             source, revision=options.model_revision, trust_remote_code=options.trust_remote_code)
@@ -164,26 +164,22 @@ def load_model(job: Job, precision: Precision, *, scores: bool = False) -> Any:
         model, info = auto.from_pretrained(source, output_loading_info=True, **kwargs)
     except (OSError, ValueError, ImportError, RuntimeError) as error:  # RuntimeError: weights of other shapes
         raise AlignTuneError(f"{options.model_name!r} cannot be loaded: {error}") from error
-    if scores and not adapters:  # with adapters transformers tells what these lack, and no longer what the model does
-        own = any("SequenceClassification" in kind for kind in config.architectures or [])
-        # A new head may begin with a pooler.
-        missing = sorted(key for key in info["missing_keys"] if own or (
-            key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key))
-        if missing:
-            raise ConfigError(f"model_name: {options.model_name!r} has no {', '.join(missing[:3])}, which would be "
-                              "random: it was not saved whole")
+    missing = info["missing_keys"]
+    if scores and scorer_of(config) is None:  # the head is new; it may begin with a pooler
+        missing = [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]
+    must_be_whole(f"model_name: {options.model_name!r}", model, missing)
     return model
 
 
-def _adapters_in(source: str, name: str, *, scores: bool) -> bool:
-    """Whether a folder holds adapters; an error where the model under them, or the head that they trained, is missing.
+def _check_adapters(source: str, name: str, *, scores: bool) -> None:
+    """That a folder of adapters, if it is one, has the model under them and the head that they trained.
 
     transformers gives a reward model without its head a random one and says no word of it.
     """
     folder = Path(source)
     path = folder / "adapter_config.json"
     if not path.is_file():
-        return False
+        return
     try:
         task = json.loads(path.read_text(encoding="utf-8")).get("task_type")
     except ValueError as error:
@@ -199,7 +195,6 @@ def _adapters_in(source: str, name: str, *, scores: bool) -> bool:
                       "score.weight: its scores would be random; `aligntune train` with algorithm 'reward' saves it")
     if faults:
         raise ConfigError.from_faults(faults)
-    return True
 
 
 def _has_head(folder: Path, files: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,33 +72,22 @@ def load(name: str, *, device: str = "auto", trust_remote_code: bool = False) ->
         device: "auto" is the GPU where there is one.
 
     Raises:
-        ConfigError, CheckpointError: nothing to load there, or no such device.
+        ConfigError, CheckpointError: nothing to load there, adapters of a reward model, a model that lacks weights, or
+            no such device.
         BackendUnavailableError: "cuda" without a GPU.
         AlignTuneError: it cannot be loaded; keeps the loader's reason.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if device not in DEVICES:
         raise ConfigError(unknown("device", device, DEVICES))
     if device == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailableError("device='cuda': torch sees no CUDA GPU here; 'auto' takes what is there")
-    source = locate(name)
     on_gpu = device != "cpu" and torch.cuda.is_available()
     dtype = torch.float32
     if on_gpu:
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    try:
-        if (Path(source) / "adapter_config.json").is_file():
-            from peft import AutoPeftModelForCausalLM
-
-            model = AutoPeftModelForCausalLM.from_pretrained(source, **kwargs)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(source, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise AlignTuneError(f"{name!r} cannot be loaded{looked_up(source)}: {error}") from error
+    model, tokenizer = _read(name, scorers=False, dtype=dtype, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if on_gpu and not getattr(model, "is_quantized", False):
@@ -115,11 +105,17 @@ def load_as_saved(name: str, *, trust_remote_code: bool = False) -> tuple[Any, A
             whole.
         AlignTuneError: it cannot be loaded; keeps the loader's reason.
     """
+    model, tokenizer = _read(name, scorers=True, dtype="auto", trust_remote_code=trust_remote_code)
+    return model.eval(), tokenizer
+
+
+def _read(name: str, *, scorers: bool, dtype: Any, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The model, whole, and its tokenizer; `scorers`: a reward model is loaded as one."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     source = locate(name)
-    kwargs: dict[str, Any] = {"dtype": "auto", "trust_remote_code": trust_remote_code}
-    adapters, missing = Path(source) / "adapter_config.json", []
+    kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    adapters = Path(source) / "adapter_config.json"
     try:
         if adapters.is_file():
             from peft import AutoPeftModelForCausalLM
@@ -130,19 +126,44 @@ def load_as_saved(name: str, *, trust_remote_code: bool = False) -> tuple[Any, A
                                   "are")
             model = AutoPeftModelForCausalLM.from_pretrained(source, **kwargs)
         else:
-            kinds = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).architectures or []
-            scores = any("SequenceClassification" in kind for kind in kinds)
-            auto: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+            auto: Any = AutoModelForCausalLM
+            if scorers and scorer_of(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)):
+                auto = AutoModelForSequenceClassification
             model, info = auto.from_pretrained(source, output_loading_info=True, **kwargs)
-            missing = sorted(info["missing_keys"])
+            must_be_whole(repr(name), model, info["missing_keys"])
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:  # RuntimeError: weights of other shapes
         if isinstance(error, AlignTuneError):
             raise
         raise AlignTuneError(f"{name!r} cannot be loaded{looked_up(source)}: {error}") from error
-    if missing:
-        raise ConfigError(f"{name!r} has no {', '.join(missing[:3])}, which would be random: it was not saved whole")
-    return model.eval(), tokenizer
+    return model, tokenizer
+
+
+def must_be_whole(name: str, model: Any, missing: Iterable[str]) -> None:
+    """That the folder or hub id `name`, which `model` was loaded from, lacks no weights.
+
+    Args:
+        name: what a message calls it.
+        missing: the weights that transformers did not find and drew at random; one that is tied to another is none.
+
+    Raises:
+        ConfigError: it lacks some; names them.
+    """
+    names = sorted(missing)
+    # With adapters transformers tells what these lack, and no longer what the model does.
+    if not names or getattr(model, "_hf_peft_config_loaded", False):
+        return
+    listed = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+    kind = scorer_of(model.config)
+    if kind and "SequenceClassification" not in type(model).__name__:
+        raise ConfigError(f"{name} is a reward model ({kind}): it has no {listed}, which would be random; "
+                          "reward_model_name takes it")
+    raise ConfigError(f"{name} has no {listed}, which would be random: it was not saved whole")
+
+
+def scorer_of(config: Any) -> str | None:
+    """The architecture of a reward model that a configuration names, or None."""
+    return next((kind for kind in config.architectures or [] if "SequenceClassification" in kind), None)
 
 
 def check_engine(name: str) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from aligntune.data import recognise as kinds
 from aligntune.data.recognise import Recognised, as_label
 from aligntune.data.request import DataRequest, Takes
-from aligntune.data.rows import Row, RowFault
+from aligntune.data.rows import LONE_SURROGATE, Row, RowFault, lone_surrogate
 from aligntune.data.turns import (
     Message,
     is_transcript,
@@ -80,7 +82,22 @@ class Plan:
             render = _render_arguments(row)
             for example in examples:
                 example.render = render
+        said = [(example.context, example.replies, example.extra, example.render) for example in examples]
+        if lone_surrogate(said) is not None:
+            raise RowFault(self._halved(row), LONE_SURROGATE)
         return examples
+
+    def _halved(self, row: Row) -> str:
+        """Where in `row` a lone surrogate stands; the columns that play a part are looked at first."""
+        for name in dict.fromkeys([*self.recognised.roles.values(), *row]):
+            value = row.get(name)
+            found = lone_surrogate({name: value})
+            if found is None and isinstance(value, str):  # csv holds turns and tools as JSON text, which can escape one
+                with suppress(ValueError):
+                    found = lone_surrogate({name: json.loads(value)})
+            if found is not None:
+                return found
+        return "row"
 
     def open(self, messages: list[Message]) -> list[Message]:
         return with_system(messages, self.system_prompt, fold=self.fold)
@@ -122,6 +139,8 @@ def make_plan(recognised: Recognised, request: DataRequest, *, has_template: boo
             f"{request.algorithm} cannot train on this dataset: it was recognised as {kind} ({recognised.why}). "
             f"{request.algorithm} takes these kinds and columns:\n{accepted}"
         )
+    if lone_surrogate(request.system_prompt) is not None:
+        raise DataError(f"system_prompt {LONE_SURROGATE}")
     if kind == kinds.TEXT and request.system_prompt:
         raise DataError("system_prompt needs conversations, and this dataset is plain text without turns")
     if kind == kinds.TEXT and request.completion_only:
@@ -187,8 +206,6 @@ def _render_arguments(row: Row) -> Row:
 
 
 def _json(value: Any, name: str) -> Any:
-    import json
-
     try:
         return json.loads(value)
     except (TypeError, ValueError) as error:

@@ -128,7 +128,8 @@ class DataReport:
     def write_bad_rows(self, path: str | Path) -> int:
         """Write every bad row, with why and the row itself, as JSON lines; returns how many."""
         bad = [*self.bad, *(self.eval.bad if self.eval else [])]
-        with Path(path).open("w", encoding="utf-8") as file:
+        # UTF-8 has no lone surrogate: a backslash and its number, which is how JSON escapes it.
+        with Path(path).open("w", encoding="utf-8", errors="backslashreplace") as file:
             for row in bad:
                 found = {"where": row.where, "field": row.field, "why": row.why, "row": row.row}
                 file.write(json.dumps(found, ensure_ascii=False, default=str) + "\n")

@@ -44,6 +44,37 @@ class RowFault(Exception):  # noqa: N818 - caught in this package; it becomes a 
         self.why = why
 
 
+LONE_SURROGATE = "has a lone surrogate (half a character), which no tokenizer reads"
+
+
+def lone_surrogate(value: Any, path: str = "") -> str | None:
+    """Where a lone surrogate stands in text, or in lists and objects of it (`path[0].content`), or None."""
+    left = [(path, value)]
+    while left:
+        at, part = left.pop()
+        if isinstance(part, str):
+            if not _encodes(part):
+                return at
+        elif isinstance(part, Mapping):
+            odd = next((key for key in part if isinstance(key, str) and not _encodes(key)), None)
+            if odd is not None:
+                return f"{at}[{odd!r}]"
+            left += [(f"{at}.{key}" if at else str(key), item) for key, item in part.items()][::-1]
+        elif isinstance(part, list | tuple):
+            left += [(f"{at}[{i}]", item) for i, item in enumerate(part)][::-1]
+    return None
+
+
+def _encodes(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 Fetch = Callable[[Sequence[int]], list["Row | BadRow"]]
 
 

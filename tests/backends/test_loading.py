@@ -291,9 +291,9 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def without(part: str, file: Path) -> None:
+def without(part: str, file: Path, *, count: int = 1) -> None:
     kept = {name: tensor for name, tensor in load_file(file).items() if part not in name}
-    assert len(kept) == len(load_file(file)) - 1
+    assert len(kept) == len(load_file(file)) - count
     save_file(kept, file, metadata={"format": "pt"})
 
 
@@ -314,6 +314,53 @@ def test_a_scorer_that_lacks_weights_of_its_own_is_told(folder: str, part: str, 
     without(part, saved / folder / "model.safetensors")
     with pytest.raises(ConfigError, match=rf"'{saved / folder}' has no {part}, which would be random"):
         load(saved / folder)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_peft": True, "quantization": "nf4"}], ids=["plain", "nf4"])
+@pytest.mark.parametrize(("part", "named"), [
+    ("lm_head.weight", "lm_head.weight"), ("model.norm.weight", "model.norm.weight"),
+    ("mlp", "model.layers.0.mlp.down_proj.weight, model.layers.0.mlp.gate_proj.weight, "
+            "model.layers.0.mlp.up_proj.weight and 3 more"),
+])
+def test_a_language_model_that_lacks_weights_is_told(
+    part: str, named: str, options: dict[str, Any], saved: Path
+) -> None:
+    assert load(saved / "lm", scores=False, **options).lm_head.weight.shape == (259, 32)
+    without(part, saved / "lm/model.safetensors", count=6 if part == "mlp" else 1)
+    with pytest.raises(ConfigError, match=rf"^model_name: '{saved}/lm' has no {named}, which would be random: it was"):
+        load(saved / "lm", scores=False, **options)
+
+
+def test_a_reward_model_is_no_language_model(saved: Path) -> None:
+    told = (rf"^model_name: '{saved}/scorer' is a reward model \(LlamaForSequenceClassification\): it has no "
+            r"lm_head\.weight, which would be random; reward_model_name takes it$")
+    with pytest.raises(ConfigError, match=told):
+        load(saved / "scorer", scores=False)
+    tiny.tokenizer().save_pretrained(saved / "scorer")
+    with pytest.raises(ConfigError, match=told):
+        create_sft_trainer(str(saved / "scorer"), [{"text": "a b"}], backend="trl", device="cpu", report_to="none",
+                           output_dir=str(saved / "run"))
+
+
+def test_a_head_that_is_tied_is_not_missing(saved: Path) -> None:
+    tiny.llama(tie_word_embeddings=True).save_pretrained(saved / "tied")
+    tiny.scorer(tie_word_embeddings=True).save_pretrained(saved / "tied-scorer")
+    for name in ("tied", "tied-scorer"):
+        assert "lm_head.weight" not in load_file(saved / name / "model.safetensors")
+        model = load(saved / name, scores=False)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_adapters_beside_the_model_under_them_are_loaded(scores: bool, saved: Path) -> None:
+    if scores:
+        base = AutoModelForSequenceClassification.from_pretrained(saved / "lm", num_labels=1)
+    else:
+        base = tiny.llama()
+    base.save_pretrained(saved / "both")
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS" if scores else "CAUSAL_LM")
+                   ).save_pretrained(saved / "both")
+    assert any("lora_A" in name for name, _ in load(saved / "both", scores=scores).named_parameters())
 
 
 @pytest.mark.parametrize("scores", [True, False])

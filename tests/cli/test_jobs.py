@@ -176,6 +176,17 @@ def test_on_a_gpu_our_engine_answers(shop: Path, engine: str, monkeypatch: pytes
         [] if engine == "hf" else [(2, "replayed")])
 
 
+def parts_of_models(shop: Path) -> None:
+    """`reward`, adapters of a reward model; `scorer`, a whole one; `beheaded`, a language model without its head."""
+    from tests.core import tiny
+
+    (shop / "reward").mkdir(exist_ok=True)
+    (shop / "reward" / "adapter_config.json").write_text('{"task_type": "SEQ_CLS"}')
+    for name, model in (("scorer", tiny.scorer()), ("beheaded", tiny.llama().model)):
+        model.save_pretrained(shop / name)
+        tiny.tokenizer().save_pretrained(shop / name)
+
+
 @pytest.mark.parametrize(("arguments", "code", "told"), [
     (["{shop}", "hi"], 2, "holds no model"), (["./nowhere", "hi"], 2, "no folder here"),
     (["{shop}/model"], 2, "no prompt"),
@@ -190,6 +201,11 @@ def test_on_a_gpu_our_engine_answers(shop: Path, engine: str, monkeypatch: pytes
         torch.cuda.is_available(), reason="a GPU is here")),
     (["{shop}/unfinished", "hi"], 6, "a run without a checkpoint"),
     (["runs/none", "hi"], 1, "'runs/none' cannot be loaded (no folder here has this name, so"),
+    (["{shop}/reward", "hi"], 2, "'{shop}/reward' holds adapters of a reward model, which `save_model("),
+    (["{shop}/beheaded", "hi"], 2, "'{shop}/beheaded' has no lm_head.weight, which would be random: it was not saved"),
+    (["{shop}/scorer", "hi"], 2, "'{shop}/scorer' is a reward model (LlamaForSequenceClassification): it has no "
+                                 "lm_head.weight, which would be random; reward_model_name takes it"),
+    (["{shop}/model", "hi", "\udce9"], 3, "the prompt '<user>\\udce9<eos><assistant>' has a lone surrogate"),
 ])
 def test_generate_says_what_it_cannot_load(
     shop: Path, arguments: list[str], code: int, told: str, monkeypatch: pytest.MonkeyPatch
@@ -197,8 +213,9 @@ def test_generate_says_what_it_cannot_load(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (shop / "unfinished").mkdir(exist_ok=True)
     (shop / "unfinished" / "config.yaml").touch()
+    parts_of_models(shop)
     result = run("generate", *(text.format(shop=shop) for text in arguments))
-    assert result.exit_code == code and told in result.stderr, result.output
+    assert result.exit_code == code and told.format(shop=shop) in result.stderr, result.output
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -259,12 +276,7 @@ def test_export_uploads_what_it_would_write(lora_run: Path, monkeypatch: pytest.
     (["{shop}/beheaded", "--output", "{shop}/none"], 2, "has no lm_head.weight, which would be random"),
 ])
 def test_export_says_what_it_cannot_do(shop: Path, arguments: list[str], code: int, told: str) -> None:
-    from tests.core import tiny
-
-    (shop / "reward").mkdir(exist_ok=True)
-    (shop / "reward" / "adapter_config.json").write_text('{"task_type": "SEQ_CLS"}')
-    tiny.llama().model.save_pretrained(shop / "beheaded")
-    tiny.tokenizer().save_pretrained(shop / "beheaded")
+    parts_of_models(shop)
     result = run("export", *(text.format(shop=shop) for text in arguments))
     assert result.exit_code == code and told in result.stderr, result.output
     assert not (shop / "none").exists()
@@ -347,6 +359,19 @@ def test_preview_shows_the_mask_and_lists_bad_rows(shop: Path) -> None:
     assert run("preview", str(shop / "sft.yaml"), "--model", "m").exit_code == 2
     assert run("preview").exit_code == 2
     assert run("validate", str(shop / "sft.yaml"), f"dataset_name={bad}", "--data").exit_code == 3
+
+
+def test_half_a_character_stops_training_or_is_written_down(shop: Path) -> None:
+    rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "\ud83d"}]
+    bad = small_jobs.rows_file(shop / "halved.jsonl", rows)
+    asked = ["train", str(shop / "sft.yaml"), f"dataset_name={bad}", "val_split_ratio=null", "max_steps=1"]
+    stopped = run(*asked, f"output_dir={shop / 'halved'}")
+    assert stopped.exit_code == 3 and f"{bad}:2: output: has a lone surrogate (half a character)" in stopped.stderr
+    trained = run(*asked, f"output_dir={shop / 'halved'}", "on_bad_row=quarantine")
+    assert trained.exit_code == 0, trained.output
+    (written,) = (shop / "halved/bad_rows.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(written)["row"] == rows[1]
+    assert "has a lone surrogate" in (shop / "halved/data_report.md").read_text("utf-8")
 
 
 def test_an_unforeseen_error_is_a_line_and_exit_code_1(tmp_path: Path) -> None:

@@ -276,6 +276,65 @@ def test_conversations_as_json_text_in_csv(tmp_path):
     assert learnt(prepared(path, "sft", "llama3.1")) == "Paris.<|eot_id|>"
 
 
+HALF = "\ud83d x"
+HALVED = [
+    ("sft", data.TEXT, {"text": HALF}, "text"),
+    ("sft", data.PROMPT_COMPLETION, {"prompt": HALF, "completion": "y"}, "prompt"),
+    ("sft", data.PROMPT_COMPLETION, {"prompt": "x", "completion": HALF}, "completion"),
+    ("sft", data.PROMPT_COMPLETION_TURNS, {"prompt": [user("x")], "completion": [assistant(HALF)]},
+     "completion[0].content"),
+    ("sft", data.ALPACA, {"instruction": "x", "input": HALF, "output": "y"}, "input"),
+    ("sft", data.MESSAGES, {"messages": [user("x"), assistant(HALF)]}, "messages[1].content"),
+    ("sft", data.MESSAGES, {"messages": [{"from": "human", "value": HALF}, assistant("y")]}, "messages[0].value"),
+    ("sft", data.MESSAGES, {"messages": [user([{"type": "text", "text": HALF}]), assistant("y")]},
+     "messages[0].content[0].text"),
+    ("sft", data.MESSAGES, {"messages": json.dumps([user("x"), assistant(HALF)])}, "messages[1].content"),
+    ("sft", data.MESSAGES, {"messages": [user("x"), {**assistant("y"), "reasoning_content": HALF}]},
+     "messages[1].reasoning_content"),
+    ("sft", data.MESSAGES, {"other": HALF, "messages": [user("x"), assistant("y" + HALF)]}, "messages[1].content"),
+    ("sft", data.MESSAGES, {"messages": [user("x"), assistant("y")], "tools": [{"name": HALF}]}, "tools[0].name"),
+    ("sft", data.MESSAGES, {"messages": [user("x"), assistant("y")], "tools": json.dumps([{HALF: 1}])},
+     r"tools[0]['\ud83d x']"),
+    ("preference", data.PREFERENCE, {"prompt": "x", "chosen": "y", "rejected": HALF}, "rejected"),
+    ("preference", data.PREFERENCE_TURNS, {"prompt": [user("x")], "chosen": [assistant(HALF)],
+                                           "rejected": [assistant("z")]}, "chosen[0].content"),
+    ("preference", data.TRANSCRIPTS, {"chosen": f"\n\nHuman: x\n\nAssistant: {HALF}",
+                                      "rejected": "\n\nHuman: x\n\nAssistant: y"}, "chosen"),
+    ("reward", data.PREFERENCE, {"prompt": "x", "chosen": HALF, "rejected": "y"}, "chosen"),
+    ("unpaired", data.UNPAIRED, {"prompt": "x", "completion": HALF, "label": True}, "completion"),
+    ("prompts", data.PROMPTS, {"prompt": [user(HALF)], "difficulty": 2}, "prompt[0].content"),
+    ("prompts", data.GSM8K, {"question": "x", "answer": HALF}, "answer"),
+    ("prompts", data.GSM8K, {"question": "x", "answer": "1", "tags": [{"of": HALF}]}, "tags[0].of"),
+]
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip", "quarantine"])
+@pytest.mark.parametrize(("takes", "good", "halved", "field"), HALVED)
+def test_half_a_character_is_a_bad_row_of_every_layout(takes, good, halved, field, policy, tmp_path):
+    path = jsonl(tmp_path / "data.jsonl", [*good, halved, *good])
+    told = f"{path}:{len(good) + 1}: {field}: has a lone surrogate (half a character), which no tokenizer reads"
+    if policy == "raise":
+        with pytest.raises(DataError) as caught:
+            prepared(str(path), takes, "qwen3")
+        assert f"1 of {2 * len(good) + 1} rows" in str(caught.value) and f"  {told}\n" in str(caught.value)
+        return
+    found = prepared(str(path), takes, "qwen3", on_bad_row=policy)
+    assert [str(row) for row in found.report.bad] == [told]
+    assert found.report.rows_trained == 2 * len(good)
+    assert found.report.write_bad_rows(tmp_path / "bad_rows.jsonl") == 1
+    assert json.loads((tmp_path / "bad_rows.jsonl").read_text())["row"] == halved
+
+
+def test_half_a_character_where_nothing_reads_it_and_whole_ones_are_trained():
+    rows = [{"text": "a \U0001f642 b", "id": "\ud83d"}]
+    found = prepared(rows, "sft", "base")
+    assert found.report.rows_trained == 1 and learnt(found).startswith("a \U0001f642 b")
+    rows = [{"prompt": "x", "chosen": "y", "rejected": HALF}]
+    assert prepared(rows, "sft", "base").report.rows_trained == 1
+    with pytest.raises(DataError, match="system_prompt has a lone surrogate"):
+        prepared(data.MESSAGES, "sft", "qwen3", system_prompt=HALF)
+
+
 SCRIPT = """
 import json, sys
 from tests.data.tokenizers import make

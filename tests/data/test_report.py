@@ -137,6 +137,17 @@ def test_bad_rows_are_written_with_the_row_itself(tmp_path):
     assert written[2] == {"where": "list: row 1", "field": "text", "why": "is null", "row": {"text": None}}
 
 
+def test_bad_rows_with_half_a_character_are_written(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": "\\ud83d é \\\\"}\n"\\ude00"\n')
+    found = prepared(path, "sft", "base", on_bad_row="quarantine").report
+    assert found.write_bad_rows(tmp_path / "bad_rows.jsonl") == 2
+    written = [json.loads(line) for line in (tmp_path / "bad_rows.jsonl").read_text("utf-8").splitlines()]
+    assert [one["row"] for one in written] == [{"text": "\ud83d é \\"}, "\ude00"]
+    assert [one["where"] for one in written] == [f"{path}:2", f"{path}:3"]
+    (tmp_path / "data_report.md").write_text(found.markdown(), encoding="utf-8")
+
+
 def test_bad_rows_as_people_read_them():
     assert str(BadRow("f.jsonl:3", "output", "is null")) == "f.jsonl:3: output: is null"
     assert str(BadRow("f.jsonl:3", "", "odd")) == "f.jsonl:3: odd"

@@ -15,6 +15,7 @@ from aligntune.backends.fast.recompute import install
 from aligntune.backends.fast.unsloth_arguments import unknown_arguments, without_idle
 from aligntune.backends.loading import ADAPTERS, differences, keep_tied, must_have
 from aligntune.builtin import is_builtin, model_path
+from aligntune.core.inference import must_be_whole
 from aligntune.errors import ConfigError
 
 logger = logging.getLogger("aligntune")
@@ -67,7 +68,7 @@ class FastLanguageModel:
         Raises:
             BackendUnavailableError: no CUDA device.
             ConfigError: options that contradict each other or the adapters, a length that the model has no positions
-                for, or an argument that nothing takes.
+                for, an argument that nothing takes, or a model that lacks weights.
         """
         from transformers import AutoTokenizer
 
@@ -201,7 +202,9 @@ def _load(name: str, source: dict[str, Any], *, whole: bool, **kwargs: Any) -> A
 
     found = find_adapter_config_file(name, **source)
     if found is None:
-        return _whole(name, **kwargs)
+        model, info = _whole(name, **kwargs | {"output_loading_info": True})
+        must_be_whole(repr(name), model, info["missing_keys"])
+        return model
     if whole:
         raise ConfigError(f"full_finetuning=True, but {name!r} holds adapters, whose base is frozen: merge them first "
                           "(aligntune.core.saving.save, merge_adapters=True), or leave it out")

@@ -126,6 +126,14 @@ def test_adapters_beside_a_whole_model_train_on_it(saved, tmp_path):
 
 @pytest.mark.skipif(Version(metadata.version("transformers")) < Version("5.23"),
                     reason="offline, it does not read in the cache that the hub has no such file")
+@pytest.mark.parametrize("four_bits", [False, True])
+def test_a_model_that_lacks_weights_is_told(four_bits, tmp_path):
+    tiny.llama(num_hidden_layers=1).model.save_pretrained(tmp_path)  # without its head
+    tiny.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"has no lm_head\.weight, which would be random: it was not saved whole"):
+        FastLanguageModel.from_pretrained(str(tmp_path), dtype=torch.float32, load_in_4bit=four_bits)
+
+
 def test_adapters_of_the_hub(saved, tmp_path, monkeypatch):
     """From the hub's cache: the adapters' revision is theirs, and their base is at its own."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
