@@ -44,15 +44,18 @@ def copy(
 ) -> None:
     """Copy a recipe to a file of yours, to change it there."""
     from aligntune.core.recipes import recipe_path
+    from aligntune.core.run_dir import writing
     from aligntune.errors import ConfigError
 
     source = recipe_path(name)
+    text = source.read_bytes()
     target = to if to is not None else Path(source.name)
-    if target.is_dir():
-        target = target / source.name
-    if target.exists() and not force:
-        raise ConfigError(f"{str(target)!r} is there already; --force replaces it")
-    if not target.parent.is_dir():
-        raise ConfigError(f"no folder {str(target.parent)!r}")
-    target.write_bytes(source.read_bytes())
+    with writing("recipes copy", target):
+        if target.is_dir():
+            target = target / source.name
+        if target.exists() and not force:
+            raise ConfigError(f"{str(target)!r} is there already; --force replaces it")
+        if not target.parent.is_dir():
+            raise ConfigError(f"no folder {str(target.parent)!r}")
+        target.write_bytes(text)
     typer.echo(str(target))

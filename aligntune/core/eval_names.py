@@ -1,4 +1,4 @@
-"""What an evaluation reports, by algorithm: a mistyped stop_metric is told before anything is loaded.
+"""What an evaluation reports, by algorithm: a mistyped name of a metric is told before anything is loaded.
 
 The names are those of transformers, TRL and our own trainers, without their `eval_`.
 """
@@ -30,21 +30,29 @@ _FORMS = ("policy_loss", "entropy_coef", "cispo_clip_ratio")
 
 
 def check_stop_metric(job: Any) -> None:
-    """Nothing is said of online runs with rewards of the user's own: these may log metrics under any name.
+    """The job's `stop_metric`, and `metric_for_best_model` among its `trainer_options`.
+
+    Nothing is said of online runs with rewards of the user's own: these may log metrics under any name.
 
     Raises:
-        ConfigError: the job's `stop_metric` is all but one that an evaluation of this algorithm reports; names those
-            that it does.
+        ConfigError: one of them is all but one that an evaluation of this algorithm reports; names those that it does.
     """
-    if job.options.stop_metric is None:
-        return
-    name = job.options.stop_metric.removeprefix("eval_")
+    best = "metric_for_best_model"
+    named = {"evaluation.stop_metric": job.options.stop_metric,
+             f"train.trainer_options.{best}": job.options.trainer_options.get(best)}
     known = [*_ALWAYS, *_OFFLINE.get(job.spec.name, _ONLINE)]
-    if job.spec.online and (name.startswith(_PARTS) or name in _FORMS or not _ours_alone(job)):
-        return
-    # One that is like none of them may be a later version's, or a user's own.
-    if name not in known and difflib.get_close_matches(name, known, n=1, cutoff=0.75):
-        raise ConfigError(unknown("evaluation.stop_metric", name, known))
+    faults = []
+    for option, metric in named.items():
+        if not isinstance(metric, str):
+            continue
+        name = metric.removeprefix("eval_")
+        if job.spec.online and (name.startswith(_PARTS) or name in _FORMS or not _ours_alone(job)):
+            continue
+        # One that is like none of them may be a later version's, or a user's own.
+        if name not in known and difflib.get_close_matches(name, known, n=1, cutoff=0.75):
+            faults.append(unknown(option, name, known))
+    if faults:
+        raise ConfigError.from_faults(faults)
 
 
 def _ours_alone(job: Any) -> bool:

@@ -12,6 +12,8 @@ import torch
 
 from aligntune.core.callbacks import say
 from aligntune.core.model_hygiene import autocast_if_mixed, kept_mode
+from aligntune.data.rows import LONE_SURROGATE, lone_surrogate
+from aligntune.data.template import RENDER_ERRORS
 from aligntune.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
@@ -77,8 +79,8 @@ def generate(
     options = check_options(sampling)
     if not _is_number(batch_size, int) or batch_size < 1:
         raise ConfigError(f"batch_size = {batch_size!r}: a whole number >= 1 is wanted")
-    if seed is not None and not _is_number(seed, int):
-        raise ConfigError(f"seed = {seed!r}: a whole number is wanted")
+    if seed is not None and (not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**63):
+        raise ConfigError(f"seed = {seed!r}: a whole number from 0 to 2^63 - 1 is wanted")
     ids = [encode(tokenizer, prompt, raw=raw, system_prompt=system_prompt) for prompt in as_list(prompts)]
     empty = next((index for index, row in enumerate(ids) if not row), None)
     if empty is not None:
@@ -192,14 +194,15 @@ def encode(tokenizer: Any, prompt: Any, *, raw: bool = False, system_prompt: str
     `raw` is False. A conversation that ends with an assistant turn is continued inside that turn.
 
     Raises:
-        DataError: not a string or messages, or messages without a chat template.
+        DataError: not a string or messages, messages without a chat template, some that the template refuses, or a lone
+            surrogate in any of these.
     """
     if isinstance(prompt, str):
         if raw or not tokenizer.chat_template:
             if system_prompt is not None:
                 raise ConfigError("system_prompt: this prompt is not rendered as a conversation"
                                   + (" (raw=True)" if raw else "; the tokenizer has no chat template"))
-            ids = list(tokenizer(prompt)["input_ids"])
+            ids = list(tokenizer(_encodable(prompt))["input_ids"])
             # A tokenizer that closes every text with eos would have the model start behind the end.
             return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
         messages = [{"role": "user", "content": prompt}]
@@ -214,9 +217,19 @@ def encode(tokenizer: Any, prompt: Any, *, raw: bool = False, system_prompt: str
     if system_prompt is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
     unfinished = messages[-1]["role"] == "assistant"
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=not unfinished, continue_final_message=unfinished)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=not unfinished, continue_final_message=unfinished)
+    except RENDER_ERRORS as error:
+        raise DataError("the tokenizer's chat template refuses the conversation: "
+                        f"{error or type(error).__name__}") from error
+    return list(tokenizer(_encodable(text), add_special_tokens=False)["input_ids"])
+
+
+def _encodable(text: str) -> str:
+    if lone_surrogate(text) is not None:
+        raise DataError(f"the prompt {text if len(text) <= 80 else text[:80] + '...'!r} {LONE_SURROGATE}")
+    return text
 
 
 def _batch(model: Any, tokenizer: Any, rows: list[list[int]], options: dict[str, Any]) -> list[str]:

@@ -14,14 +14,16 @@ Only the main process writes. A file is written beside its place and renamed int
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import pickle
 import re
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,8 @@ class RunDir:
             overwrite: remove what an earlier run left in `output_dir` (and nothing else) first.
 
         Raises:
-            ConfigError: the folder holds another run and neither `resume` nor `overwrite` is given.
+            ConfigError: the folder cannot be written, or holds another run and neither `resume` nor `overwrite` is
+                given.
             CheckpointError: `resume=True` and there is nothing to continue.
         """
         stem = f"{_slug(algorithm)}-{_slug(Path(str(model_name)).name.removeprefix('builtin:'))}"
@@ -90,17 +93,23 @@ class RunDir:
                 )
             if resume is True:
                 _require_checkpoint(run)
-            elif not resume and run.holds_a_run():
-                if not overwrite:
-                    raise ConfigError(
-                        f"output_dir: {str(folder)!r} holds another run ({', '.join(run.leftovers()[:4])}, ...); "
-                        "resume=True continues it, another output_dir keeps both"
-                    )
-                run.clear()
+            elif not resume and not overwrite and run.holds_a_run():
+                raise ConfigError(
+                    f"output_dir: {str(folder)!r} holds another run ({', '.join(run.leftovers()[:4])}, ...); "
+                    "resume=True continues it, another output_dir keeps both, overwrite=True removes it first"
+                )
             run.path.mkdir(parents=True, exist_ok=True)
+            check_file_in(run.path)
+            if overwrite and not resume:
+                run.clear()
             return str(run.path)
 
-        return cls(on_main_process(settle))
+        def attempt() -> str:
+            from_resume = root if isinstance(resume, bool) else resume
+            with writing("output_dir", from_resume if output_dir is None else output_dir):
+                return settle()
+
+        return cls(on_main_process(attempt))
 
     # What is there
 
@@ -214,6 +223,30 @@ class RunDir:
 
     def __repr__(self) -> str:
         return f"RunDir({str(self.path)!r})"
+
+
+@contextlib.contextmanager
+def writing(what: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Tell what the system refuses in the block of `path`, as the user gave it: not of a file of ours in it.
+
+    Raises:
+        ConfigError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        given = str(Path(path).expanduser().absolute())
+        raise ConfigError(f"{what}: {given!r} cannot be written: {error.strerror or error}") from error
+
+
+def check_file_in(folder: Path) -> None:
+    """Make a file in `folder` that is gone at once: permission bits do not tell whether one can be made.
+
+    Raises:
+        OSError: none can.
+    """
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def write_atomic(path: Path, text: str) -> None:

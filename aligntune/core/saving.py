@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from aligntune.core.model_hygiene import autocast_if_mixed, copy_model, keep_4bit_layout, kept_mode, plain_forward
+from aligntune.core.run_dir import check_file_in, writing
 from aligntune.errors import AlignTuneError, CheckpointError, ConfigError
 
 CHECK_TEXTS = (
@@ -71,17 +72,13 @@ def save(
         How the merged model compares with the live one, or None where nothing was merged.
 
     Raises:
-        ConfigError: `path` is a file or holds another kind of model, or a quantised base that cannot be merged.
+        ConfigError: `path` is a file, cannot be written or holds another kind of model, or a quantised base that cannot
+            be merged.
         CheckpointError: the merged model, read back, does not give the live model's logits; `path` is untouched.
     """
     target = Path(path).expanduser().absolute()
-    if target.exists() and not target.is_dir():
-        raise ConfigError(f"save_model: {str(target)!r} is a file")
     adapters = hasattr(model, "peft_config")
-    _refuse_mixture(target, adapters and not merge_adapters)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = _beside(target, adapters and not merge_adapters)
     try:
         check = None
         if adapters and merge_adapters:
@@ -256,6 +253,24 @@ def _check_ids(tokenizer: Any, vocab: int) -> Iterator[torch.Tensor]:
         ids = list(tokenizer(text)["input_ids"])[:128] if tokenizer is not None else []
         # A tokenizer that knows none of these words says little about the model; any ids compare as well.
         yield torch.tensor([ids if len(set(ids)) > 3 else [index % vocab for index in range(3, 35)]])
+
+
+def _beside(target: Path, adapters: bool) -> Path:
+    """A new folder beside `target`, which can take what is made in it."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    what, refused = "save_model", target
+    with writing(what, target):
+        if target.exists() and not target.is_dir():
+            raise ConfigError(f"save_model: {str(target)!r} is a file")
+        _refuse_mixture(target, adapters)
+        if target.is_dir():
+            if any(target.iterdir()):
+                check_file_in(target)
+            what, refused = f"save_model: the model is made beside {str(target)!r} first", target.parent
+    with writing(what, refused):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    return temporary
 
 
 def _refuse_mixture(target: Path, adapters: bool) -> None:

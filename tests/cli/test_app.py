@@ -188,6 +188,9 @@ def test_recipes_are_listed_shown_and_copied(tmp_path: Path, monkeypatch: pytest
     Path("folder").mkdir()
     assert run("recipes", "copy", "dpo-builtin", "folder").stdout.strip() == os.path.join("folder", "dpo-builtin.yaml")
     assert run("recipes", "copy", "dpo-builtin", "no/such/x.yaml").exit_code == 2
+    result = run("recipes", "copy", "dpo-builtin", "/proc/x.yaml")
+    assert result.exit_code == 2
+    assert "recipes copy: '/proc/x.yaml' cannot be written: No such file or directory" in result.stderr
     assert "did you mean 'dpo-builtin'" in run("recipes", "show", "dpo-bultin").stderr
 
 

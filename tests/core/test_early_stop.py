@@ -73,6 +73,29 @@ def test_a_mistyped_metric_is_told_before_anything_is_read() -> None:
                            stop_metric="lose", stop_value=1.0)
 
 
+def test_a_mistyped_metric_of_the_best_model_is_told_as_early() -> None:
+    def job(metric: Any, algorithm: str = "sft", **options: Any) -> Any:
+        fields = {"load_best_model_at_end": True, "metric_for_best_model": metric}
+        rewards = {"reward_functions": ["exact_match"]} if algorithm == "grpo" else {}
+        return resolve({"model_name": "m", "dataset_name": "d", "algorithm": algorithm, "val_split_ratio": 0.1,
+                        "eval_steps": 2, "save_steps": 2, "trainer_options": fields, **rewards, **options})
+
+    for name in ("mean_token_acuracy", "eval_mean_token_acuracy"):
+        with pytest.raises(ConfigError, match="unknown train.trainer_options.metric_for_best_model "
+                                              "'mean_token_acuracy'; did you mean 'mean_token_accuracy'"):
+            check_names(job(name))
+        check_names(job(name), [object()])
+    with pytest.raises(ConfigError, match="metric_for_best_model 'rewards'; did you mean 'reward'"):
+        check_names(job("rewards", "grpo"))
+    for name in ("loss", "eval_perplexity", "bleu", None):
+        check_names(job(name))
+    with pytest.raises(ConfigError, match="2 faults") as caught:
+        check_names(job("eval_lose", stop_metric="perplexty", stop_value=2.0))
+    assert [fault.split(";")[0] for fault in caught.value.faults] == [
+        "unknown evaluation.stop_metric 'perplexty'",
+        "unknown train.trainer_options.metric_for_best_model 'lose'"]
+
+
 @pytest.mark.parametrize("algorithm", [
     name if name in ("sft", "kto", "orpo", "grpo") else pytest.param(name, marks=pytest.mark.slow)
     for name in ALGORITHMS.names()])

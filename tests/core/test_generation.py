@@ -103,6 +103,28 @@ def test_what_is_no_prompt(model, tokens, prompt, error, message):
         generation.generate(model, tokens, prompt, raw=prompt == [""], max_new_tokens=2)
 
 
+def test_messages_that_the_template_refuses(model):
+    strict = tiny.tokenizer(template=(
+        "{% for m in messages %}{% if m['role'] != 'user' %}{{ raise_exception('no role ' + m['role']) }}{% endif %}"
+        "{{ m['content'] + eos_token }}{% endfor %}"))
+    assert len(generation.generate(model, strict, [[{"role": "user", "content": "q"}]], max_new_tokens=2)) == 1
+    for role, content, why in (("usr", "q", "no role usr"), ("user", None, "content")):
+        with pytest.raises(DataError, match=f"chat template refuses the conversation: .*({why})"):
+            generation.generate(model, strict, [[{"role": role, "content": content}]], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("raw", [True, False])
+@pytest.mark.parametrize(("prompt", "options"), [
+    ("\ud83d", {}), (["fine", "half \ude00 of one" + "x" * 99], {}), ([{"role": "user", "content": "a\udfff"}], {}),
+    ("fine", {"system_prompt": "\ud83d"}),
+])
+def test_half_a_character_is_told(model, tokens, prompt, options, raw):
+    raw = raw and not options  # a system prompt is rendered
+    with pytest.raises(DataError, match=r"the prompt '.*\\ud.*' has a lone surrogate \(half a character\)") as told:
+        generation.generate(model, tokens, prompt, raw=raw, max_new_tokens=2, **options)
+    assert str(told.value).isascii() and len(str(told.value)) < 250
+
+
 def test_messages_without_a_template(model):
     plain = tiny.tokenizer(template=None)
     with pytest.raises(DataError, match="chat template"):
@@ -128,6 +150,8 @@ def test_messages_without_a_template(model):
     ({"top_p": 1.5, "top_k": "5", "do_sample": "yes"}, "3 faults"), ({"do_sample": 1}, "do_sample = 1: true or"),
     ({"early_stopping": "nevr", "num_beams": 2}, "early_stopping = 'nevr': true, false or 'never'"),
     ({"stop_strings": ["a", 3]}, "stop_strings"), ({"stop_strings": ""}, "none empty"), ({"seed": 1.5}, "seed = 1.5"),
+    ({"seed": 2**70}, f"seed = {2**70}: a whole number from 0 to "), ({"seed": 2**63}, "seed"), ({"seed": -1}, "seed"),
+    ({"seed": 2**2000}, "seed = "), ({"seed": True}, "seed = True: a whole number"),
     ({"eos_token_id": "</s>"}, "eos_token_id = '</s>': a token id or"), ({"eos_token_id": [2, 2.5]}, "eos_token_id"),
     ({"eos_token_id": np.int64(2)}, "eos_token_id"),
     ({"suppress_tokens": 3}, "suppress_tokens = 3: a list"), ({"begin_suppress_tokens": ["a"]}, "begin_suppress"),
@@ -151,7 +175,7 @@ def test_names_of_other_libraries_are_no_options_and_mean_some():
     {"repetition_penalty": 2}, {"repetition_penalty": np.float32(1.5)}, {"top_k": None, "temperature": None},
     {"num_beams": 2, "early_stopping": "never", "length_penalty": -1}, {"typical_p": 1, "seed": 1}, {"max_time": 60},
     {"stop_strings": ("a", "b")}, {"stop_strings": []}, {"eos_token_id": [2, 3]}, {"eos_token_id": None},
-    {"eos_token_id": []},
+    {"eos_token_id": []}, {"temperature": 1.0, "seed": 0}, {"temperature": 1.0, "seed": 2**63 - 1},
     {"suppress_tokens": [4]}, {"begin_suppress_tokens": [4]}, {"bad_words_ids": [[4, 5]]}, {"forced_eos_token_id": 2},
     {"exponential_decay_length_penalty": (2, 1.5)}, {"no_repeat_ngram_size": 2, "min_new_tokens": 1},
 ], ids=lambda options: "-".join(options))

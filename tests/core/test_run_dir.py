@@ -54,7 +54,7 @@ def test_a_folder_with_another_run_is_refused_unless_told(tmp_path):
     run.append_metrics({"step": 1, "kind": "train"})
     (run.path / "notes.txt").write_text("mine")
     (run.path / "tb").mkdir()
-    with pytest.raises(ConfigError, match=r"holds another run \(config.yaml, metrics.jsonl.*resume=True"):
+    with pytest.raises(ConfigError, match=r"holds another run \(config.yaml, metrics.*resume=True .*overwrite=True"):
         create(tmp_path / "a")
     again = create(tmp_path / "a", overwrite=True)
     assert sorted(path.name for path in again.path.iterdir()) == ["notes.txt"]
@@ -73,6 +73,31 @@ def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "a").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         create(tmp_path / "a")
+
+
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}])
+def test_a_folder_that_cannot_be_written_is_told_by_the_name_that_was_given(tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    for given, shown in (("/proc/foo", "/proc/foo"), ("/proc", "/proc"), ("/dev/null/a/b", "/dev/null/a/b")):
+        with pytest.raises(ConfigError, match=rf"^output_dir: '{shown}' cannot be written: [A-Z][a-z ]+$"):
+            create(given, **options)
+    with pytest.raises(ConfigError, match="^output_dir: '/proc/runs' cannot be written: "):
+        create(root="/proc/runs", **options)
+    folder = tmp_path / "ro"
+    create(folder).write_config("seed: 1\n")
+    (folder / "checkpoint-1").mkdir()
+    (folder / "checkpoint-1/a").write_text("")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", f"{folder}/.tmp")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    for more in ({"overwrite": True}, {"resume": "ro/checkpoint-1"}):
+        with pytest.raises(ConfigError, match=rf"^output_dir: '{folder}' cannot be written: Permission denied$"):
+            create("ro", **more)
+    with pytest.raises(ConfigError, match=rf"^output_dir: '{folder}/checkpoint-1' cannot be written: "):
+        create(resume="ro/checkpoint-1")
+    assert (folder / "checkpoint-1/a").is_file()  # nothing is removed from a folder that cannot be filled
 
 
 def test_resume_wants_something_to_continue(tmp_path, monkeypatch):

@@ -215,6 +215,27 @@ def test_a_mixture_of_models_is_refused_before_any_work(tmp_path, monkeypatch):
         run.save_model(tmp_path / "file")
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(tmp_path, monkeypatch):
+    run = trained(tmp_path / "run")
+    monkeypatch.setattr(saving, "merged_copy", None)
+    with pytest.raises(ConfigError, match="^save_model: '/proc/foo' cannot be written: No such file or directory$"):
+        run.save_model("/proc/foo", merge_adapters=True)
+    with pytest.raises(ConfigError, match="^save_model: '/proc' cannot be written: "):  # it has files, and takes none
+        run.save_model("/proc", merge_adapters=True)
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    with pytest.raises(ConfigError, match=rf"made beside '{mounted}' first: '{tmp_path}' cannot be written: Perm"):
+        run.save_model(mounted, merge_adapters=True)
+    with pytest.raises(ConfigError, match=rf"^save_model: '{mounted}/a' cannot be written: Permission denied$"):
+        run.save_model(mounted / "a", merge_adapters=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mounted", "run"]
+
+
 def test_an_error_on_the_way_leaves_nothing(tmp_path, monkeypatch):
     run = trained(tmp_path / "run")
     monkeypatch.setattr(type(run.tokenizer), "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("full")))

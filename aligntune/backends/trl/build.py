@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from aligntune.backends.trl.ppo_build import value_model
 from aligntune.backends.trl.reward_model import load_reward_model
 from aligntune.backends.trl.trainers import TRAINERS, reference_from_memory
 from aligntune.core.model_hygiene import copy_model, detach_backends, forget_patched_forward, forget_reference_adapter
+from aligntune.core.rules import world_size
 from aligntune.errors import BackendUnavailableError, ConfigError, DataError
 from aligntune.rewards.overlong import SoftOverlong
 
@@ -111,13 +113,18 @@ def _packed(job: Job, rows: Any) -> Any:
 
     packed = pack_dataset(rows.select_columns(["input_ids", "labels"]), job.options.max_seq_length, "bfd")
     tokens = sum(len(ids) for ids in rows["input_ids"])
-    step = job.options.batch_size * job.options.gradient_accumulation_steps
+    share = math.ceil(len(packed) / world_size())  # a step ends with the epoch, whether it is full or not
+    step = min(job.options.batch_size * job.options.gradient_accumulation_steps, share)
     job.notices.append(
-        f"packing: {len(rows)} rows of {tokens} tokens fill {len(packed)} sequences of up to "
-        f"{job.options.max_seq_length}; a step of {step} sequences holds about {len(rows) * step / len(packed):.1f} "
-        f"rows and {tokens * step / len(packed):.0f} tokens a device"
+        f"packing: {_count(len(rows), 'row')} of {_count(tokens, 'token')} fill {_count(len(packed), 'sequence')} of "
+        f"up to {job.options.max_seq_length}; a step of {_count(step, 'sequence')} holds about "
+        f"{len(rows) * step / len(packed):.1f} rows and {tokens * step / len(packed):.0f} tokens a device"
     )
     return packed
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _unpaired_notices(job: Job, rows: Any) -> list[str]:

@@ -397,6 +397,20 @@ def test_packing_says_what_a_step_holds(tmp_path: Any) -> None:
     assert trainer.train().global_step == 3
 
 
+def test_packing_says_no_more_than_there_is(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def notice(count: int) -> str:
+        job = job_of("sft", tmp_path, packing=True, max_seq_length=64)
+        ids = [[3, 4, 5]] * count
+        prepared = Prepared(tiny.tokenizer(), Dataset.from_dict({"input_ids": ids, "labels": ids}), None)
+        build(job, prepared)
+        return next(text for text in job.notices if text.startswith("packing: "))
+
+    assert notice(10) == ("packing: 10 rows of 30 tokens fill 1 sequence of up to 64; a step of 1 sequence holds about "
+                          "10.0 rows and 30 tokens a device")
+    monkeypatch.setattr("aligntune.backends.trl.build.world_size", lambda: 2)
+    assert "fill 5 sequences of up to 64; a step of 3 sequences holds about 63.0 rows and 189 tokens" in notice(105)
+
+
 def test_gates_of_the_backend() -> None:
     with pytest.raises(UnsupportedAlgorithmError, match="TRL generates with"):
         require(BACKEND, "grpo", {"rollout_engine": "fast"})
