@@ -102,14 +102,15 @@ def check(page: Path, status: int, out: str, err: str) -> None:
             assert line.strip() in out, line
 
 
-@pytest.mark.parametrize("page", ALONE, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=() if page == README else pytest.mark.slow, id=page.name)
+                                  for page in ALONE])  # fmt: skip
 def test_the_code_of_a_page_runs_in_a_process_of_its_own(page: Path, tmp_path: Path) -> None:
     """As a reader would type it, in an empty folder."""
     script = tmp_path / "page.py"
     script.write_text("\n".join(python_blocks(page.read_text())))
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=env, capture_output=True, text=True,
-                          timeout=240)
+                          timeout=600)
     check(page, done.returncode, done.stdout, done.stderr)
 
 

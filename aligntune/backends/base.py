@@ -157,7 +157,7 @@ _TRACKERS = {"wandb": "'aligntune[wandb]'", "comet_ml": "comet-ml"} | {
 
 
 def _require_trackers(options: Mapping[str, Any]) -> None:
-    """As `_require_vllm`; a name that transformers does not know it lists itself."""
+    """As `_require_vllm`; names that transformers does not know are a fault of the options already."""
     wanted = asked(options).get("report_to")
     for name in [wanted] if isinstance(wanted, str) else wanted or ():
         if name in _TRACKERS and importlib.util.find_spec(name) is None:

@@ -19,7 +19,7 @@ from typing import Any
 from aligntune.compare.arm import GO, LOG, RESULT, ArmSpec, outcome, write_spec
 from aligntune.compare.machine import Watch, card
 from aligntune.compare.peers import PEERS
-from aligntune.compare.settings import Arm, Settings
+from aligntune.compare.settings import QUIET, Arm, Settings
 from aligntune.errors import ComparisonError, ConfigError
 
 Runner = Callable[[ArmSpec, Arm], dict[str, Any]]
@@ -81,14 +81,15 @@ def spec_of(settings: Settings, run: Run, folder: Path, *, seed: int, online: bo
     of_peer = PEERS[run.arm.peer].options if run.arm.peer is not None else {}
     for name, value in [*of_peer.items(), *run.arm.options.items()]:
         _put(options, name, value)
-    for name, value in (("report_to", "none"), ("progress", False), ("stop_metric", None), ("stop_value", None)):
+    for name, value in QUIET.items():
         _put(options, name, value)
     if settings.steps is not None:
         _put(options, "max_steps", settings.steps)
     # Online methods are compared over seeds: their rollouts part at the first rounding that flips a sampled token.
     own_seed = seed + run.repeat if online and run.role in ("a", "b") else seed
     path = folder / "arms" / f"{run.role}-{run.repeat + 1}"
-    options |= {"backend": run.arm.backend, "output_dir": str(path / "run"), "overwrite": True, "seed": own_seed}
+    options |= {"backend": run.arm.backend, "output_dir": str(path / "run"), "overwrite": True, "resume": False,
+                "seed": own_seed}
     steps = [1, LATER_STEP] if peft else [1]
     return ArmSpec(
         label=run.arm.label, role=run.role, repeat=run.repeat, config=settings.config, overrides=options,

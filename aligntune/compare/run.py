@@ -17,7 +17,7 @@ from aligntune.compare.protocol import Runner, execute, in_a_fresh_process, left
 from aligntune.compare.reach import require
 from aligntune.compare.report import SCHEMA, Report, build
 from aligntune.compare.schema import faults_of
-from aligntune.compare.settings import Settings, check_counts, read_arm, read_assertion
+from aligntune.compare.settings import Settings, check_counts, check_options, read_arm, read_assertion
 from aligntune.compare.start import check_objects, on_disk
 from aligntune.core.backend_factory import choose_backend
 from aligntune.core.environment import cards, command_line
@@ -37,6 +37,7 @@ def run(
     read = read_recipe(recipe)
     config = one_stage(read, stage, overrides)
     arms = read_arm(a, python=python_a, setup=setup_a), read_arm(b, python=python_b, setup=setup_b)
+    check_options(overrides, arms, steps=steps)
     own = read.path is not None and read.path != packaged().get(read.name)
     settings = Settings(
         recipe=str(read.path) if own else read.name, config=config, overrides=overrides,

@@ -14,6 +14,16 @@ PEER_NAMES = ("liger", "unsloth")
 BACKEND_NAMES = ("trl", "fast", "auto")
 OWN = ("output_dir", "overwrite", "resume", "seed", "backend")
 """Options that the comparison sets itself."""
+_OF_ALL = {
+    "output_dir": "each run has a folder in that of the comparison, which --output-dir names (output_dir=... in "
+                  "Python)",
+    "overwrite": "each run starts anew in a folder of its own",
+    "resume": "each run starts anew in a folder of its own",
+    "backend": "the arms say it: --a and --b (a=..., b=... in Python)",
+}
+"""Those of `OWN` that cannot be given for both arms either (a seed can), and why."""
+QUIET: Mapping[str, Any] = {"report_to": "none", "progress": False, "stop_metric": None, "stop_value": None}
+"""Options that every run has at these values: trackers and bars cost time, and no arm stops before the other."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,11 @@ def read_arm(given: Any, *, python: str | None = None, setup: str | None = None)
         name = words[0] if words else ""
         from aligntune.cli.overrides import parse
 
-        options = parse(words[1:])
+        try:
+            options = parse(words[1:])
+        except ConfigError as error:
+            faults = [f"arm {given!r}: {fault}" for fault in error.faults]
+            raise ConfigError.from_faults(faults, "the comparison") from error
     if name not in (*BACKEND_NAMES, *PEER_NAMES):
         raise ConfigError(f"arm {','.join(words)!r}: "
                           + unknown("backend or peer", name, (*BACKEND_NAMES, *PEER_NAMES)))
@@ -178,5 +192,20 @@ def check_counts(*, steps: int | None, repeats: int, warmup: int, price: float |
         faults.append(f"price = {price}: above 0, in any currency an hour")
     if target_loss is not None and not math.isfinite(target_loss):
         faults.append(f"target_loss = {target_loss}: a number")
+    if faults:
+        raise ConfigError.from_faults(faults, "the comparison")
+
+
+def check_options(overrides: Mapping[str, Any], arms: Sequence[Arm], *, steps: int | None) -> None:
+    """Raise a ConfigError if the options for both arms, or those of one, hold what the comparison sets itself."""
+    faults = [f"{path}: {_OF_ALL[name]}" for path in overrides if (name := path.rpartition(".")[2]) in _OF_ALL]
+    for whose, options in (("", overrides), *((f"arm {arm.label!r}: ", arm.options) for arm in arms)):
+        for path, value in options.items():
+            name = path.rpartition(".")[2]
+            if name in QUIET and value != QUIET[name]:
+                faults.append(f"{whose}{path} = {value!r}: every run of a comparison has {name} = {QUIET[name]!r}")
+            elif name == "max_steps" and steps not in (None, value):
+                faults.append(f"{whose}{path} = {value!r}: the comparison is given steps = {steps} too; give one of "
+                              "the two")
     if faults:
         raise ConfigError.from_faults(faults, "the comparison")

@@ -129,7 +129,7 @@ class LoraSection:
 @dataclass
 class TrainSection:
     num_epochs: float = option(1.0, "Passes over the data.", gt=0)
-    max_steps: int = option(-1, "Optimizer steps; -1 leaves it to num_epochs.", ge=-1)
+    max_steps: int = option(-1, "Optimizer steps, 1 or more; -1 leaves it to num_epochs.", ge=-1)
     batch_size: int = option(
         8, "Sequences per device and micro-step (completions, for online methods).", ge=1
     )
@@ -233,7 +233,9 @@ class LoggingSection:
         None, "Write a checkpoint every N optimizer steps; null at the end of the run only.", ge=1
     )
     save_total_limit: int | None = option(None, "Keep the newest N checkpoints.", ge=1)
-    report_to: list[str] | str = option(["tensorboard"], "Trackers of transformers: tensorboard, wandb, none, ...")
+    report_to: list[str] | str = option(
+        ["tensorboard"], "Trackers of transformers: tensorboard, wandb, ...; or none, or all, alone."
+    )
     run_name: str | None = option(None, "Name shown by trackers; null is the run folder's name.")
     progress: bool = option(True, "Show a progress bar on a terminal.")
 

@@ -206,10 +206,9 @@ def _looks_like_a_number(text: str) -> bool:
     if text.strip().lower() in ("true", "false"):
         return True
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True
 
 
 def infos(cls: type, section: str) -> list[OptionInfo]:

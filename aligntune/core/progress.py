@@ -126,7 +126,8 @@ class Progress(TrainerCallback):
     def _left(self, state: Any) -> str:
         done = state.global_step - self._metrics.first_step
         seconds = self._metrics.clock.wall() - self._metrics.clock.wall_before
-        return duration(seconds / done * (state.max_steps - state.global_step)) if done > 0 else "?"
+        # A run that is resumed with fewer steps than it has is past its end.
+        return duration(seconds / done * max(0, state.max_steps - state.global_step)) if done > 0 else "?"
 
     def _print(self, line: str) -> None:
         if self._live is not None:

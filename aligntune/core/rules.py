@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from aligntune.algorithms.base import AlgorithmSpec
+from aligntune.core.config import TrainSection
 from aligntune.core.options import infos
 from aligntune.errors import ConfigError, nearest
 
@@ -37,6 +38,16 @@ VLLM_CHOICES = {
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
 }
 """TRL's values of fields that it looks at when the model is loaded, and when the first rollout is done."""
+ONLINE_CHOICES = {
+    "importance_sampling_level": ("token", "sequence"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+}
+"""TRL's values of fields that it looks at in the first step, where they are no option of the algorithm."""
+TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "neptune", "trackio", "swanlab", "clearml", "codecarbon",
+            "dagshub", "dvclive", "azure_ml", "flyte", "kubeflow")
+"""Trackers of transformers, which looks at the names when its trainer is made."""
+_ALONE = ("none", "all")
+"""What `report_to` takes in the place of trackers."""
 GENERATE_FIELDS: Mapping[str, Any] = {
     "cache_implementation": None, "ds3_gather_for_generation": True, "use_transformers_continuous_batching": False,
     "transformers_continuous_batching_config": None, "use_transformers_paged": False,
@@ -48,6 +59,12 @@ def asked(options: Mapping[str, Any]) -> dict[str, Any]:
     """`options` with the fields of `trainer_options` over them: a value reaches TRL by either way."""
     fields = options.get("trainer_options")
     return {**options, **(fields if isinstance(fields, Mapping) else {})}
+
+
+def _path(values: Mapping[str, Any], section: str, name: str) -> str:
+    """The option's path, or that of the field of `trainer_options` that stands over it."""
+    fields = values.get("trainer_options")
+    return f"train.trainer_options.{name}" if isinstance(fields, Mapping) and name in fields else f"{section}.{name}"
 
 
 def world_size() -> int:
@@ -62,8 +79,9 @@ def evaluates(values: Mapping[str, Any]) -> bool:
 
 
 def check_names(values: Values, faults: list[str]) -> None:
-    """Add every unknown name of a backend or a reward to `faults`, whatever else is wrong; nothing is loaded."""
+    """Add every unknown name of a backend, tracker or reward to `faults`, whatever else is wrong; nothing is loaded."""
     _backend(values, faults)
+    _trackers(values, faults)
     entries = values.get("reward_functions")
     for entry in entries if isinstance(entries, (list, tuple)) else [entries]:
         name = entry.get("name") if isinstance(entry, dict) else entry
@@ -88,7 +106,10 @@ def check(values: Values, origin: Origin, spec: AlgorithmSpec, faults: list[str]
         faults.append("model.device = 'cpu' with backend = 'fast': its kernels run on an NVIDIA GPU; backend='trl' "
                       "trains on a CPU")
     _lora(values, origin, faults, notices)
+    _data(values, faults, notices)
     _loss(values, spec, faults, notices)
+    _loss_weights(values, spec, faults)
+    _steps(values, origin, spec, faults, notices)
     _schedule(values, origin, faults)
     _evaluation(values, faults, notices)
     if spec.online:
@@ -123,6 +144,24 @@ def _backend(values: Values, faults: list[str]) -> None:
             values["backend"] = BACKENDS.resolve(name)
         except ConfigError as error:
             faults.append(f"backend: {error} 'auto' chooses.")
+
+
+def _trackers(values: Values, faults: list[str]) -> None:
+    wanted, path = asked(values)["report_to"], _path(values, "logging", "report_to")
+    if isinstance(wanted, str):
+        names = [name.strip() for name in wanted.split(",")]
+    elif isinstance(wanted, list | tuple) and all(isinstance(name, str) for name in wanted):
+        names = list(wanted)
+    else:
+        return  # of a wrong type, which is told as of any option
+    strange = [name for name in names if name not in (*TRACKERS, *_ALONE)]
+    alone = [name for name in _ALONE if name in names]
+    for name in strange:
+        _one_of(path, name, (*TRACKERS, *_ALONE), faults)
+    if alone and len(names) > 1:
+        faults.append(f"{path} = {wanted!r}: {alone[0]!r} stands alone; leave it out, or the others")
+    elif isinstance(wanted, str) and len(names) > 1 and not strange:
+        faults.append(f"{path} = {wanted!r}: several trackers are a list: [{', '.join(names)}]")
 
 
 def _lora(values: Values, origin: Origin, faults: list[str], notices: list[str]) -> None:
@@ -162,6 +201,24 @@ def _lora(values: Values, origin: Origin, faults: list[str], notices: list[str])
                           "use_peft=False for full training")
 
 
+def _data(values: Values, faults: list[str], notices: list[str]) -> None:
+    """Options of rows and of the hub that have no effect beside others."""
+    if values.get("completion_only") is False and values.get("assistant_turns") == "last":
+        faults.append("data.completion_only = False and data.assistant_turns = 'last': every token of a row trains, "
+                      "those of earlier turns too; leave one of the two out")
+    names = [values[name] for name in ("dataset_name", "eval_dataset_name") if values[name] is not None]
+    if values["dataset_config"] is not None and not any(_on_hub(name) for name in names):
+        notices.append("no dataset of the hub: nothing reads dataset_config")
+    model = values["model_name"]
+    if values["model_revision"] is not None and isinstance(model, str) and not _on_hub(model):
+        notices.append(f"model_name is {model!r}: nothing reads model_revision")
+
+
+def _on_hub(name: Any) -> bool:
+    """Whether this is neither an object, nor built in, nor a file or folder here."""
+    return isinstance(name, str) and not name.startswith("builtin:") and not os.path.exists(os.path.expanduser(name))
+
+
 def _loss(values: Values, spec: AlgorithmSpec, faults: list[str], notices: list[str]) -> None:
     """What TRL finds out when its trainer is made, in the first step, or never."""
     if not isinstance(values["trainer_options"], Mapping):
@@ -193,9 +250,39 @@ def _loss(values: Values, spec: AlgorithmSpec, faults: list[str], notices: list[
         idle = [other for other in others if other in defaults and given[other] != defaults[other]]
         if idle and given[name] == value:
             notices.append(f"{name} is {value!r}: nothing reads {' and '.join(idle)}")
+    choices = ONLINE_CHOICES | {row.name: row.choices for row in infos(spec.options, "loss") if row.choices}
+    for name in choices if spec.online else ():
+        if isinstance(fields.get(name), str):
+            _one_of(path(name), fields[name], choices[name], faults)
     kind = given.get("f_divergence_type")
     if kind is not None:
         _one_of(path("f_divergence_type"), kind, DIVERGENCES, faults)
+
+
+def _loss_weights(values: Values, spec: AlgorithmSpec, faults: list[str]) -> None:
+    given = asked(values)
+    forms, weights = given.get("loss_type"), given.get("loss_weights")
+    count = len(forms) if isinstance(forms, list | tuple) else 1
+    if spec.name in ("dpo", "ipo") and isinstance(weights, list | tuple) and count and len(weights) != count:
+        faults.append(f"{_path(values, 'loss', 'loss_weights')}: {len(weights)} weights for {count} "
+                      f"{'form' if count == 1 else 'forms'} of loss_type")
+
+
+def _steps(values: Values, origin: Origin, spec: AlgorithmSpec, faults: list[str], notices: list[str]) -> None:
+    """How long to train: by steps, or by passes over the data."""
+    given = asked(values)
+    steps = given["max_steps"]
+    if not isinstance(steps, int):  # a field of a wrong type, which is told as of any field
+        return
+    if steps == 0:
+        faults.append(f"{_path(values, 'train', 'max_steps')} = 0: must be an integer >= 1, or -1, which leaves it to "
+                      "num_epochs")
+    # One of a config at its default is no wish: a run's own config.yaml has every option.
+    default = spec.defaults.get("num_epochs", TrainSection.num_epochs)
+    wish = origin["num_epochs"] == "argument" or (origin["num_epochs"] == "config" and values["num_epochs"] != default)
+    idle = "num_train_epochs" if "num_train_epochs" in given else "num_epochs" if wish else None
+    if steps > 0 and idle:
+        notices.append(f"max_steps is {steps}: {idle} is not used")
 
 
 def _schedule(values: Values, origin: Origin, faults: list[str]) -> None:

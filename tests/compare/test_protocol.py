@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,8 @@ def test_an_arms_own_option_wins_whichever_way_it_is_written(tmp_path: Path) -> 
     assert (a.seed, b.seed) == (7, 7) and a.folder != b.folder
     online = spec_of(settings(), runs[3], tmp_path, seed=7, online=True, peft=False)
     assert online.seed == 8 == online.overrides["seed"]
+    again = replace(settings(), config={"algorithm": "sft", "resume": True})  # a run's own config.yaml may say so
+    assert spec_of(again, runs[1], tmp_path, seed=7, online=False, peft=False).overrides["resume"] is False
 
 
 def test_a_process_without_a_result_is_told_with_its_last_words(tmp_path: Path) -> None:
@@ -134,6 +137,16 @@ def test_one_stage_of_several(tmp_path: Path) -> None:
     ({"overrides": {"lerning_rate": 1}}, "learning_rate"),
     ({"b": "fast,packin=true"}, "arm 'fast,packin=true': packin: unknown option; .*packing"),
     ({"b": "fast,packin=true,lerning_rate=1"}, "2 faults in arm 'fast,packin=true,lerning_rate=1'"),
+    ({"overrides": {"output_dir": "foo"}}, "^output_dir: each run has a folder .* which --output-dir names"),
+    ({"overrides": {"resume": True}}, "^resume: each run starts anew"),
+    ({"overrides": {"overwrite": True}}, "^overwrite: each run starts anew"),
+    ({"overrides": {"backend": "fast"}}, "^backend: the arms say it: --a and --b"),
+    ({"overrides": {"output_dir": "foo", "resume": True}}, "^2 faults in the comparison"),
+    ({"overrides": {"report_to": "wandb"}}, "^report_to = 'wandb': every run of a comparison has report_to = 'none'"),
+    ({"overrides": {"logging.progress": True}}, "^logging.progress = True: every run .* progress = False"),
+    ({"b": "trl,stop_value=1.0"}, "^arm 'trl,stop_value=1.0': stop_value = 1.0: every run"),
+    ({"overrides": {"max_steps": 9}, "steps": 12}, "^max_steps = 9: the comparison is given steps = 12 too; give one"),
+    ({"b": "trl,train.max_steps=9", "steps": 12}, "^arm 'trl,train.max_steps=9': train.max_steps = 9: the comparison"),
     ({"b": "fastt"}, "fast"), ({"asserts": ["speed>=1"]}, "speedup"), ({"baseline": "nowhere.json"}, "no file"),
     ({"repeats": 0}, "repeats"), ({"steps": 3}, "warmup"), ({"price": -1.0}, "price"),
     ({"target_loss": float("nan")}, "target_loss"), ({"python_b": "/nowhere/python"}, "cannot be started"),

@@ -25,6 +25,8 @@ def test_peers_run_through_trl() -> None:
 @pytest.mark.parametrize(("text", "words"), [
     ("fats", "did you mean 'fast'"), ("", "unknown backend or peer"), ("trl,packing", "name=value"),
     ("trl,seed=3", "the comparison sets this itself"), ("fast,output_dir=x", "sets this itself"),
+    ("trl,", "^arm 'trl,': '': name=value or section.name=value is wanted$"),
+    ("fast,a,b", "(?s)^2 faults in .*1. arm 'fast,a,b': 'a': name=value .*2. arm 'fast,a,b': 'b': name=value"),
 ])
 def test_arms_that_are_none(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):

@@ -66,6 +66,12 @@ def test_elsewhere_one_plain_line_a_log(monkeypatch, terminal, bar):
     assert lines[2] == "step 10  evaluation: eval loss 3.25  perplexity 25.8"
 
 
+def test_past_its_end_a_run_has_no_time_left(monkeypatch):
+    monkeypatch.setattr("sys.stderr", stream := io.StringIO())
+    progress(bar=False).on_log(None, state(6, last=4), None, logs={"loss": 2.5})
+    assert stream.getvalue().startswith("step 6/4  loss 2.5") and stream.getvalue().endswith("  0:00:00 left\n")
+
+
 def test_other_processes_are_silent(monkeypatch):
     stream = Terminal()
     monkeypatch.setattr("sys.stderr", stream)

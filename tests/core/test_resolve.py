@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from types import NoneType, SimpleNamespace
 
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 from aligntune.algorithms import ALGORITHMS
 from aligntune.core.options import UNSET, OptionInfo
 from aligntune.core.resolve import INSTEAD, OLD_NAMES, OLD_VALUES, option_table, read_config, resolve, takers
-from aligntune.core.rules import DIVERGENCES, GENERATE_FIELDS, VLLM_STOPS
+from aligntune.core.rules import DIVERGENCES, GENERATE_FIELDS, TRACKERS, VLLM_STOPS
 from aligntune.errors import ConfigError
 
 BASE = {"model_name": "m", "dataset_name": "d"}
@@ -32,7 +33,8 @@ def two_values(row: OptionInfo) -> tuple:
         "reward_function_weights": ([2.0], [3.0]), "num_generations": (4, 2), "batch_size": (16, 32),
         "steps_per_generation": (2, 4), "gradient_accumulation_steps": (2, 4), "max_completion_length": (11, 12),
         "max_seq_length": (5000, 6000), "loss_type": None, "warmup_steps": (3, 4), "eval_steps": (3, 4),
-        "val_split_ratio": (0.1, 0.2), "trainer_options": ({"a": 1}, {"b": 2}), "delta": (1.5, 2.5),
+        "max_steps": (3, 4), "report_to": ("wandb", ["mlflow"]), "val_split_ratio": (0.1, 0.2),
+        "trainer_options": ({"a": 1}, {"b": 2}), "delta": (1.5, 2.5),
     }
     if row.name in special and special[row.name]:
         return special[row.name]
@@ -317,6 +319,10 @@ def test_embeddings_among_the_targets_become_modules_to_save() -> None:
     *(({"lr_scheduler": "cosine_with_min_lr", "trainer_options": given}, "wants min_lr_rate or min_lr, and one of them")
       for given in ({}, {"lr_scheduler_kwargs": {"min_lr_rate": 0.1, "min_lr": 1e-6}})),
     ({"model_name": ""}, "model_name: none given"),
+    ({"max_steps": 0}, "^train.max_steps = 0: must be an integer >= 1, or -1, which leaves it to num_epochs$"),
+    ({"trainer_options": {"max_steps": 0}}, "^train.trainer_options.max_steps = 0: must be an integer >= 1, or -1"),
+    ({"completion_only": False, "assistant_turns": "last"},
+     "data.completion_only = False and data.assistant_turns = 'last': .* leave one of the two out"),
 ])
 def test_contradictions(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -353,10 +359,21 @@ _SYNC = {"sync_ref_model": True}
     ("kto", {"trainer_options": _SYNC, "model_name": SimpleNamespace(peft_config={})}, "sync_ref_model = True with"),
     ("dpo", {"loss_type": []}, r"loss.loss_type = \[\]: at least one form"),
     ("dpo", {"trainer_options": {"loss_type": []}}, r"train.trainer_options.loss_type = \[\]"),
+    ("dpo", {"loss_weights": [1, 2]}, "^loss.loss_weights: 2 weights for 1 form of loss_type$"),
+    ("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1]}, "^loss.loss_weights: 1 weights for 2 forms of"),
+    ("dpo", {"loss_weights": [], "loss_type": "hinge"}, "^loss.loss_weights: 0 weights for 1 form"),
+    ("dpo", {"loss_type": ["sft"], "trainer_options": {"loss_weights": [1.0, 2.0]}},
+     "^train.trainer_options.loss_weights: 2 weights for 1 form"),
+    ("dpo", {"loss_weights": [1.0], "trainer_options": {"loss_type": ["sft", "ipo"]}}, "^loss.loss_weights: 1 weights"),
+    ("ipo", {"trainer_options": {"loss_weights": [1.0, 2.0]}}, "2 weights for 1 form"),
     ("dpo", {"loss_type": ["sigmoid", "aot"], "use_weighting": True}, "loss.use_weighting = True with .*'aot'"),
     ("dpo", {"trainer_options": {"f_divergence_type": "reverse"}}, "'reverse_kl', .*did you mean 'reverse_kl'"),
     ("ipo", {"trainer_options": {"f_divergence_type": "js-divergence"}}, "did you mean 'js_divergence'"),
     ("dpo", {"trainer_options": {"f_divergence_type": 3}}, "f_divergence_type = 3: must be one of"),
+    ("grpo", {"trainer_options": {"loss_type": "bnppo"}}, "trainer_options.loss_type = 'bnppo'.*did you mean 'bnpo'"),
+    ("dapo", {"trainer_options": {"importance_sampling_level": "sequence_token"}}, "'sequence_token': must be one of"),
+    ("dr_grpo", {"trainer_options": {"scale_rewards": "groups"}}, "scale_rewards = 'groups'.*did you mean 'group'"),
+    ("grpo", {"trainer_options": {"multi_objective_aggregation": "normalise_then_sum"}}, "mean 'normalize_then_sum'"),
     ("sft", {"trainer_options": SimpleNamespace()}, "train.trainer_options: a mapping is wanted, not a SimpleN"),
     *((name, {"rollout_engine": "vllm", "trainer_options": {"vllm_mode": "servr"}}, "vllm_mode = 'servr': must be one "
        "of 'colocate', 'server'; did you mean 'server'") for name in ("grpo", "rloo", "ppo")),
@@ -373,10 +390,17 @@ def test_what_trl_tells_later_or_never(algorithm: str, options: dict, message: s
 def test_what_trl_takes_is_left_alone() -> None:
     for algorithm, options in (
         ("grpo", {**_SYNC, "use_peft": False}), ("dpo", {"trainer_options": _SYNC}), ("grpo", {"use_peft": True}),
+        ("sft", {"max_steps": -1}), ("sft", {"max_steps": 1}), ("sft", {"trainer_options": {"max_steps": 1}}),
+        ("sft", {"completion_only": False, "assistant_turns": "split"}), ("sft", {"assistant_turns": "last"}),
+        ("sft", {"completion_only": True, "assistant_turns": "last"}), ("sft", {"completion_only": False}),
+        ("dpo", {"loss_weights": [2.0]}), ("dpo", {"loss_type": ["sft", "ipo"], "loss_weights": [1, 2]}),
+        ("dpo", {"trainer_options": {"loss_type": ["sft", "ipo"], "loss_weights": [1.0, 2.0]}}),
         ("dpo", {"loss_type": ["aot"]}), ("dpo", {"loss_type": ["sft"], "use_weighting": True}),
         *(("dpo", {"trainer_options": {"f_divergence_type": kind}}) for kind in DIVERGENCES),
         ("grpo", {"rollout_engine": "vllm", "trainer_options": {"vllm_mode": "server", "vllm_server_port": 1}}),
         ("rloo", {"trainer_options": {"use_vllm": True, "vllm_mode": "colocate"}}),
+        ("grpo", {"trainer_options": {"loss_type": "bnpo", "scale_rewards": False}}),
+        ("grpo", {"trainer_options": {"multi_objective_aggregation": "normalize_then_sum"}}),
     ):
         assert not resolve({**needs(algorithm), "algorithm": algorithm, **options}).notices
     told = resolve({**needs("grpo"), "rollout_engine": "hf", "trainer_options": {"vllm_mode": "server"}}).notices
@@ -450,6 +474,19 @@ def test_smoothing_that_the_loss_does_not_read_is_said(algorithm: str, options: 
     ("sft", {"max_eval_samples": 3, "eval_batch_size": 2},
      "no evaluation data: nothing reads max_eval_samples and eval_batch_size", {"eval_split": "test"}),
     ("grpo", {"eval_batch_size": 2}, "no evaluation data: nothing reads eval_batch_size", {"eval_dataset_name": "e"}),
+    ("sft", {"max_steps": 4, "num_epochs": 2}, "max_steps is 4: num_epochs is not used", {"max_steps": -1}),
+    ("dpo", {"trainer_options": {"max_steps": 4}, "num_epochs": 2}, "max_steps is 4: num_epochs is not used",
+     {"trainer_options": {}}),
+    ("sft", {"max_steps": 4, "trainer_options": {"num_train_epochs": 2}}, "max_steps is 4: num_train_epochs is not "
+     "used", {"max_steps": -1}),
+    ("sft", {"dataset_name": "builtin:arithmetic", "dataset_config": "main"},
+     "no dataset of the hub: nothing reads dataset_config", {"eval_dataset_name": "an/id"}),
+    ("grpo", {"dataset_name": __file__, "eval_dataset_name": "builtin:arithmetic", "dataset_config": "main"},
+     "no dataset of the hub: nothing reads dataset_config", {"dataset_name": "an/id"}),
+    ("sft", {"model_name": "builtin:tiny", "model_revision": "v2"},
+     "model_name is 'builtin:tiny': nothing reads model_revision", {"model_name": "an/id"}),
+    ("sft", {"model_name": os.curdir, "model_revision": "v2"}, "model_name is '.': nothing reads model_revision",
+     {"model_name": "an/id"}),
 ])
 def test_options_that_nothing_reads_are_said(algorithm: str, options: dict, told: str, reader: dict) -> None:
     job = resolve({**needs(algorithm), **options})
@@ -459,6 +496,51 @@ def test_options_that_nothing_reads_are_said(algorithm: str, options: dict, told
     switched = {name: value for name, value in options.items() if isinstance(value, bool)}
     plain = resolve({**needs(algorithm), **switched})  # the others at their defaults, in the run's own config too
     assert "nothing reads" not in "".join(resolve({}, OmegaConf.to_container(plain.config)).notices)
+
+
+def test_passes_over_the_data_that_somebody_wants_beside_steps() -> None:
+    def told(explicit: dict, **config: object) -> list[str]:
+        return resolve({**BASE, "algorithm": "sft", **explicit}, {"train": config}).notices
+
+    notice = ["max_steps is 4: num_epochs is not used"]
+    assert told({"num_epochs": 1}, max_steps=4) == notice == told({"max_steps": 4}, num_epochs=3)
+    assert told({}, max_steps=4, num_epochs=1.0) == told({"max_steps": 4}) == []
+    assert told({"num_epochs": 3}, max_steps=-1) == []
+
+
+def test_rows_in_memory_have_no_configuration() -> None:
+    notices = resolve({"model_name": "m", "dataset_name": [{"text": "a"}], "algorithm": "sft",
+                       "dataset_config": "main"}).notices
+    assert notices == ["no dataset of the hub: nothing reads dataset_config"]
+
+
+@pytest.mark.parametrize(("wanted", "told"), [
+    ("tensorbord", "report_to = 'tensorbord': must be one of 'tensorboard', 'wandb', .*; did you mean 'tensorboard'?"),
+    (["wandb", "mlflw"], "report_to = 'mlflw': must be one of .*; did you mean 'mlflow'?"),
+    ("none,tensorboard", "report_to = 'none,tensorboard': 'none' stands alone; leave it out, or the others"),
+    (["tensorboard", "none"], r"report_to = \['tensorboard', 'none'\]: 'none' stands alone"),
+    (["all", "wandb"], r"report_to = \['all', 'wandb'\]: 'all' stands alone"),
+    ("wandb, tensorboard", r"report_to = 'wandb, tensorboard': several trackers are a list: \[wandb, tensorboard\]"),
+])
+def test_trackers_that_are_none(wanted: object, told: str) -> None:
+    for given, path in (({"report_to": wanted}, "logging"),
+                        ({"trainer_options": {"report_to": wanted}}, "train.trainer_options")):
+        with pytest.raises(ConfigError, match=rf"^2 faults(?s:.*) {path}.{told}"):
+            resolve({**BASE, "algorithm": "sft", "lerning_rate": 1, **given})
+
+
+def test_trackers_are_those_of_transformers() -> None:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert set(TRACKERS) == set(INTEGRATION_TO_CALLBACK)
+    for wanted in (*TRACKERS, "none", "all", [], ["none"], ["all"], list(TRACKERS)):
+        assert resolve({**BASE, "algorithm": "sft", "report_to": wanted}).options.report_to == wanted
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "Infinity", "1e999"])
+def test_what_is_not_finite_is_no_better_without_quotes(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"^train.learning_rate = '{text}': must be a number >= 0$"):
+        resolve({**BASE, "algorithm": "sft", "learning_rate": text})
 
 
 def test_lengths_of_online_methods() -> None:
