@@ -248,10 +248,10 @@ def check_names(job: Job, callbacks: list[Any] | None = None) -> None:
     Raises:
         ConfigError: there is no such reward, field or metric, or TRL does not take a field's value.
     """
-    from aligntune.core.eval_names import check_stop_metric
+    from aligntune.core.eval_names import check_metric_names
 
     if not callbacks:
-        check_stop_metric(job)
+        check_metric_names(job)
     if job.spec.online:
         from aligntune.rewards import resolve_rewards
 

@@ -29,7 +29,7 @@ _PARTS = ("rewards/", "clip_ratio/", "sampling/", "rollout/", "tools/", "vespo/"
 _FORMS = ("policy_loss", "entropy_coef", "cispo_clip_ratio")
 
 
-def check_stop_metric(job: Any) -> None:
+def check_metric_names(job: Any) -> None:
     """The job's `stop_metric`, and `metric_for_best_model` among its `trainer_options`.
 
     Nothing is said of online runs with rewards of the user's own: these may log metrics under any name.

@@ -320,21 +320,23 @@ def _make_way(root: Path, *, overwrite: bool) -> str:
     """Remove what an earlier run of a recipe left in its folder, and nothing else.
 
     Raises:
-        ConfigError: there is one and `overwrite` is false.
+        ConfigError: there is one and `overwrite` is false, or it cannot be written.
     """
     import shutil
 
-    from aligntune.core.run_dir import RunDir
+    from aligntune.core.run_dir import RunDir, check_file_in, writing
 
     if not (root / STATE).is_file():
         return ""
     if not overwrite:
         raise ConfigError(f"output_dir: {str(root)!r} holds another run of a recipe; resume=true continues it, another "
                           "output_dir keeps both, overwrite=true removes it first")
-    for name in json.loads((root / STATE).read_text(encoding="utf-8"))["all_stages"]:
-        RunDir(root / name, is_main=True).clear()
-        shutil.rmtree(root / name / MODEL, ignore_errors=True)
-    (root / STATE).unlink()
+    with writing("output_dir", root):
+        check_file_in(root)
+        for name in json.loads((root / STATE).read_text(encoding="utf-8"))["all_stages"]:
+            RunDir(root / name, is_main=True).clear()
+            shutil.rmtree(root / name / MODEL, ignore_errors=True)
+        (root / STATE).unlink()
     return ""
 
 

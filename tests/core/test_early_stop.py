@@ -11,7 +11,7 @@ from aligntune import ConfigError, create_reward_trainer, create_rl_trainer, cre
 from aligntune.algorithms import ALGORITHMS
 from aligntune.core.backend_factory import check_names
 from aligntune.core.early_stop import StopAt
-from aligntune.core.eval_names import check_stop_metric
+from aligntune.core.eval_names import check_metric_names
 from aligntune.core.resolve import resolve
 from tests.core import tiny
 
@@ -65,7 +65,7 @@ def test_a_mistyped_metric_is_told_before_anything_is_read() -> None:
             check_names(stopping(algorithm, name), [object()])  # callbacks may log what they like
         check_names(stopping(algorithm, f"eval_{right}"))
     for others in ({"reward_functions": [lambda **columns: [0.0]]}, {"reward_functions": ["tests.mine:reward"]}):
-        check_stop_metric(stopping("grpo", "share_of_sorted", **others))  # TRL hands rewards a `log_metric`
+        check_metric_names(stopping("grpo", "share_of_sorted", **others))  # TRL hands rewards a `log_metric`
     check_names(stopping("grpo", "rewards/exact_match/mean"))
     check_names(stopping("sft", "bleu"))  # nothing like it is known: a later version may have it
     with pytest.raises(ConfigError, match="did you mean 'loss'"):
@@ -119,4 +119,4 @@ def test_every_name_that_an_evaluation_reports_is_known(algorithm: str, backend:
     found = {name for name in run.evaluate() if name.startswith("eval_")}
     assert "eval_loss" in found and len(found) > 4
     for name in found:
-        check_stop_metric(stopping(algorithm, name))
+        check_metric_names(stopping(algorithm, name))

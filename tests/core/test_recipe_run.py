@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,11 @@ def test_a_stopped_recipe_goes_on_where_it_stopped(shop: dict[str, str], tmp_pat
     before = (root / "1-sft" / "metrics.jsonl").stat().st_mtime_ns
     with pytest.raises(ConfigError, match="holds another run of a recipe; resume=true continues"):
         run_recipe(one, options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tempfile.TemporaryFile", lambda **_: os.open(root / "none" / "file", os.O_RDONLY))
+        with pytest.raises(ConfigError, match=f"output_dir: '{root}' cannot be written: No such file"):
+            run_recipe(one, {**options, "overwrite": True})
+    assert (root / "recipe.json").is_file(), "nothing is removed from a folder that cannot be filled"
     with pytest.raises(CheckpointError, match=r"1-sft is done, with other options: train.max_steps: 2 then, 3"):
         run_recipe(one, {**options, "resume": True, "stages.1.max_steps": 3})
     moved = root.rename(tmp_path / "elsewhere")
