@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -45,7 +46,7 @@ ONLINE_CHOICES = {
 """TRL's values of fields that it looks at in the first step, where they are no option of the algorithm."""
 TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "neptune", "trackio", "swanlab", "clearml", "codecarbon",
             "dagshub", "dvclive", "azure_ml", "flyte", "kubeflow")
-"""Trackers of transformers, which looks at the names when its trainer is made."""
+"""Trackers of transformers, which looks at the names when its trainer is made; a later version may know more."""
 _ALONE = ("none", "all")
 """What `report_to` takes in the place of trackers."""
 GENERATE_FIELDS: Mapping[str, Any] = {
@@ -154,10 +155,12 @@ def _trackers(values: Values, faults: list[str]) -> None:
         names = list(wanted)
     else:
         return  # of a wrong type, which is told as of any option
-    strange = [name for name in names if name not in (*TRACKERS, *_ALONE)]
+    known = (*TRACKERS, *_ALONE)
+    strange = [name for name in names if name not in known]
     alone = [name for name in _ALONE if name in names]
-    for name in strange:
-        _one_of(path, name, (*TRACKERS, *_ALONE), faults)
+    for name in strange:  # one that is like none of them may be a later version's, which transformers tells
+        if difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.75):
+            _one_of(path, name, known, faults)
     if alone and len(names) > 1:
         faults.append(f"{path} = {wanted!r}: {alone[0]!r} stands alone; leave it out, or the others")
     elif isinstance(wanted, str) and len(names) > 1 and not strange:

@@ -126,7 +126,7 @@ def test_a_tracker_that_is_not_installed_is_told_before_anything_is_read(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
     with pytest.raises(BackendUnavailableError, match=told):
         create_sft_trainer("/no/such/model", "/no/such/data", backend="trl", **given)
-    for other in ("none", "all", "tensorboard", [], ["tensorboard"]):
+    for other in ("none", "all", "tensorboard", [], ["tensorboard"], "no_tracker"):  # the last is transformers' to tell
         assert choose_backend(job_of(backend="trl", report_to=other)).name == "trl"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
     assert choose_backend(job_of(backend="trl", **given)).name == "trl"

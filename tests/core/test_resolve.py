@@ -532,7 +532,7 @@ def test_trackers_that_are_none(wanted: object, told: str) -> None:
 def test_trackers_are_those_of_transformers() -> None:
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-    assert set(TRACKERS) == set(INTEGRATION_TO_CALLBACK)
+    assert set(TRACKERS) >= set(INTEGRATION_TO_CALLBACK) >= {"tensorboard", "wandb"}
     for wanted in (*TRACKERS, "none", "all", [], ["none"], ["all"], list(TRACKERS)):
         assert resolve({**BASE, "algorithm": "sft", "report_to": wanted}).options.report_to == wanted
 
