@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from aligntune.algorithms.base import AlgorithmSpec
@@ -228,10 +229,7 @@ def _loss(values: Values, spec: AlgorithmSpec, faults: list[str], notices: list[
         faults.append(f"train.trainer_options: a mapping is wanted, not a {type(values['trainer_options']).__name__}")
         return
     given, fields = asked(values), values["trainer_options"]
-
-    def path(name: str) -> str:
-        return f"train.trainer_options.{name}" if name in fields else f"loss.{name}"
-
+    path = partial(_path, values, "loss")
     if given.get("sync_ref_model") is True and values["use_peft"]:
         faults.append(f"{path('sync_ref_model')} = True with LoRA: the reference is the base with adapters off, which "
                       "no copy follows; use_peft=False trains and follows the whole model")
