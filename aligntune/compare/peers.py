@@ -29,32 +29,42 @@ class Peer:
     Args:
         package: imported before torch and transformers, which some peers insist on.
         install: the command that brings it.
-        options: options of the job.
+        options: options of every job.
+        sft_options: options of an SFT job.
         kernels: what the names of its kernels match; a traced step on a card without one is a fallback.
         model: makes the model from the job's options, or None where ours does.
         environment: variables of its process; {folder} is the arm's.
         sft: makes the peer's own SFT trainer from rows of `input_ids` that are learnt whole, or None where ours does.
+        lacks: algorithms that it is not compared in, and why.
     """
 
     package: str
     install: str
     kernels: str
     options: dict[str, Any] = field(default_factory=dict)
+    sft_options: dict[str, Any] = field(default_factory=dict)
     model: Callable[[Any, dict[str, Any]], Any] | None = None
     environment: dict[str, str] = field(default_factory=dict)
     sft: Callable[[Job, Prepared], Any] | None = None
+    lacks: dict[str, str] = field(default_factory=dict)
+
+
+def check(name: str, job: Job) -> None:
+    """Raise unless the peer can be given the job: asked before any arm runs.
+
+    Raises:
+        ConfigError: an algorithm that the peer lacks, or adapters of a kind that are not asked of it here.
+    """
+    peer, options = PEERS[name], job.options
+    if job.spec.name in peer.lacks:
+        raise ConfigError(f"{name} is not compared in {job.spec.name}: {peer.lacks[job.spec.name]}")
+    if peer.model is not None and options.use_peft and (options.use_dora or options.lora_init != "default"):
+        raise ConfigError(f"{name} is compared with plain LoRA: use_dora and lora_init would not reach it")
 
 
 def _unsloth_model(package: Any, options: dict[str, Any]) -> Any:
-    """A model with unsloth's kernels, and its adapters where the job trains any.
-
-    Raises:
-        ConfigError: adapters of a kind that are not asked of unsloth here.
-    """
+    """A model with unsloth's kernels, and its adapters where the job trains any."""
     import torch
-
-    if options["use_peft"] and (options["use_dora"] or options["lora_init"] != "default"):
-        raise ConfigError("unsloth is compared with plain LoRA: use_dora and lora_init would not reach it")
 
     checkpointing = options["gradient_checkpointing"]
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(options["model_dtype"])
@@ -116,9 +126,11 @@ PEERS: dict[str, Peer] = {
                     # Its own, and what it has torch compile. Rows end to end is its own default, which a config that
                     # says False would turn off.
                     r"rms_layernorm|fg_kernel|rope_embedding|cross_entropy|triton_(poi|red|per|tem)_fused",
-                    {"padding_free": True}, _unsloth_model,
+                    sft_options={"padding_free": True}, model=_unsloth_model,
                     environment={"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_COMPILE_LOCATION": "{folder}/compiled"},
-                    sft=_unsloth_sft),
+                    sft=_unsloth_sft,
+                    lacks={"ppo": "it has no PPO with a critic",
+                           "reward": "its model is loaded as a language model, which scores no sequences"}),
 }
 
 
@@ -221,6 +233,8 @@ def build(spec: ArmSpec, package: Any) -> Any:
 
     job = resolve(spec.overrides, spec.config, algorithms=ALGORITHMS.names(), what=f"the arm {spec.label!r}")
     model = PEERS[spec.peer].model if spec.peer is not None else None
+    if spec.peer is not None:
+        check(spec.peer, job)
     if spec.peer is None or model is None:
         return build_trainer(job)
     source = job.options.model_name

@@ -78,8 +78,8 @@ def plan(settings: Settings, *, attention: str | None) -> list[Run]:
 def spec_of(settings: Settings, run: Run, folder: Path, *, seed: int, online: bool, peft: bool) -> ArmSpec:
     """What the process of a run is told."""
     options: dict[str, Any] = dict(settings.overrides)
-    of_peer = PEERS[run.arm.peer].options if run.arm.peer is not None else {}
-    for name, value in [*of_peer.items(), *run.arm.options.items()]:
+    algorithm = options.get("algorithm") or settings.config.get("algorithm")
+    for name, value in [*_of_peer(run.arm, algorithm).items(), *run.arm.options.items()]:
         _put(options, name, value)
     for name, value in QUIET.items():
         _put(options, name, value)
@@ -100,6 +100,13 @@ def spec_of(settings: Settings, run: Run, folder: Path, *, seed: int, online: bo
         draw_adapters=any(arm.peer is not None and PEERS[arm.peer].model is not None
                           for arm in (settings.a, settings.b)),
     )
+
+
+def _of_peer(arm: Arm, algorithm: str | None) -> dict[str, Any]:
+    if arm.peer is None:
+        return {}
+    peer = PEERS[arm.peer]
+    return peer.options | (peer.sft_options if algorithm == "sft" else {})
 
 
 def _put(options: dict[str, Any], name: str, value: Any) -> None:

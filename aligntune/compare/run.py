@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aligntune.compare import outputs
+from aligntune.compare import outputs, peers
 from aligntune.compare.fits import WHAT, largest, require_card
 from aligntune.compare.protocol import Runner, execute, in_a_fresh_process, leftovers, plan, spec_of
 from aligntune.compare.reach import require
@@ -103,6 +103,8 @@ def _check(settings: Settings, folder: Path) -> Job:
                 raise
             raise ConfigError(f"arm {one.arm.label!r}: {error}", error.faults) from error
         check_objects(job, one.arm.options)
+        if one.arm.peer is not None:
+            peers.check(one.arm.peer, job)
         if one.role in ("a", "b") and one.arm.peer is None and one.arm.python is None:
             choose_backend(job)  # what cannot run here is told now, not when the other arm has trained
         found = job if one.role == "a" else found

@@ -34,13 +34,14 @@ from typing import Any
 from aligntune.compare import findings, measure
 from aligntune.compare.arm import ArmSpec
 from aligntune.compare.parity import losses
+from aligntune.compare.peers import PEERS
 from aligntune.compare.protocol import Run, in_a_fresh_process, spec_of
 from aligntune.compare.settings import Arm, Settings
 from aligntune.compare.stats import throughput_ratio
 from benchmarks import tables
 from benchmarks.ahead import Ahead, Job
 from benchmarks.ops.__main__ import commit
-from benchmarks.rl.workloads import WHY_NOT, WORKLOADS, Workload, recipe, write_policy, write_rows
+from benchmarks.rl.workloads import WORKLOADS, Workload, recipe, write_policy, write_rows
 from benchmarks.sft.__main__ import NOT_RUN, PLAIN, RECOMPUTE, Runner, into_results, missing, run_arms, write_report
 from benchmarks.sft.workloads import versions_of
 
@@ -66,7 +67,10 @@ def unfit(workload: Workload, arm: Arm) -> str | None:
     """Why the arm has nothing to measure in the row, or None."""
     if arm.label == "trl-cb" and not workload.online:
         return f"{workload.algorithm} generates nothing"
-    return WHY_NOT.get((workload.algorithm, arm.peer or "")) or missing(arm)
+    lacks = PEERS[arm.peer].lacks if arm.peer is not None else {}
+    if workload.algorithm in lacks:
+        return f"{arm.peer}: {lacks[workload.algorithm]}"
+    return missing(arm)
 
 
 def spec_for(workload: Workload, arm: Arm, repeat: int, *, model: Path, rows: Path, folder: Path, precision: str
@@ -75,7 +79,6 @@ def spec_for(workload: Workload, arm: Arm, repeat: int, *, model: Path, rows: Pa
     steps, _ = workload.steps_of(arm.label)
     settings = Settings("benchmark", recipe(workload, str(model), str(rows), precision, steps=steps), {}, a=arm, b=arm)
     spec = spec_of(settings, Run("a", repeat, arm), folder / arm.label, seed=1, online=False, peft=False)
-    spec.overrides.pop("padding_free", None)  # what unsloth gets for SFT: pairs and rollouts have no such option
     # A trace of a rollout by generate is a million launches, and takes longer to read than all steps take.
     role = "timed" if workload.online else spec.role
     return replace(spec, probe=False, draw_adapters=True, gradient_steps=[], role=role)

@@ -16,7 +16,6 @@ from typing import Any
 from benchmarks.sft.workloads import MODELS, WORDS, write_model
 
 GROUP = 8
-WHY_NOT = {("ppo", "unsloth"): "unsloth has no PPO with a critic"}
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,9 @@ def test_every_arm_of_every_row_resolves(tmp_path: Path) -> None:
                                       precision="fp32")
             job = resolve(spec.overrides, spec.config)
             steps, measured = workload.steps_of(arm.label)
-            assert job.options.max_steps == steps > measured > 0
+            # A step of grpo-4b with continuous batching is minutes long: its only one is measured.
+            assert steps > measured > 0 or (workload.stops == 297 and arm.label == "trl-cb" and steps == measured == 1)
+            assert job.options.max_steps == steps
             assert (spec.role == "a") == (not workload.online) and spec.draw_adapters and not spec.probe
             recomputes = arm.label.endswith("-gc") or arm.label == "trl-cb"
             checkpointing = "auto" if arm.label in ("unsloth-gc", "fast-8gib") else recomputes
@@ -211,14 +213,15 @@ def test_every_arm_of_every_row_resolves(tmp_path: Path) -> None:
                 # The traced step is not a measured one.
                 assert steps - measured > 3
             seen += 1
-    assert seen == 8 * 7 + 8 * 8 - 2 * 2, "pairs have no continuous batching, PPO nothing of unsloth's"
+    assert seen == 8 * 7 + 8 * 8 - 2 * 3, "pairs have no continuous batching; unsloth has neither PPO nor reward"
 
 
 def test_arms_that_have_nothing_to_measure() -> None:
     arms = benchmark.ARMS
     assert benchmark.unfit(WORKLOADS["grpo-1b"], arms["trl-cb"]) is None
     assert benchmark.unfit(WORKLOADS["kto-1b"], arms["trl-cb"]) == "kto generates nothing"
-    assert benchmark.unfit(WORKLOADS["ppo-1b"], arms["unsloth-gc"]) == "unsloth has no PPO with a critic"
+    assert benchmark.unfit(WORKLOADS["ppo-1b"], arms["unsloth-gc"]) == "unsloth: it has no PPO with a critic"
+    assert "scores no sequences" in str(benchmark.unfit(WORKLOADS["reward-1b"], arms["unsloth"]))
     assert benchmark.unfit(WORKLOADS["grpo-1b"], arms["unsloth"]) == "unsloth is not installed (--site-unsloth)"
 
 

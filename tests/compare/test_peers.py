@@ -112,7 +112,7 @@ def job(folder: Path, *, chat: bool = False, **train: Any) -> dict[str, Any]:
 def arm(folder: Path, config: dict[str, Any], package: Any, peer: str | None = "unsloth", draw: bool = False,
         **options: Any) -> dict[str, Any]:
     label = f"{peer}{len(list(folder.iterdir()))}"
-    of_peer = peers.PEERS[peer].options if peer else {}
+    of_peer = peers.PEERS[peer].options | peers.PEERS[peer].sft_options if peer else {}
     overrides = {**of_peer, "backend": "trl", "output_dir": str(folder / label / "run"), "report_to": "none",
                  "progress": False, "seed": 7, **options}
     (folder / label).mkdir()
@@ -204,6 +204,41 @@ def test_adapters_that_would_not_reach_it_are_refused(options: Any, tmp_path: Pa
     with pytest.raises(ConfigError, match="would not reach it"):
         arm(tmp_path, job(tmp_path), stand_in, use_peft=True, **options)
     assert stand_in.SEEN == []
+
+
+class ArmRan(Exception):
+    """The comparison's options were taken, and its first arm was started."""
+
+
+def taken(folder: Path, algorithm: str, **overrides: Any) -> None:
+    """Start a comparison beside unsloth, as far as its first arm."""
+    def runner(*given: Any, **options: Any) -> Any:
+        raise ArmRan
+
+    aligntune.compare({**job(folder), "algorithm": algorithm}, a="trl", b="unsloth", python_b=str(site(folder)),
+                      runner=runner, output_dir=folder / "out", overrides=overrides)
+
+
+@pytest.mark.parametrize(("words", "algorithm", "overrides"), [
+    ("unsloth is not compared in reward: its model is loaded as a language model", "reward",
+     {"dataset_name": "builtin:arithmetic-preference"}),
+    ("unsloth is compared with plain LoRA", "sft", {"use_peft": True, "use_dora": True}),
+])  # fmt: skip
+def test_what_it_cannot_be_given_is_told_before_an_arm_runs(
+    words: str, algorithm: str, overrides: dict[str, Any], tmp_path: Path,
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        taken(tmp_path, algorithm, **overrides)
+
+
+@pytest.mark.parametrize(("algorithm", "overrides"), [
+    ("sft", {}),
+    ("dpo", {"dataset_name": "builtin:arithmetic-preference"}),
+    ("grpo", {"dataset_name": "builtin:arithmetic-prompts", "reward_functions": ["exact_match"]}),
+])  # fmt: skip
+def test_every_other_job_is_taken(algorithm: str, overrides: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ArmRan):
+        taken(tmp_path, algorithm, **overrides)
 
 
 @pytest.mark.slow
