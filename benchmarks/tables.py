@@ -390,7 +390,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     **{f"rl-{name}": (f"rl/{name}.json", rl) for name in RL_APART},
     "rl-others": (" ".join(f"rl/{name}.json" for name in RL_ROWS if name not in RL_APART), rl_each),
     **{f"rl-{name}-trl": (f"rl/{name}-trl.json", rl) for name in ("grpo-1b", "grpo-4b")},
-    "rl-grpo-4b-fast": ("rl/grpo-4b-fast.json", rl),
+    "rl-grpo-4b-cb": ("rl/grpo-4b-cb.json", rl),
     "rl-summary": (" ".join(f"rl/{name}.json" for name in RL_ROWS), rl_summary),
     "learning": ("learning.json", learning),
     "learning-commands": ("learning.json", learning_commands),
