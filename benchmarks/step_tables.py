@@ -88,16 +88,18 @@ def sft_earlier(*reports: Report) -> str:
 def roofline_table(*reports: Report) -> str:
     """Where a step of fast goes: milliseconds of each part of a traced step, and how many are above the least it takes.
 
-    An arm of a results file is a column.
+    An arm of a results file is a column; one that did not run, or of which no step was traced, is none.
     """
-    columns = dict(zip(roofline.ROWS, reports, strict=True))
-    found = {column: roofline.parts(column[1], report) for column, report in columns.items()}
+    pairs = zip(roofline.ROWS, reports, strict=True)
+    columns = {(row, arm): (entry, report["ceilings"]) for (row, arm), report in pairs
+               if (entry := roofline.shown(arm, report)) is not None}
+    found = {column: roofline.parts(*given) for column, given in columns.items()}
     parts = list(dict.fromkeys(part for rows in found.values() for part, _, _ in rows[:-1]))
     cells = {name: {part: f"{ms:.1f}" if bound is None else f"{ms:.1f} / {bound:.1f} ({ms - bound:+.1f})"
                     for part, ms, bound in rows} for name, rows in found.items()}  # fmt: skip
     whole = [rows[-1][0] for rows in found.values()][:1]
     rows = [[part, *(cells[name].get(part, "-") for name in found)] for part in [*parts, *whole]]
-    entries = [roofline.shown(arm, report) for (_, arm), report in columns.items()]
+    entries = [entry for entry, _ in columns.values()]
     sizes = [(entry.get("traced") or {}).get("tokens") for entry in entries]
     tokens = [f"{mean:,.0f}" if traced in (None, round(mean)) else f"{traced:,} ({mean:,.0f})"
               for traced, mean in zip(sizes, (entry["tokens_per_step"] for entry in entries), strict=True)]
@@ -166,7 +168,7 @@ def _interval(found: dict[str, Any]) -> str:
 def sft_summary(*reports: Report) -> str:
     """A row a workload: the arm `fast`, and the peer over which it gains least.
 
-    Then those that need the least memory, where that is another arm of fast.
+    Then those that need the least memory, where that is another arm of fast or a peer needs less.
     """
     quick, small, cards = [], [], set()
     for report in reports:
@@ -180,7 +182,7 @@ def sft_summary(*reports: Report) -> str:
         told = _interval(peer["over_this"]) if "over_this" in peer and measured[0] is fast else None
         quick.append(_beside(SFT_ROWS[fast["row"]], fast, peer, told))
         least, least_peer = (min(arms, key=lambda one: one["peak_gib"]) for arms in (ours, theirs))
-        if least["peak_gib"] < fast["peak_gib"]:
+        if min(least["peak_gib"], least_peer["peak_gib"]) < fast["peak_gib"]:
             small.append(_beside(f"{SFT_ROWS[fast['row']]}, least memory", least, least_peer, None))
     head = ["SFT step", "fast, tokens/s", "peak GiB", "best peer measured", "tokens/s", "peak GiB", "fast is"]
     told = (f"{', '.join(sorted(cards))}; random weights; the Llama 1B shape where no other is named. Tokens a second "
@@ -222,7 +224,10 @@ def rl_summary(*reports: Report) -> str:
 
 def _step_beside(name: str, fast: dict[str, Any], peer: dict[str, Any], ratio: str) -> list[str]:
     version = peer["versions"].get(peer["arm"].partition("-")[0], "")
-    return [name, f"{fast['step_ms']['p50']:,.0f}", f"{fast['peak_gib']:.1f}", f"{peer['arm']} {version}".strip(),
+    theirs = f"{peer['arm']} {version}".strip()
+    if peer["row"] == "ppo-1b":
+        theirs = f"our PPO on {theirs}"  # which has none
+    return [name, f"{fast['step_ms']['p50']:,.0f}", f"{fast['peak_gib']:.1f}", theirs,
             f"{peer['step_ms']['p50']:,.0f}", f"{peer['peak_gib']:.1f}", ratio]
 
 

@@ -189,7 +189,8 @@ def _of_script(trainer: Any) -> dict[str, Any]:
     args, model = trainer.args, trainer.model
     recompute = next((m.__dict__["_aligntune_recompute"] for m in model.modules()
                       if "_aligntune_recompute" in m.__dict__), None)
-    checkpointing = bool(args.gradient_checkpointing or getattr(model, "is_gradient_checkpointing", False))
+    checkpointing = bool(args.gradient_checkpointing) or any(
+        getattr(part, "gradient_checkpointing", False) for part in model.modules())  # its property warns from 5.23 on
     ranks = [adapter.r for adapter in getattr(model, "peft_config", {}).values() if hasattr(adapter, "r")]
     names = {"batch_size": None, "gradient_accumulation_steps": None, "max_seq_length": getattr(
         args, "max_length", None), "packing": getattr(args, "packing", False),

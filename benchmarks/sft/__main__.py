@@ -40,6 +40,7 @@ from aligntune.errors import AlignTuneError
 from benchmarks import tables
 from benchmarks.ahead import Ahead, Job
 from benchmarks.ops.__main__ import commit
+from benchmarks.sft import roofline
 from benchmarks.sft.longest import longest
 from benchmarks.sft.workloads import MODELS, WORKLOADS, Workload, recipe, versions_of, write_model, write_rows
 
@@ -51,6 +52,7 @@ NOT_RUN = "not run: the command ended before"
 ASIDE = (COLD, "fast-6gib")
 END_TO_END = {"UNSLOTH_PADDING_CHOICE": "padding_free"}
 ARMS: dict[str, Arm] = {arm.label: arm for arm in (
+    Arm("fast", "fast", PLAIN), Arm("fast-gc", "fast", RECOMPUTE),
     Arm("trl", "trl", PLAIN), Arm("trl-gc", "trl", RECOMPUTE),
     Arm("liger", "trl", PLAIN, "liger"), Arm("liger-gc", "trl", RECOMPUTE, "liger"),
     # Of rows end to end and padded, compiled ones it would choose by an estimate: both are measured.
@@ -58,7 +60,6 @@ ARMS: dict[str, Arm] = {arm.label: arm for arm in (
     Arm("unsloth-compiled", "trl", PLAIN, "unsloth", environment={"UNSLOTH_PADDING_CHOICE": "padded"}),
     # Its offloading one.
     Arm("unsloth-gc", "trl", AUTO, "unsloth", environment=END_TO_END),
-    Arm("fast", "fast", PLAIN), Arm("fast-gc", "fast", RECOMPUTE),
     # What is the default, and the same with less memory than the row would take.
     Arm("fast-auto", "fast", AUTO), Arm("fast-6gib", "fast", {**AUTO, "memory_budget_gib": 6.0}),
     Arm(COLD, "fast", PLAIN),
@@ -232,6 +233,15 @@ def into_results(args: argparse.Namespace, every_arm: bool, name: str) -> bool:
     return wanted
 
 
+def bounds(entries: Sequence[dict[str, Any]], ceilings: dict[str, float] | None) -> list[str]:
+    """Lines of where a traced step of fast goes: each part's milliseconds, and the least that the card allows."""
+    if ceilings is None:
+        return []
+    return [f"  {one['arm']}: " + ", ".join(f"{part} {ms:.1f}" + (f" of {least:.1f}" if least is not None else "")
+                                            for part, ms, least in roofline.parts(one, ceilings)) + " ms"
+            for one in entries if one["arm"].startswith("fast") and one.get("trace")]
+
+
 def of_row(name: str, arms: Sequence[Arm], folder: Path, args: argparse.Namespace, *, gpu: bool, runner: Runner,
            keep: Callable[[list[dict[str, Any]]], None] = lambda entries: None) -> list[dict[str, Any]]:
     """The entries of one row, in the order of the arms; `keep` gets those there are after every run."""
@@ -318,8 +328,11 @@ def main(argv: list[str] | None = None, runner: Runner | None = None) -> int:
             return 0
         with runner if isinstance(runner, Ahead) else contextlib.nullcontext():
             for name in args.rows:
-                rows += of_row(name, arms, Path(folder), args, gpu=gpu, runner=runner, keep=write)
+                found = of_row(name, arms, Path(folder), args, gpu=gpu, runner=runner, keep=write)
+                rows += found
                 write([])
+                for text in bounds(found, report.get("ceilings")):
+                    print(text, flush=True)
     return max(*(main([*command, *also_given(args)]) for command in also(args.json)), tables.main()) if args.all else 0
 
 

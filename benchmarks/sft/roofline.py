@@ -140,20 +140,19 @@ def measured_ms(trace: dict[str, Any]) -> dict[str, float]:
     return {part: ms for part, ms in found.items() if ms} | {IDLE: 1e3 * trace["idle"]}
 
 
-def shown(arm: str, report: dict[str, Any]) -> dict[str, Any]:
-    """An arm's entry of a report."""
-    return next(one for one in report["rows"] if one["arm"] == arm)
+def shown(arm: str, report: dict[str, Any]) -> dict[str, Any] | None:
+    """An arm's entry of a report, or None where the arm did not run or no step of it was traced."""
+    return next((one for one in report["rows"] if one["arm"] == arm and one.get("trace")), None)
 
 
-def parts(arm: str, report: dict[str, Any]) -> list[tuple[str, float, float | None]]:
+def parts(entry: dict[str, Any], ceilings: Mapping[str, float]) -> list[tuple[str, float, float | None]]:
     """Of an arm's traced step: part, milliseconds, bound; the longest first, the whole traced step last.
 
-    Of uneven rows there is no bound where the report does not say how long those of the traced step were.
+    Of uneven rows there is no bound where the entry does not say how long those of the traced step were.
     """
-    entry = shown(arm, report)
     found, sizes = measured_ms(entry["trace"]), entry.get("traced")
     known = WORKLOADS[entry["row"]].lengths == "full" or sizes is not None
-    bounds = bounds_ms(entry["row"], report["ceilings"], sizes=sizes, fp8="fp8" in entry["arm"]) if known else {}
+    bounds = bounds_ms(entry["row"], ceilings, sizes=sizes, fp8="fp8" in entry["arm"]) if known else {}
     rows = [(part, ms, bounds.get(part)) for part, ms in sorted(found.items(), key=lambda one: -one[1])]
     least = sum(bounds[part] for part in found if part in bounds) if known else None
     return [*rows, ("the traced step", sum(found.values()), least)]

@@ -58,12 +58,12 @@ def test_bounds_of_a_base_in_fp8():
 
 
 def test_without_the_traced_step_s_lengths_uneven_rows_have_no_bound():
-    report = {"ceilings": CARD, "rows": [{"row": "lora-1b-ragged", "arm": "fast", "trace": {
-        "busy": 0.003, "idle": 0.001, "kernels": {"glu_backward": 0.003}}}]}  # fmt: skip
-    assert roofline.parts("fast", report) == [
+    entry = {"row": "lora-1b-ragged", "arm": "fast", "trace": {
+        "busy": 0.003, "idle": 0.001, "kernels": {"glu_backward": 0.003}}}  # fmt: skip
+    assert roofline.parts(entry, CARD) == [
         ("GLU", 3.0, None), (roofline.IDLE, 1.0, None), ("the traced step", 4.0, None)]
-    report["rows"][0]["traced"] = {"tokens": 70, "squared": 2500}
-    assert roofline.parts("fast", report)[0][2] > 0
+    entry["traced"] = {"tokens": 70, "squared": 2500}
+    assert roofline.parts(entry, CARD)[0][2] > 0
 
 
 def test_the_traced_step_s_sizes_are_kept():
@@ -90,7 +90,8 @@ def test_a_committed_row_s_parts(row, arm):
     """All of the traced step is in the parts, the products are the most or attention is, and no bound is absurd."""
     report = json.loads((tables.RESULTS / "sft" / f"{row}.json").read_text())
     fast = roofline.shown(arm, report)
-    *found, whole = roofline.parts(arm, report)
+    assert fast is not None
+    *found, whole = roofline.parts(fast, report["ceilings"])
     assert whole[1] == pytest.approx(1e3 * (fast["trace"]["busy"] + fast["trace"]["idle"]), rel=2e-3)
     # A ragged step is longer or shorter by its tokens.
     of_mean = (fast.get("traced") or {"tokens": fast["tokens_per_step"]})["tokens"] / fast["tokens_per_step"]

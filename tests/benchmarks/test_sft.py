@@ -95,6 +95,23 @@ def test_a_folder_gets_a_file_a_row(tmp_path: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == ["earlier.json", "smoke.json"]
 
 
+def test_arms_are_held_against_fast_where_none_are_named() -> None:
+    """As the docs' tables are: the first arm is what the others are compared with."""
+    for parse in (benchmark.parse, rl.parse):
+        assert parse(["smoke-dpo" if parse is rl.parse else "smoke"]).arms[0] == "fast"
+
+
+def test_bounds_are_told_where_a_step_of_fast_was_traced() -> None:
+    report = json.loads((tables.RESULTS / "sft" / "lora-1b.json").read_text())
+    (fast, *others) = benchmark.bounds([one for one in report["rows"] if one["arm"] in ("fast", "fast-auto", "trl")],
+                                       report["ceilings"])
+    assert fast.startswith("  fast: products ") and " of " in fast and fast.endswith(" ms")
+    assert all(text.startswith("  fast-auto: ") for text in others)
+    untraced = [{"arm": "fast", "why": "failed"}, {"arm": "fast", "trace": None}]
+    assert benchmark.bounds(untraced, report["ceilings"]) == []
+    assert benchmark.bounds(report["rows"], None) == []
+
+
 def test_unsloth_s_two_layouts_are_forced() -> None:
     for label, wanted in (("unsloth", "padding_free"), ("unsloth-gc", "padding_free"), ("unsloth-compiled", "padded")):
         arm = benchmark.ARMS[label]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -55,6 +56,29 @@ def test_the_roofline_s_columns_are_the_rows_of_its_files():
     fp8 = tables.roofline.ROWS.index(("lora-1b-fp8", "fast-fp8"))
     assert [i for i, cell in enumerate(cells["quantising"]) if not cell.startswith("-")] == [fp8]
     assert all("/" in cell and "(+" in cell for cell in cells["products"])
+
+
+@pytest.mark.parametrize("left", [{"why": "failed: OutOfMemoryError"}, {"trace": None}])
+def test_an_arm_without_a_traced_step_is_no_column_of_the_roofline(left):
+    reports = [json.loads((tables.RESULTS / "sft" / f"{name}.json").read_text()) for name, _ in tables.roofline.ROWS]
+    whole = tables.roofline_table(*reports)
+    row, arm = tables.roofline.ROWS[0]
+    reports[0] = copy.deepcopy(reports[0])
+    (entry,) = [one for one in reports[0]["rows"] if one["arm"] == arm]
+    if "why" in left:
+        entry.clear()
+    entry.update({"row": row, "arm": arm} | left)
+    cut = tables.roofline_table(*reports)
+    assert cut.splitlines()[0].count("|") == whole.splitlines()[0].count("|") - 1
+    assert "| products |" in cut
+
+
+def test_where_a_peer_needs_less_memory_the_summary_says_so():
+    report = json.loads((tables.RESULTS / "sft" / "full-1b.json").read_text())
+    (row,) = [line for line in tables.sft_summary(report).splitlines() if "least memory" in line]
+    assert "| liger-gc" in row
+    peaks = [float(cell) for cell in (row.split(" | ")[2], row.split(" | ")[5])]
+    assert peaks[1] < peaks[0]
 
 
 def test_a_changed_figure_is_found():

@@ -265,6 +265,7 @@ def test_a_run_that_ran_out_ends_in_an_error_of_ours(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("way", ["FastSFTTrainer", "fast_train", "accelerate_trl"])
+@pytest.mark.filterwarnings("error:.*is_gradient_checkpointing.*")
 def test_a_script_s_own_trainer_says_the_same(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In TRL's names; the error stays torch's for who catches that."""
     monkeypatch.setattr(scripts, "attach_trainer", lambda trainer, **_: SimpleNamespace(model=trainer.model))

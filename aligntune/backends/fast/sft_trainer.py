@@ -48,7 +48,7 @@ class FastTrainingArguments(SFTConfig):
     Raises:
         ConfigError: `max_seq_length` and another `max_length` are given; `gradient_checkpointing` or `recompute` is
             another string, or they contradict each other; the budget is no positive number; `base_precision` is another
-            string.
+            string; `embedding_learning_rate` is no finite number from 0.
     """
 
     embedding_learning_rate: float | None = field(
@@ -70,6 +70,10 @@ class FastTrainingArguments(SFTConfig):
         budget = self.memory_budget_gib
         if budget is not None and not (isinstance(budget, int | float) and 0 < budget < math.inf):
             raise ConfigError(f"memory_budget_gib = {budget!r}: must be a finite number > 0")
+        rate = self.embedding_learning_rate
+        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float)
+                                 or not 0 <= rate < math.inf):
+            raise ConfigError(f"embedding_learning_rate = {rate!r}: must be a finite number >= 0")
         if self.base_precision not in (None, "auto", "fp8"):
             raise ConfigError.from_faults([unknown("base_precision", self.base_precision, ("auto", "fp8"))],
                                           "the arguments")

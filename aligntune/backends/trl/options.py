@@ -13,7 +13,7 @@ from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, RLOOConfig, SFTC
 from aligntune.backends._compat import config_kwargs
 from aligntune.backends.trl.generation_kwargs import generation_faults, with_stops
 from aligntune.backends.trl.offline import CPOConfig, ORPOConfig
-from aligntune.backends.trl.ppo_config import PPOConfig
+from aligntune.backends.trl.ppo_config import UNREAD, PPOConfig
 from aligntune.core.rules import world_size
 from aligntune.errors import ConfigError, nearest
 
@@ -199,6 +199,8 @@ def _pass_through(job: Job, cls: type, fields: set[str], kwargs: dict[str, Any])
         if field not in fields:
             close = nearest(field, fields)
             faults.append(f"{path}: {cls.__name__} has no such field" + (f"; did you mean {close!r}?" if close else ""))
+        elif cls is PPOConfig and field in UNREAD:
+            faults.append(f"{path}: PPO does not read it; {UNREAD[field]}")
         elif field in FIXED.get(name, {}) and FIXED[name][field] != value:
             faults.append(f"{path} = {value!r}: {name} is defined by {FIXED[name][field]!r}; another algorithm fits")
         elif field == "model_init_kwargs" and value is not None:

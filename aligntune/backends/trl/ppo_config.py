@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trl import GRPOConfig
@@ -10,6 +10,21 @@ from trl import GRPOConfig
 
 def _field(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
+
+
+UNREAD: dict[str, str] = {
+    "epsilon": "cliprange is what clips", "epsilon_high": "cliprange is what clips", "delta": "cliprange is what clips",
+    "scale_rewards": "whiten_rewards and whiten_advantages are what scales",
+    **dict.fromkeys(("loss_type", "importance_sampling_level", "sapo_temperature_neg", "sapo_temperature_pos",
+                     "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+                    "its loss has one form, of each token's own ratio"),
+    "multi_objective_aggregation": "its rewards are one weighted sum",
+    **dict.fromkeys(("top_entropy_quantile", "off_policy_mask_threshold"), "its loss is of every token"),
+    **dict.fromkeys(("use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta",
+                     "entropy_target"), "entropy_coef is its weight, which is constant"),
+    "use_bias_correction_kl": "its KL is in the reward",
+}  # fmt: skip
+"""Fields of GRPOConfig that PPO does not read, and why."""
 
 
 @dataclass
@@ -20,7 +35,8 @@ class PPOConfig(GRPOConfig):
     batch. A rollout is `num_mini_batches` of them, and is passed over `num_ppo_epochs` times.
 
     Raises:
-        ValueError: a rollout does not hold whole groups of `num_generations`, or a field of GRPO's contradicts PPO's.
+        ValueError: a rollout does not hold whole groups of `num_generations`, or a field of GRPO's contradicts PPO's or
+            is one that PPO does not read.
     """
 
     learning_rate: float = _field(3e-6, "The initial learning rate.")
@@ -47,6 +63,9 @@ class PPOConfig(GRPOConfig):
     value_learning_rate: float | None = _field(None, "Learning rate of the critic; None is learning_rate.")
 
     def __post_init__(self) -> None:
+        for one in fields(GRPOConfig):
+            if one.name in UNREAD and getattr(self, one.name) != one.default:
+                raise ValueError(f"{one.name} = {getattr(self, one.name)!r}: PPO does not read it; {UNREAD[one.name]}")
         self._refuse("beta", 0.0, self.kl_coef, "kl_coef")
         self._refuse("num_iterations", 1, self.num_ppo_epochs, "num_ppo_epochs")
         steps = self.gradient_accumulation_steps * self.num_mini_batches

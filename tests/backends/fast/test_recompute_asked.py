@@ -182,6 +182,10 @@ def test_contradictions(tmp_path: Path) -> None:
     for budget in (0, -1.0, float("nan"), float("inf"), "8"):
         with pytest.raises(ConfigError, match="memory_budget_gib = .*: must be a finite number > 0"):
             arguments(tmp_path, gradient_checkpointing="auto", memory_budget_gib=budget)
+    for rate in (-1.0, float("nan"), float("inf"), "1e-5", True):
+        with pytest.raises(ConfigError, match="embedding_learning_rate = .*: must be a finite number >= 0"):
+            arguments(tmp_path, embedding_learning_rate=rate)
+    assert arguments(tmp_path, embedding_learning_rate=0).embedding_learning_rate == 0
 
 
 def test_copies_and_parsers_keep_it(tmp_path: Path) -> None:

@@ -194,7 +194,23 @@ def test_the_loss_of_fixed_rollouts(
     ours = online("fast", algorithm, tmp_path, **more)
     assert ours.rows_end_to_end
     (found, gradients), (true, expected) = (loss_and_gradients(one, inputs) for one in (ours, theirs))
+    # Of the terms whose mean it is: those of advantages near 1 mostly cancel.
     assert abs(true) > 1e-3 and found == pytest.approx(true, rel=1e-6, abs=1e-6)
     apart = bounds.gradient_distances([expected], [gradients])
     worst = max(apart, key=lambda name: apart[name])
     assert len(apart) > 4 and apart[worst] < 1e-5, f"{worst}: {apart[worst]:.1e}"
+
+
+def test_an_entropy_bonus_that_adapts_moves_alike(tmp_path: Path) -> None:
+    """TRL's coefficient follows the entropy that the loss pass returns, step by step."""
+    adaptive = {"use_adaptive_entropy": True, "entropy_coef": 0.05, "entropy_coef_delta": 0.01, "entropy_target": 9.0}
+    theirs, ours = (online(one, "grpo", tmp_path, trainer_options=adaptive, **ADAPTED) for one in ("trl", "fast"))
+    inputs = rollouts(theirs, "grpo")
+    seen = []
+    for _ in range(3):
+        (found, gradients), (true, expected) = (loss_and_gradients(one, inputs) for one in (ours, theirs))
+        assert abs(true) > 1e-3 and found == pytest.approx(true, rel=1e-6, abs=1e-6)
+        assert max(bounds.gradient_distances([expected], [gradients]).values()) < 1e-5
+        assert ours.entropy_coef == theirs.entropy_coef
+        seen.append((true, theirs.entropy_coef))
+    assert len(set(seen)) == 3, "the coefficient did not move, or the loss does not follow it"

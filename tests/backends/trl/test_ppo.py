@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from typing import Any
@@ -304,8 +305,30 @@ def test_faults_are_told(tmp_path: Any) -> None:
         create_rl_trainer("m", "d", algorithm="grpo", reward_functions=[distinct], num_generations=1)
     with pytest.raises(ValueError, match="beta is set by kl_coef"):
         PPOConfig(str(tmp_path), beta=0.5, bf16=False, use_cpu=True)
+    with pytest.raises(ValueError, match="^importance_sampling_level = 'sequence': PPO does not read it; its loss has"):
+        PPOConfig(str(tmp_path), importance_sampling_level="sequence", bf16=False, use_cpu=True)
     with pytest.raises(ConfigError, match="the critic reads the policy's ids"):
         job(tmp_path, value_model_name=tiny.llama(vocab_size=100))
+
+
+@pytest.mark.parametrize("backend", ["trl", "fast"])
+@pytest.mark.parametrize(("field", "value", "words"), [
+    ("importance_sampling_level", "sequence", "one form, of each token's own"), ("loss_type", "vespo", "one form"),
+    ("epsilon", 0.1, "cliprange is what clips"), ("epsilon", 0.2, "cliprange"), ("top_entropy_quantile", 0.3, "every"),
+    ("off_policy_mask_threshold", 0.1, "every token"), ("use_adaptive_entropy", True, "entropy_coef is its weight"),
+    ("scale_rewards", "none", "whiten_rewards"), ("use_bias_correction_kl", False, "its KL is in the reward"),
+])  # fmt: skip
+def test_what_grpo_reads_and_ppo_does_not(
+    field: str, value: Any, words: str, backend: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ConfigError, match=f"train.trainer_options.{field}: PPO does not read it; .*{words}"):
+        job(tmp_path, backend=backend, trainer_options={field: value})
+
+
+def test_a_copy_of_the_config_is_no_fault(tmp_path: Any) -> None:
+    args = PPOConfig(str(tmp_path), cliprange=0.1, bf16=False, use_cpu=True)
+    assert dataclasses.replace(args, learning_rate=1e-5).cliprange == 0.1
 
 
 def test_a_named_critic_that_trains_whole_keeps_its_precision(tmp_path: Any) -> None:

@@ -412,6 +412,16 @@ def test_nf4_base(device):
     assert rollout.completion_ids == expected
 
 
+@pytest.mark.parametrize("family", MINIS)
+def test_every_family_in_nf4_is_transformers_greedy(family):
+    model = lora(in_nf4(mini(family, hidden_size=64, head_dim=16, intermediate_size=128)))
+    prompts = prompts_of((2, 17, 9))
+    expected = theirs(model, prompts, max_new_tokens=6)
+    rollout = RolloutEngine(model, max_batch=4, max_len=64).generate(
+        prompts, sampling=dataclasses.replace(GREEDY, max_new_tokens=6))
+    assert rollout.completion_ids == expected and len({token for ids in expected for token in ids}) > 2
+
+
 def in_fp8(device, **kwargs):
     """An attached model under adapters whose base has e4m3 copies, and the layer that the tests write to."""
     from aligntune.backends.fast import attach, fp8_base
