@@ -36,6 +36,16 @@ def embedding_weights(model: Any) -> list[nn.Parameter]:
     return list(found.values())
 
 
+def check_embedding_rate(rate: Any) -> None:
+    """Raise unless it is a rate.
+
+    Raises:
+        ConfigError: no number, or none that is finite and at least 0.
+    """
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
+        raise ConfigError(f"embedding_learning_rate = {rate!r}: must be a finite number >= 0")
+
+
 class EmbeddingRate(UpdatesAtOnce):
     """Mixin of trainers: after `train_embeddings_at(rate)` the embeddings train at that peak rate.
 
@@ -55,8 +65,7 @@ class EmbeddingRate(UpdatesAtOnce):
         Raises:
             ConfigError: the rate is no rate, no embedding trains, or the optimizer is there already.
         """
-        if not (math.isfinite(rate) and rate >= 0):
-            raise ConfigError(f"embedding_learning_rate = {rate!r}: must be a finite number >= 0")
+        check_embedding_rate(rate)
         if self.optimizer is not None:
             raise ConfigError("embedding_learning_rate: the optimizer is made already; give its groups their rates, or "
                               "leave the optimizer to the trainer")

@@ -16,6 +16,7 @@ from trl import SFTConfig
 from aligntune.backends.fast.attachment import Attachment
 from aligntune.backends.fast.build import lay_rows, recompute_as_asked, recompute_layers, steps_of
 from aligntune.backends.fast.fp8_base import quantize_base
+from aligntune.backends.fast.optim import check_embedding_rate
 from aligntune.backends.fast.recompute import recompute_asked
 from aligntune.backends.fast.scripts import attach_trainer
 from aligntune.backends.fast.trainers import FastSFT
@@ -70,10 +71,8 @@ class FastTrainingArguments(SFTConfig):
         budget = self.memory_budget_gib
         if budget is not None and not (isinstance(budget, int | float) and 0 < budget < math.inf):
             raise ConfigError(f"memory_budget_gib = {budget!r}: must be a finite number > 0")
-        rate = self.embedding_learning_rate
-        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float)
-                                 or not 0 <= rate < math.inf):
-            raise ConfigError(f"embedding_learning_rate = {rate!r}: must be a finite number >= 0")
+        if self.embedding_learning_rate is not None:
+            check_embedding_rate(self.embedding_learning_rate)
         if self.base_precision not in (None, "auto", "fp8"):
             raise ConfigError.from_faults([unknown("base_precision", self.base_precision, ("auto", "fp8"))],
                                           "the arguments")
