@@ -99,7 +99,7 @@ def lay_end_to_end(rows: Sequence[Row], flat: RowsEndToEnd) -> dict[str, Any]:
 
 @dataclass
 class PromptsOnce:
-    """Lays pairs of rows (all chosen ones, then all rejected ones) with what both begin with computed once.
+    """Lays pairs of rows (all first ones, then all second ones) with what both begin with computed once.
 
     Segments, as `shared_prompts` has them: first what pairs share, then what is each row's own. A position that both
     rows of a pair score is each row's own. What it makes is what the model is called with instead of the whole rows.
@@ -262,9 +262,9 @@ class _Collator:
         kinds = vars(self).setdefault("kinds", {})
         return lay_end_to_end(rows, kinds.setdefault(kind, RowsEndToEnd(self.pad_token_id)))
 
-    def lay_pairs(self, rows: Sequence[Row], lasts: Sequence[int] | None = None) -> dict[str, Any]:
-        """Chosen rows, then rejected ones; `once`: the same with their prompts computed once, where that pays."""
-        batch = self.lay(rows)
+    def lay_pairs(self, rows: Sequence[Row], lasts: Sequence[int] | None = None, kind: str = "rows") -> dict[str, Any]:
+        """A row of each pair, then the other ones; `once`: the same, their prompts computed once, where that pays."""
+        batch = self.lay(rows, kind)
         once = vars(self).setdefault("once", PromptsOnce(self.pad_token_id))(rows, lasts) if self.share else None
         if once is not None:
             batch["once"] = once
@@ -316,7 +316,7 @@ class UnpairedEndToEnd(_Collator):
     """Collates `prompt_ids`, `completion_ids`, `label` (and `KL_completion_ids`, `ref_logps`, `ref_KL_logps`).
 
     Beside the rows: `KL`, the flat batch of the mismatched completions; `both`, of the rows and those after them, which
-    a reference scores in one pass; `tallies`, good rows, bad rows, and how many tokens of each are scored.
+    a reference scores in one pass, prompts once; `tallies`, good and bad rows, and how many tokens of each are scored.
     """
 
     pad_token_id: int
@@ -331,7 +331,7 @@ class UnpairedEndToEnd(_Collator):
         if mismatched:
             batch["KL"] = self.lay(mismatched, "KL")
             if "ref_logps" not in examples[0]:
-                batch["both"] = self.lay(rows + mismatched, "both")
+                batch["both"] = self.lay_pairs(rows + mismatched, kind="both")
         for name in ("ref_logps", "ref_KL_logps"):
             if name in examples[0]:
                 batch[name] = torch.tensor([one[name] for one in examples])

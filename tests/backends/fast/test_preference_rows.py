@@ -91,6 +91,8 @@ def test_unpaired(longest: int | None) -> None:
     mismatched = {name.removeprefix("KL_"): value for name, value in padded.items() if name.startswith("KL_")}
     assert_same_rows(flat["KL"], mismatched)
     assert rows_of(flat["both"], "input_ids") == rows_of(flat, "input_ids") + rows_of(flat["KL"], "input_ids")
+    once = flat["both"]["once"]
+    assert once["input_ids"].numel() < flat["both"]["input_ids"].numel() and "once" not in flat
     assert flat["label"].tolist() == padded["label"].tolist()
     scored = flat["scored"][flat["label"]].sum().item(), flat["scored"][~flat["label"]].sum().item()
     assert flat["tallies"] == [3, 4, *scored] and scored[0] > 0
