@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.sft import roofline
@@ -58,15 +58,6 @@ def sft(report: Report) -> str:
     head = ["arm", "tokens/s", *([f"{reference} over it"] if compared else []), "step ms", "peak GiB", "first step s",
             "first loss" if compared else "first logged loss", "last"]  # fmt: skip
     return markdown(head, rows) + "\n" + source(report | {"versions": versions})
-
-
-def sft_arms(*arms: str) -> Callable[[Report], str]:
-    """`sft` of some arms alone; the command under it names all that ran."""
-
-    def made(report: Report) -> str:
-        return sft(report | {"rows": [entry for entry in report["rows"] if entry["arm"] in arms]})
-
-    return made
 
 
 def sft_earlier(*reports: Report) -> str:

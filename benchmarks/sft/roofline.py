@@ -42,7 +42,7 @@ PARTS: dict[str, str] = {
 """The part of a step that a kernel's name says it is; the first that matches."""
 REST = "copies and the rest"
 IDLE = "no kernel runs"
-ROWS = (("lora-1b", "fast"), ("lora-1b-fp8", "fast-fp8"),
+ROWS = (("lora-1b", "fast"), ("lora-1b", "fast-fp8"),
         *((name, "fast") for name in ("lora-1b-ragged", "lora-1b-packed", "full-1b", "qlora-8b", "lora-4b",
                                       "lora-1b-16k")))  # fmt: skip
 """Results files, and the arm whose traced step is shown."""
