@@ -156,10 +156,16 @@ def recompute_layers(
         gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         budget = None if budget_gib is None else int(budget_gib * GIB)
         plan = LossPassPlan if isinstance(trainer, FlatLogProbs) else MemoryPlan
-        trainer.memory = plan(recompute, budget, gradients)  # type: ignore[attr-defined]
+        trainer.memory = plan(recompute, budget, gradients, _logits_row(model))  # type: ignore[attr-defined]
         return "activations: recomputed as memory asks"
     where = ", their inputs in host memory" if recompute.offload else ""
     return f"activations: recomputed in every layer{where}"
+
+
+def _logits_row(model: Module) -> int:
+    """Bytes that the logits of one token take at most: in fp32, beside both terms of their split gradient."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return 0 if head is None else 8 * model.config.get_text_config().vocab_size
 
 
 def _unplanned_because(trainer: Trainer, model: Module, wanted: bool | str | None) -> str | None:

@@ -29,8 +29,8 @@ from torch import nn
 from aligntune.backends.fast import families
 from aligntune.backends.fast.ledger import promise
 from aligntune.backends.fast.lora import casts_of, hooked
+from aligntune.backends.fast.memory import logits_budget
 from aligntune.backends.fast.ops.head import (
-    MEMORY_BUDGET,
     keeps_logits,
     linear_cross_entropy,
     token_log_probs,
@@ -363,11 +363,10 @@ def _kept(rows: _ScoredRows | None, given: torch.Tensor | None, device: torch.de
     return None if kept is None else kept.to(device)
 
 
-def _budget(model: nn.Module) -> int | None:
-    """Bytes that logits may take: a quarter of what is usual where layers are recomputed to save memory."""
+def _budget(model: nn.Module) -> int:
+    """Bytes that logits may take."""
     ours = recompute_of(model)
-    recomputed = recomputes(model) if ours is None else ours.on
-    return MEMORY_BUDGET // 4 if recomputed else None
+    return logits_budget(recomputes(model) if ours is None else ours.on)
 
 
 def _targets(labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> torch.Tensor:

@@ -9,6 +9,9 @@ above that, `layer` what one layer keeps for its backward. The first step recomp
 and `layer`; `base` is read when the second begins, when the optimizer has made its state. Each batch is then planned
 by its own length: a long one recomputes more layers than a short one.
 
+Part of `step` are the head's logits: of all rows, and no more than `logits_budget`. A shorter batch may come up to
+that, too, and where no layer is recomputed it is more than was measured: what is missing is added.
+
 Part of `step` is a tile of an MLP (`tiles`), which a shorter batch takes as a whole and a longer one shares: what is
 planned is the larger of T step and T (step - tile of the measured batch) + tile of this one. A layer that keeps its
 activations goes back through its MLP as a whole: where there is one, `step` is at least what that takes.
@@ -33,6 +36,11 @@ SPARE = 0.06
 """Share of the memory that is planned with and stays free: blocks of the allocator that fit nothing."""
 
 
+def logits_budget(recomputed: bool) -> int:
+    """Bytes that the head's logits may take: a quarter of what is usual where layers are recomputed to save memory."""
+    return MEMORY_BUDGET // 4 if recomputed else MEMORY_BUDGET
+
+
 def reachable(device: torch.device | None = None) -> int:
     """Bytes of the GPU that this process can have, with what it has; no more than the share that it is held to."""
     free, total = torch.cuda.mem_get_info(device)
@@ -48,13 +56,18 @@ def idle_in_pools() -> int:
 
 @dataclass
 class Costs:
-    """What was measured: bytes, and bytes a token."""
+    """What was measured, in a batch of `tokens`: bytes, and bytes a token.
+
+    `layers`: of the model; `logits_row`: bytes that the logits of one token take at most.
+    """
 
     base: int
     gradients: int
     step: float
     layer: float
+    layers: int
     tokens: int = 0
+    logits_row: int = 0
     shape: dict[str, Any] | None = None
 
     def recomputed(self, tokens: int) -> float:
@@ -71,19 +84,19 @@ class Costs:
             return 0
         return tokens * (self.shape["width"] + 3 * self.shape["hidden"]) * self.shape["element_size"]
 
+    def logits(self, tokens: int, kept: int) -> float:
+        """Bytes that the head's logits may take beside their share of `recomputed`."""
+        share = tokens / self.tokens * min(logits_budget(True), self.tokens * self.logits_row) if self.tokens else 0
+        return max(0, min(logits_budget(kept < self.layers), tokens * self.logits_row) - share)
+
     def of(self, tokens: int, kept: int) -> float:
         """Bytes at the peak of a step of `tokens`, `kept` layers keeping their activations."""
         step = max(self.recomputed(tokens), self.whole(tokens) if kept else 0)
-        return self.base + self.gradients + MEMORY_BUDGET + step + tokens * kept * self.layer
+        return self.base + self.gradients + self.logits(tokens, kept) + step + tokens * kept * self.layer
 
-    def kept(self, tokens: int, budget: float, layers: int) -> int:
-        """The most layers, of `layers`, that can keep their activations within `budget` bytes."""
-        if budget < self.of(tokens, 0) or not layers:
-            return 0
-        if self.layer <= 0:
-            return layers
-        left = budget - self.of(tokens, 1) + tokens * self.layer
-        return max(0, min(layers, int(left / (tokens * self.layer))))
+    def kept(self, tokens: int, budget: float) -> int:
+        """The most layers that can keep their activations within `budget` bytes."""
+        return max((kept for kept in range(self.layers + 1) if self.of(tokens, kept) <= budget), default=0)
 
 
 @dataclass
@@ -94,11 +107,13 @@ class MemoryPlan:
         recompute: the model's layers.
         budget: bytes that the steps may take at their peak; None is what this process can have of the GPU.
         gradients: bytes of the gradients of what trains.
+        logits_row: bytes that the logits of one token take at most; 0 of a model without a head.
     """
 
     recompute: Recompute
     budget: int | None
     gradients: int
+    logits_row: int = 0
     costs: Costs | None = None
     most: int = 0
     keeps: float = 0  # bytes that the kept layers of the last step took
@@ -119,7 +134,7 @@ class MemoryPlan:
             self._settle()
         if self.costs is not None:
             tokens = max(tokens, most or 0)
-            kept = self.costs.kept(tokens, self.reach(), len(self.recompute.layers))
+            kept = self.costs.kept(tokens, self.reach())
             self.most = max(self.most, len(self.recompute.layers) - kept)
             self.keeps = kept * tokens * self.costs.layer
             self.recompute.choose(len(self.recompute.layers) - kept)
@@ -142,7 +157,8 @@ class MemoryPlan:
         assert self._first is not None
         tokens, step, layer, shape = self._first
         base = torch.cuda.memory_allocated()
-        self.costs = Costs(base, self.gradients, step / tokens, layer / tokens, tokens, shape)
+        layers = len(self.recompute.layers)
+        self.costs = Costs(base, self.gradients, step / tokens, layer / tokens, layers, tokens, self.logits_row, shape)
         torch.cuda.empty_cache()  # blocks cut for the first step would lie idle beside larger ones
 
     @property
@@ -163,7 +179,7 @@ class MemoryPlan:
     def takes(self, tokens: int) -> float:
         """Bytes that a step of so many tokens takes above what stands."""
         assert self.costs is not None
-        kept = self.costs.kept(tokens, self.reach(), len(self.recompute.layers))
+        kept = self.costs.kept(tokens, self.reach())
         return self.costs.of(tokens, kept) - self.costs.base
 
     def __str__(self) -> str:

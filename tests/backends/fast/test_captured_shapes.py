@@ -272,11 +272,11 @@ def test_what_is_left_of_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = MemoryPlan(SimpleNamespace(layers=[None] * 4), 20 * GIB, gradients=0)  # type: ignore[arg-type]
     memory = GraphMemory(plan)
     assert memory.waits
-    plan.costs = Costs(2 * GIB, GIB, step=GIB / 100, layer=GIB / 1000)
+    plan.costs = Costs(2 * GIB, GIB, step=GIB / 100, layer=GIB / 1000, layers=4, logits_row=GIB)
     assert not memory.waits and memory.left() == 18 * GIB
     took = plan.costs.of(500, 4) - 2 * GIB
     assert memory.takes(500) == took == pytest.approx(8 * GIB + MEMORY_BUDGET) and memory.suffices(500)
-    kept = plan.costs.kept(1200, 20 * GIB, 4)
+    kept = plan.costs.kept(1200, 20 * GIB)
     assert 0 < kept < 4 and memory.takes(1200) == plan.costs.of(1200, kept) - 2 * GIB and memory.suffices(1200)
     card(monkeypatch, allocated=2, peak=42, reserved=78, pool=70)
     assert memory.left() == pytest.approx((80 * 0.94 - 72) * GIB) and not memory.suffices(500), "nor is it there"
