@@ -74,7 +74,8 @@ def test_an_arm_without_a_traced_step_is_no_column_of_the_roofline(left):
 
 
 def test_where_a_peer_needs_less_memory_the_summary_says_so():
-    report = json.loads((tables.RESULTS / "sft" / "full-1b-all.json").read_text())  # fast recomputes in none of its arms
+    """In a run in which no arm of fast recomputed."""
+    report = json.loads((tables.RESULTS / "sft" / "full-1b-all.json").read_text())
     (row,) = [line for line in tables.sft_summary(report).splitlines() if "least memory" in line]
     assert "| liger-gc" in row
     peaks = [float(cell) for cell in (row.split(" | ")[2], row.split(" | ")[5])]
