@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help quickstart test test-full test-gpu test-oldest test-newest mutation lint docs clean
 
 help:
-	@echo "make quickstart   SFT, then GRPO, on the embedded model and data (about 5 minutes on two cores)"
+	@echo "make quickstart   SFT, then GRPO, on the embedded model and data (2 to 5 minutes on two cores)"
 	@echo "make test         the tests (no GPU, no network but the package registry)"
 	@echo "make test-full    the long tests too; writes tests/reports/full.txt (PART=compare: that part anew)"
 	@echo "make test-gpu     the tests that need an NVIDIA GPU"
