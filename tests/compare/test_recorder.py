@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,24 @@ def test_the_traced_step_is_marked_and_names_what_ran(tmp_path: Path) -> None:
     assert [step["traced"] for step in watch.steps] == [False, True, False]
     assert watch.trace is not None and watch.trace["step"] == 2 and watch.trace["device"] == "cpu"
     assert watch.trace["names"]["aten::mm"] > 10 and any("attention" in name for name in watch.trace["names"])
+
+
+def test_what_a_profiler_leaves_is_collected_outside_of_the_steps(tmp_path: Path) -> None:
+    collected: list[int] = []
+    trainer = tiny.sft(tmp_path, max_steps=4)
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and info["generation"] == 2:
+            time.sleep(1)
+            collected.append(trainer.state.global_step)
+
+    watch = Recorder(trainer, started=time.time(), trace_step=2)
+    watch.install()
+    gc.callbacks.append(note)
+    try:
+        trainer.train()
+    finally:
+        gc.callbacks.remove(note)
+        watch.remove()
+    assert 2 in collected and watch.trace is not None
+    assert all(step["seconds"] < 1 for step in watch.steps if step["step"] > 1)
