@@ -156,7 +156,8 @@ def recompute_layers(
         gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         budget = None if budget_gib is None else int(budget_gib * GIB)
         plan = LossPassPlan if isinstance(trainer, FlatLogProbs) else MemoryPlan
-        trainer.memory = plan(recompute, budget, gradients, _logits_row(model))  # type: ignore[attr-defined]
+        trainer.memory = plan(  # type: ignore[attr-defined]
+            recompute, budget, gradients, _logits_row(model), args.gradient_accumulation_steps > 1)
         return "activations: recomputed as memory asks"
     where = ", their inputs in host memory" if recompute.offload else ""
     return f"activations: recomputed in every layer{where}"

@@ -9,6 +9,9 @@ above that, `layer` what one layer keeps for its backward. The first step recomp
 and `layer`; `base` is read when the second begins, when the optimizer has made its state. Each batch is then planned
 by its own length: a long one recomputes more layers than a short one.
 
+The peak that is measured is taken without the gradients, which the first micro-batch only makes as it goes back. Where
+micro-batches accumulate, those after it find them there when their forward ends: `step` is at least what that takes.
+
 Part of `step` are the head's logits: of all rows, and no more than `logits_budget`. A shorter batch may come up to
 that, too, and where no layer is recomputed it is more than was measured: what is missing is added.
 
@@ -108,12 +111,14 @@ class MemoryPlan:
         budget: bytes that the steps may take at their peak; None is what this process can have of the GPU.
         gradients: bytes of the gradients of what trains.
         logits_row: bytes that the logits of one token take at most; 0 of a model without a head.
+        accumulates: whether several micro-batches make a step.
     """
 
     recompute: Recompute
     budget: int | None
     gradients: int
     logits_row: int = 0
+    accumulates: bool = False
     costs: Costs | None = None
     most: int = 0
     keeps: float = 0  # bytes that the kept layers of the last step took
@@ -150,8 +155,10 @@ class MemoryPlan:
         before = torch.cuda.memory_allocated()
         yield
         if measuring and self.recompute.measured is not None:
-            peak = torch.cuda.max_memory_allocated() - before
-            self._first = (tokens, max(0, peak - self.gradients), self.recompute.measured, self.recompute.shape)
+            step = max(0, torch.cuda.max_memory_allocated() - before - self.gradients)
+            if self.accumulates and self.recompute.forward_peak is not None:
+                step = max(step, self.recompute.forward_peak - before)
+            self._first = (tokens, step, self.recompute.measured, self.recompute.shape)
 
     def _settle(self) -> None:
         assert self._first is not None

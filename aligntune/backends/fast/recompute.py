@@ -208,6 +208,9 @@ class Recompute:
     """How a model's decoder layers are recomputed. `first`: so many of the first layers; None is all.
 
     The first ones, because the backward comes to them last, when what the others kept is free again.
+
+    `measure`: the next forward with gradients writes down what a layer keeps (`measured`), and its backward the most
+    that was allocated before it came to a layer (`forward_peak`).
     """
 
     layers: list[nn.Module]
@@ -217,6 +220,7 @@ class Recompute:
     last_out: Waiting | None = None
     measured: int | None = None
     measure: bool = False
+    forward_peak: int | None = None
     shape: dict[str, Any] | None = None
 
     def choose(self, first: int | None) -> None:
@@ -240,6 +244,7 @@ class Recompute:
             return self._once(function, args)
         if self.measure and number == len(self.layers) // 2:
             self.measure, self.measured, self.shape = False, kept_bytes(function, args), tile_shape(function, args)
+            self.forward_peak = None
         if number == 0:
             self.last_out = None
             self.buffers.leaving.clear()
@@ -315,6 +320,8 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        if ctx.owner.forward_peak is None and ctx.owner.measured is not None:
+            ctx.owner.forward_peak = torch.cuda.max_memory_allocated()
         saved = ctx.saved_tensors
         tensors, parameters = list(saved[: ctx.tensors]), saved[ctx.tensors :]
         if ctx.waiting is not None:

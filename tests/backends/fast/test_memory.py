@@ -115,6 +115,20 @@ def measure(planned: MemoryPlan, gpu: dict[str, int], *, layer: int = 50 * MIB, 
     gpu["allocated"] += 200 * MIB
 
 
+@pytest.mark.parametrize(("accumulates", "forward_peak", "step"), [
+    (False, 1310, 300), (True, 1310, 310), (True, 1290, 300), (True, None, 300)])
+def test_micro_batches_after_the_first_find_the_gradients_there(
+    accumulates: bool, forward_peak: int | None, step: int, gpu: dict[str, int]
+) -> None:
+    """The first one's peak of 320 MiB has 20 of gradients in it; another's forward ends beside them."""
+    planned = plan(None)
+    planned.accumulates = accumulates
+    planned.recompute.forward_peak = None if forward_peak is None else forward_peak * MIB
+    measure(planned, gpu)
+    with planned.step(1000, number=1):
+        assert planned.costs is not None and planned.costs.step * 1000 == pytest.approx(step * MIB)
+
+
 def test_the_first_step_recomputes_all_and_the_next_what_it_must(gpu: dict[str, int]) -> None:
     planned = plan(1200 * MIB + 20 * MIB + 300 * MIB + 370 * MIB)
     assert "until a step is measured" in str(planned)

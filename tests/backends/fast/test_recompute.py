@@ -340,3 +340,26 @@ def test_attaching_again_leaves_it_and_detaching_takes_it_away(monkeypatch: pyte
     detach(made)
     assert recompute_of(made) is None
     equal(gradients(made)[1], gradients(model())[1])
+
+
+def test_the_peak_of_a_measured_forward_is_read_before_a_layer_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, and anew when a step is measured again."""
+    made = model()
+    ours = install(made)
+    assert ours is not None
+    made.gradient_checkpointing_enable()
+    seen: list[list[str]] = []
+
+    def gradients_there() -> int:
+        seen.append([name for name, p in made.named_parameters() if p.grad is not None])
+        return 100 + len(seen)
+
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", gradients_there)
+    gradients(made)
+    assert seen == [] and ours.forward_peak is None
+    for times in (1, 2):
+        ours.measure = True
+        gradients(made)
+        gradients(made)
+        assert ours.forward_peak == 100 + times and len(seen) == times
+        assert not any("layers" in name for name in seen[-1]) and "lm_head.weight" in seen[-1]
