@@ -33,6 +33,7 @@ from aligntune.backends.fast.memory import logits_budget
 from aligntune.backends.fast.ops.head import (
     keeps_logits,
     linear_cross_entropy,
+    logits_buffer,
     token_log_probs,
     token_loss,
 )
@@ -363,9 +364,11 @@ def _kept(rows: _ScoredRows | None, given: torch.Tensor | None, device: torch.de
     return None if kept is None else kept.to(device)
 
 
-def _budget(model: nn.Module) -> int:
-    """Bytes that logits may take."""
+def _budget(model: nn.Module, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **common: Any) -> int:
+    """Bytes that logits may take; where a plan of recompute measures, what they do take is noted."""
     ours = recompute_of(model)
+    if ours is not None and ours.measured is not None and ours.forward_peak is None and torch.is_grad_enabled():
+        ours.head = logits_buffer(hidden, weight, targets, **common)
     return logits_budget(recomputes(model) if ours is None else ours.on)
 
 
@@ -410,9 +413,10 @@ def _fused(
     common: dict[str, Any] = {
         "bias": bias, "softcap": options.softcap, "logit_scale": options.logit_scale,
         "temperature": options.temperature, "outputs": options.outputs, "fp32_logits": options.fp32,
-        "kept": _kept(rows, kept, weight.device), "memory_budget": _budget(model),
+        "kept": _kept(rows, kept, weight.device),
     }  # fmt: skip
     inputs = hidden.to(weight.device), weight, targets.to(weight.device)
+    common["memory_budget"] = _budget(model, *inputs, **common)
     if loss_over is not None and torch.is_grad_enabled():
         promise(model, "loss head", hidden, weight, bias)
         scored = linear_cross_entropy(*inputs, num_items_in_batch=loss_over, **common)
@@ -461,15 +465,10 @@ def _plain(
     lm_head = model.get_output_embeddings()
     weight, bias = lm_head.weight, lm_head.bias
     promise(model, "loss head", hidden, weight, bias)
+    inputs, places = (hidden.to(weight.device), weight, targets.to(weight.device)), _kept(rows, kept, weight.device)
     scored = linear_cross_entropy(
-        hidden.to(weight.device), weight, targets.to(weight.device),
-        bias=bias,
-        softcap=options.softcap,
-        logit_scale=options.logit_scale,
-        num_items_in_batch=num_items_in_batch,
-        kept=_kept(rows, kept, weight.device),
-        memory_budget=_budget(model),
-    )  # fmt: skip
+        *inputs, bias=bias, softcap=options.softcap, logit_scale=options.logit_scale, kept=places,
+        num_items_in_batch=num_items_in_batch, memory_budget=_budget(model, *inputs, kept=places))
     parts: dict[str, Any] = {
         "loss": scored.loss,
         "past_key_values": backbone.past_key_values,

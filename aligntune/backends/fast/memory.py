@@ -1,42 +1,47 @@
 """How many layers a step recomputes: the fewest with which it fits, by what the first step was measured to take.
 
-Bytes of a step, with T its tokens and k the layers that keep their activations:
+Bytes at the peak of a step, with T its tokens and k the layers that keep their activations, above what stands between
+steps (weights, optimizer state), are the most of
 
-    base + gradients + T (step + k layer)
+    held + T forward + logits + T k layer               when the forward ends
+    T forward + one whole layer + max(held + T k layer, gradients)     while layers that kept theirs go back
+    gradients + T backward                              while the others do, what was kept being free again
 
-`base` is what stands between steps (weights, optimizer state), `step` what a step with every layer recomputed takes
-above that, `layer` what one layer keeps for its backward. The first step recomputes every layer and measures `step`
-and `layer`; `base` is read when the second begins, when the optimizer has made its state. Each batch is then planned
+The first step recomputes every layer and measures `forward`, `backward` and what one `layer` keeps; what stands is read
+when the second begins, when the optimizer has made its state, and raised where more stands later. Each batch is planned
 by its own length: a long one recomputes more layers than a short one.
 
-The peak that is measured is taken without the gradients, which the first micro-batch only makes as it goes back. Where
-micro-batches accumulate, those after it find them there when their forward ends: `step` is at least what that takes.
-
-Part of `step` are the head's logits: of all rows, and no more than `logits_budget`. A shorter batch may come up to
-that, too, and where no layer is recomputed it is more than was measured: what is missing is added.
-
-Part of `step` is a tile of an MLP (`tiles`), which a shorter batch takes as a whole and a longer one shares: what is
-planned is the larger of T step and T (step - tile of the measured batch) + tile of this one. A layer that keeps its
-activations goes back through its MLP as a whole: where there is one, `step` is at least what that takes.
+* `held` are gradients that are there when a forward begins: those of earlier micro-batches of the step.
+* Logits are the head's chunk, by `logits_budget`, which does not grow with the tokens.
+* Of what trains with the head (its gradient and the fp32 sum of it) a shorter batch takes as much as a longer one.
+* Part of `backward` is a tile of an MLP (`tiles`), which a shorter batch takes as a whole and a longer one shares. A
+  layer that kept its activations goes back through its MLP as a whole.
+* Layers are taken to be alike: of two in the middle the one that keeps more is measured.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from aligntune.backends.fast.ops.head import MEMORY_BUDGET
+from aligntune.backends.fast.ops.head import MEMORY_BUDGET, LogitsBuffer
 from aligntune.backends.fast.recompute import Recompute
 from aligntune.backends.fast.tiles import tile_bytes
 
 GIB = 1 << 30
 SPARE = 0.06
 """Share of the memory that is planned with and stays free: blocks of the allocator that fit nothing."""
+
+
+GROWTH = 1 << 28
+"""Bytes that may come to what stands between steps without being planned with: graphs' inputs, workspaces."""
 
 
 def logits_budget(recomputed: bool) -> int:
@@ -51,6 +56,12 @@ def reachable(device: torch.device | None = None) -> int:
     return min(free + torch.cuda.memory_reserved(device), int(share * total))
 
 
+def scores_held(model: Any, length: int) -> int:
+    """`length` of a model's padded rows where its attention holds the scores of all pairs in a row, else 0."""
+    config = getattr(model, "config", None)
+    return length if getattr(config, "_attn_implementation", None) == "eager" else 0
+
+
 def idle_in_pools() -> int:
     """Bytes of the pools of CUDA graphs that hold nothing now: their graphs write there, and nobody else may."""
     return sum(segment["total_size"] - segment["allocated_size"] for segment in torch.cuda.memory_snapshot()
@@ -61,25 +72,43 @@ def idle_in_pools() -> int:
 class Costs:
     """What was measured, in a batch of `tokens`: bytes, and bytes a token.
 
-    `layers`: of the model; `logits_row`: bytes that the logits of one token take at most.
+    Args:
+        base: what stands between steps.
+        gradients: of what trains.
+        forward: a token's when the forward ends, every layer recomputed, without the logits.
+        backward: a token's on the way back, every layer recomputed, without the gradients.
+        layer: a token's that one layer keeps for its backward.
+        layers: of the model.
+        held: gradients that stand when a forward begins.
+        fixed: what `forward` and `backward` may hold, at most, that does not grow with the tokens.
+        head: what the head's logits take; None of a model without a head.
+        shape: what `tiles.tile_bytes` wants to know of a layer; None where none is tiled.
     """
 
     base: int
     gradients: int
-    step: float
+    forward: float
+    backward: float
     layer: float
     layers: int
     tokens: int = 0
-    logits_row: int = 0
+    held: int = 0
+    fixed: int = 0
+    head: LogitsBuffer | None = None
     shape: dict[str, Any] | None = None
 
+    def _constant(self, tokens: int) -> float:
+        """What a shorter batch than the measured one may take beside its share of it."""
+        return self.fixed * max(0.0, 1 - tokens / self.tokens) if self.tokens else 0.0
+
     def recomputed(self, tokens: int) -> float:
-        """Bytes that `tokens` take above what stands, every layer recomputed; of what was measured at `self.tokens`."""
-        linear = tokens * self.step
-        if self.shape is None or not self.tokens:
-            return linear
-        tile = tile_bytes(self.tokens, **self.shape)
-        return max(linear, tokens * (self.step - tile / self.tokens) + tile_bytes(tokens, **self.shape))
+        """Bytes that layers take that are recomputed on the way back."""
+        linear = tokens * self.backward
+        if self.shape is not None and self.tokens:
+            tile = tile_bytes(self.tokens, **self.shape)
+            own = tile_bytes(tokens, **self.shape)
+            linear = max(linear, tokens * max(0.0, self.backward - tile / self.tokens) + own)
+        return linear + self._constant(tokens)
 
     def whole(self, tokens: int) -> float:
         """Bytes that the backward of a layer that kept its activations takes beside them."""
@@ -87,15 +116,19 @@ class Costs:
             return 0
         return tokens * (self.shape["width"] + 3 * self.shape["hidden"]) * self.shape["element_size"]
 
-    def logits(self, tokens: int, kept: int) -> float:
-        """Bytes that the head's logits may take beside their share of `recomputed`."""
-        share = tokens / self.tokens * min(logits_budget(True), self.tokens * self.logits_row) if self.tokens else 0
-        return max(0, min(logits_budget(kept < self.layers), tokens * self.logits_row) - share)
+    def logits(self, tokens: int, kept: int) -> int:
+        """Bytes of the head's logits, all of the tokens being scored."""
+        return 0 if self.head is None else self.head.most(tokens, logits_budget(kept < self.layers))
 
     def of(self, tokens: int, kept: int) -> float:
         """Bytes at the peak of a step of `tokens`, `kept` layers keeping their activations."""
-        step = max(self.recomputed(tokens), self.whole(tokens) if kept else 0)
-        return self.base + self.gradients + self.logits(tokens, kept) + step + tokens * kept * self.layer
+        forward, activations = tokens * self.forward + self._constant(tokens), tokens * kept * self.layer
+        found = [self.held + forward + self.logits(tokens, kept) + activations]
+        if kept:
+            found.append(forward + self.whole(tokens) + max(self.held + activations, self.gradients))
+        if kept < self.layers or not self.layers:
+            found.append(self.gradients + self.recomputed(tokens))
+        return self.base + max(found)
 
     def kept(self, tokens: int, budget: float) -> int:
         """The most layers that can keep their activations within `budget` bytes."""
@@ -110,34 +143,44 @@ class MemoryPlan:
         recompute: the model's layers.
         budget: bytes that the steps may take at their peak; None is what this process can have of the GPU.
         gradients: bytes of the gradients of what trains.
-        logits_row: bytes that the logits of one token take at most; 0 of a model without a head.
+        fixed: bytes that the gradient of a head that trains takes, whatever the batch.
         accumulates: whether several micro-batches make a step.
     """
 
     recompute: Recompute
     budget: int | None
     gradients: int
-    logits_row: int = 0
+    fixed: int = 0
     accumulates: bool = False
     costs: Costs | None = None
     most: int = 0
     keeps: float = 0  # bytes that the kept layers of the last step took
     _began: int | None = None
-    _first: tuple[int, int, float, dict[str, Any] | None] | None = None
+    _number: int | None = None
+    _length: int = 0
+    _first: Callable[[int], Costs] | None = None
 
     @contextmanager
-    def step(self, tokens: int, *, number: int, most: int | None = None) -> Iterator[None]:
+    def step(self, tokens: int, *, number: int, most: int | None = None, length: int = 0) -> Iterator[None]:
         """Around forward and backward of `tokens`, in optimizer step `number`.
 
         Args:
             most: tokens whose memory they may take, where that is more (a longer shape that was captured); a step is
                 measured by its own.
+            length: of the padded rows, where attention holds the scores of all pairs in a row: a token of a longer
+                row than the measured ones takes as many times as much.
         """
+        if self._first is None:
+            self._length = length
+        tokens = math.ceil(tokens * max(1.0, length / self._length)) if self._length else tokens
         if self._began is None:
             self._began = number
         if self.costs is None and self._first is not None and number != self._began:
             self._settle()
         if self.costs is not None:
+            if number != self._number:
+                self._number = number
+                self._raise(torch.cuda.memory_allocated())  # before its first micro-batch: no gradient is there
             tokens = max(tokens, most or 0)
             kept = self.costs.kept(tokens, self.reach())
             self.most = max(self.most, len(self.recompute.layers) - kept)
@@ -155,17 +198,28 @@ class MemoryPlan:
         before = torch.cuda.memory_allocated()
         yield
         if measuring and self.recompute.measured is not None:
-            step = max(0, torch.cuda.max_memory_allocated() - before - self.gradients)
-            if self.accumulates and self.recompute.forward_peak is not None:
-                step = max(step, self.recompute.forward_peak - before)
-            self._first = (tokens, step, self.recompute.measured, self.recompute.shape)
+            self._first = self._measured(tokens, before)
+
+    def _measured(self, tokens: int, before: int) -> Callable[[int], Costs]:
+        """What the step that ends took, of so many bytes that stood before: costs by what stands between steps."""
+        layers, peak = self.recompute, torch.cuda.max_memory_allocated()
+        forward = peak if layers.forward_peak is None else layers.forward_peak
+        logits = 0 if layers.head is None else layers.head.chunk(layers.head.rows, logits_budget(True))
+        return functools.partial(
+            Costs, gradients=self.gradients, forward=max(0, forward - before - logits) / tokens,
+            backward=max(0, peak - before - self.gradients) / tokens, layer=(layers.measured or 0) / tokens,
+            layers=len(layers.layers), tokens=tokens, held=self.gradients if self.accumulates else 0,
+            fixed=self.fixed, head=layers.head, shape=layers.shape)
+
+    def _raise(self, standing: int) -> None:
+        """Plan with what stands now, where that is much more than what did: an optimizer's state that came late."""
+        assert self.costs is not None
+        if standing > self.costs.base * (1 + SPARE) + GROWTH:
+            self.costs.base = standing
 
     def _settle(self) -> None:
         assert self._first is not None
-        tokens, step, layer, shape = self._first
-        base = torch.cuda.memory_allocated()
-        layers = len(self.recompute.layers)
-        self.costs = Costs(base, self.gradients, step / tokens, layer / tokens, layers, tokens, self.logits_row, shape)
+        self.costs = self._first(torch.cuda.memory_allocated())
         torch.cuda.empty_cache()  # blocks cut for the first step would lie idle beside larger ones
 
     @property
@@ -194,5 +248,6 @@ class MemoryPlan:
         if self.costs is None:
             return f"all {layers} layers recomputed until a step is measured"
         many = "no layer" if not self.most else f"up to {self.most} of {layers} layers"
+        step = max(self.costs.forward, self.costs.backward)
         return (f"{many} recomputed; measured: {self.costs.base / GIB:.2f} GiB between steps, and for 1,000 tokens "
-                f"{self.costs.step * 1000 / GIB:.3f} GiB and {self.costs.layer * 1000 / GIB:.4f} GiB a kept layer")
+                f"{step * 1000 / GIB:.3f} GiB and {self.costs.layer * 1000 / GIB:.4f} GiB a kept layer")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from aligntune.backends.fast.graphs import drops_out
-from aligntune.backends.fast.memory import MemoryPlan, idle_in_pools
+from aligntune.backends.fast.memory import MemoryPlan, idle_in_pools, scores_held
 from aligntune.backends.fast.packing import IGNORED
 from aligntune.backends.fast.shared_prompts import KEYS, segments_of, shared_of
 from aligntune.backends.fast.steps import QuickSteps
@@ -131,7 +131,7 @@ class FlatLogProbs(QuickSteps):
         asked = {name for name, value in other.items() if value is not None and value is not False}
         self.flats = ()
         if not self.rows_end_to_end or asked:  # images, or the router's loss
-            self._plan_pass(input_ids.numel())
+            self._plan_pass(input_ids.numel(), scores_held(self.model, input_ids.shape[-1]))
             return super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
                 model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size,
                 compute_entropy=compute_entropy, **other)
@@ -174,10 +174,10 @@ class FlatLogProbs(QuickSteps):
         """Whether masks are drawn: a prompt's would be the same for all its rows if they shared it."""
         return drops_out(self.model)
 
-    def _plan_pass(self: Any, tokens: int) -> None:
+    def _plan_pass(self: Any, tokens: int, length: int = 0) -> None:
         """Before a pass of so many tokens: where it is the one with gradients of a training step, plan its layers."""
         plans = self._unplanned
         if plans is None or not torch.is_grad_enabled():
             return
         self._unplanned = None  # a step has one such pass; one that is run again takes the same plan
-        plans.enter_context(self.memory.step(tokens, number=self.state.global_step))
+        plans.enter_context(self.memory.step(tokens, number=self.state.global_step, length=length))

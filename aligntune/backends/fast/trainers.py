@@ -15,7 +15,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from aligntune.backends.fast import rehearsal
 from aligntune.backends.fast.graph_shapes import planned_tokens
 from aligntune.backends.fast.graphs import ReplayedSteps
-from aligntune.backends.fast.memory import MemoryPlan
+from aligntune.backends.fast.memory import MemoryPlan, scores_held
 from aligntune.backends.fast.online import FlatLogProbs
 from aligntune.backends.fast.optim import EmbeddingRate
 from aligntune.backends.fast.packing import IGNORED, RowsEndToEnd, attention_padded_because, noise_padded_because
@@ -99,7 +99,8 @@ class FastSFT(TokenCount, EmbeddingRate, ReplayedSteps, SFT):
         if self.memory is None:
             return super().training_step(model, inputs, num_items_in_batch)
         most = planned_tokens(inputs, capture=self.capture)
-        with self.memory.step(inputs["input_ids"].numel(), number=self.state.global_step, most=most):
+        length = scores_held(self.model, inputs["input_ids"].shape[-1]) if "num_tokens" not in inputs else 0
+        with self.memory.step(inputs["input_ids"].numel(), number=self.state.global_step, most=most, length=length):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(

@@ -172,14 +172,15 @@ class Alone:
 
 
 def test_layers_are_recomputed_as_a_budget_asks(tmp_path):
-    """A step with the budget that just fits takes no more; with less all layers are recomputed, with more none."""
+    """A step with a budget between what two plans take does as the one says that fits, and takes no more."""
     data = rows((400,), count=128)
     layers = 3
     free = Alone.run(tmp_path / "free", data)
-    assert free.most == 0 and free.costs.layer > 0 and free.costs.step > 0
+    assert free.most == 0 and free.costs.layer > 0 and free.costs.forward > 0 and free.costs.backward > 0
     for kept in (0, 2):
-        budget = free.costs.of(free.tokens, kept) + free.tokens * free.costs.layer / 2
-        budget += standing() - free.standing
+        takes = [free.costs.of(free.tokens, count) for count in (kept, kept + 1)]
+        assert takes[0] < takes[1] and free.costs.kept(free.tokens, sum(takes) / 2) == kept, free
+        budget = sum(takes) / 2 + standing() - free.standing
         tight = Alone.run(tmp_path / f"tight-{kept}", data, memory_budget_gib=budget / 2**30)
         assert tight.most == layers - kept, (free, tight)
         assert tight.peak < budget

@@ -9,7 +9,7 @@ import pytest
 import torch
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from aligntune.backends.fast import attach
+from aligntune.backends.fast import attach, recompute
 from aligntune.backends.fast import head as head_module
 from tests.backends.fast.minis import VOCAB, batch, build
 
@@ -255,3 +255,29 @@ def test_what_the_head_cannot_express_stays_the_models_own(why):
         inputs |= {"ignore_index": 7, "labels": inputs["labels"].masked_fill(inputs["labels"] == -100, 7)}
     a, b = ours(**inputs), theirs(**inputs)
     assert torch.allclose(a.loss, b.loss, atol=1e-5) and torch.allclose(a.logits, b.logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("call", ["fused", "labels"])
+def test_a_plan_that_measures_is_told_what_the_logits_take(call: str) -> None:
+    """In the step that is measured alone, of the rows that were scored."""
+    model, _ = twins()
+    model.train()
+    plan = recompute.install(model)
+    assert plan is not None
+    model.gradient_checkpointing_enable()
+    inputs = batch()
+    fused = {"fused_lm_head": True} if call == "fused" else {}
+    model(**inputs, **fused).loss.backward()
+    assert plan.head is None
+    plan.measure = True
+    with torch.no_grad():
+        model(**inputs, **fused)
+    assert plan.head is None and plan.measure
+    model(**inputs, **fused).loss.backward()
+    rows = inputs["input_ids"].numel()
+    assert plan.head is not None and 0 < plan.head.rows <= rows and plan.head.trained
+    assert plan.head.hidden == model.config.hidden_size and plan.head.row_bytes >= 4 * VOCAB
+    assert plan.head.most(rows, 1 << 30) == rows * plan.head.row_bytes
+    noted, inputs = plan.head, {name: value[:1] for name, value in inputs.items()}
+    model(**inputs, **fused).loss.backward()
+    assert plan.head is noted

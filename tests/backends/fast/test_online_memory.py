@@ -58,7 +58,7 @@ def test_the_rollouts_peak_is_not_the_passes(gpu: dict[str, Any]) -> None:
     gpu["peak"] = 9000 * MIB
     with plan.step(1000, number=1):
         assert gpu["peak"] == 9000 * MIB, "once it is measured, nobody's peak is reset"
-        assert plan.costs is not None and plan.costs.step == pytest.approx(0.3 * MIB)
+        assert plan.costs is not None and plan.costs.backward == pytest.approx(0.3 * MIB)
 
 
 def test_what_graphs_hold_idle_is_not_free(gpu: dict[str, Any]) -> None:
@@ -148,7 +148,7 @@ def test_the_plan_is_in_force_in_the_loss_pass(tmp_path: Any, gpu: dict[str, Any
     assert recompute is not None and "recomputed in every layer" in built.attestation()["layout"]
     monkeypatch.setattr(recompute, "measure", False)
     layer = 10 * MIB
-    trainer.memory = LossPassPlan(recompute, None, 0, costs=Costs(0, 0, 0.0, layer / 40, layers=3))
+    trainer.memory = LossPassPlan(recompute, None, 0, costs=Costs(0, 0, 0.0, 0.0, layer / 40, layers=3))
     trainer.memory.budget = int(trainer.memory.costs.of(40, 2)) + layer // 2
     seen: list[tuple[int, bool, list[bool]]] = []
     score = trainer._get_per_token_logps_and_entropies
@@ -198,7 +198,7 @@ def test_layers_are_recomputed_as_a_budget_asks(algorithm: str, tmp_path: Any, m
 
     free = train("free", None)
     plan = free.trainer.memory
-    assert isinstance(plan, LossPassPlan) and plan.most == 0 and plan.costs.layer > 0 and plan.costs.step > 0
+    assert isinstance(plan, LossPassPlan) and plan.most == 0 and plan.costs.layer > 0 and plan.costs.backward > 0
     line = free.attestation()["memory"]
     assert line.startswith("no layer recomputed")
     assert "recomputed as memory asks" in free.attestation()["layout"]
@@ -206,7 +206,9 @@ def test_layers_are_recomputed_as_a_budget_asks(algorithm: str, tmp_path: Any, m
     found["free"] = [entry["loss"] for entry in free.trainer.state.log_history if "loss" in entry]
     del free, plan
     for kept in (0, 2):
-        budget = costs.of(most, kept) + most * costs.layer / 2
+        takes = [costs.of(most, count) for count in (kept, kept + 1)]
+        assert takes[0] < takes[1], costs
+        budget = sum(takes) / 2
         tight = train(f"tight-{kept}", budget / GIB)
         # The base is measured anew: what an earlier trainer left is not in it.
         assert abs(tight.trainer.memory.costs.base - costs.base) < most * costs.layer / 4

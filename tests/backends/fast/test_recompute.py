@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from aligntune.backends.fast import recompute
-from aligntune.backends.fast.recompute import HostBuffers, Recompute, install, kept_bytes, recompute_of, remove
+from aligntune.backends.fast import host_buffers, recompute
+from aligntune.backends.fast.host_buffers import HostBuffers
+from aligntune.backends.fast.recompute import Recompute, install, kept_bytes, recompute_of, remove
 
 LAYERS = 4
 
@@ -287,14 +288,14 @@ def test_what_a_graph_copies_through_is_lent_to_no_launched_step(monkeypatch: py
     first = held(buffers.free)
     assert len(first) == 2 and buffers.room == 2 * 256
     for _ in range(2):  # the second graph's go where the first one's went, as their memory pool is one
-        monkeypatch.setattr(recompute, "_capturing", lambda _: True)
+        monkeypatch.setattr(host_buffers, "capturing", lambda _: True)
         tripled(ours).sum().backward()
         assert held(buffers.captured) == first and not held(buffers.free), "what launched steps let go of is captured"
     assert buffers.room == 2 * 256
     waiting, unfinished = buffers.captured[256], []
     for host in waiting:
         host.fill_(7)  # as the replay of a forward does
-    monkeypatch.setattr(recompute, "_capturing", lambda _: False)
+    monkeypatch.setattr(host_buffers, "capturing", lambda _: False)
     for _ in range(2):
         tripled(ours).sum().backward()
         unfinished.append(tripled(ours))  # and one whose backward is still to come

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from aligntune.backends.fast import attach, detach, recompute, tiles
+from aligntune.backends.fast import attach, detach, host_buffers, recompute, tiles
 from aligntune.backends.fast.attachment import base_model
 from aligntune.backends.fast.recompute import install
 from aligntune.backends.fast.tiles import Halves, Sums, Tiles, plan, rows_of
@@ -398,7 +398,7 @@ def test_a_full_host_leaves_inputs_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_large_inputs_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recompute, "PIECE", 1024)
+    monkeypatch.setattr(host_buffers, "PIECE", 1024)
     expected = step(recomputed(adapted(), attached=False))
     model = recomputed(adapted(), offload=True, attached=False)
     same(step(model), expected)
@@ -419,12 +419,12 @@ def test_room_is_what_the_control_group_leaves(tmp_path: Any, monkeypatch: pytes
             file.unlink(missing_ok=True)
         return file
 
-    monkeypatch.setattr(recompute, "Path", path)
-    assert recompute.host_room() == 150_000
+    monkeypatch.setattr(host_buffers, "Path", path)
+    assert host_buffers.host_room() == 150_000
     files["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert recompute.host_room() == 2048 << 10
+    assert host_buffers.host_room() == 2048 << 10
     del files["/proc/meminfo"]
-    assert recompute.host_room() is None
+    assert host_buffers.host_room() is None
 
 
 def test_a_second_backward_through_an_offloaded_layer_is_refused() -> None:

@@ -14,6 +14,7 @@ T rows, H hidden, V vocabulary. Logits X W^T cost 2THV flops, dX = G W and dW = 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,35 @@ def plan_rows(n_rows: int, hidden: int, row_bytes: int, budget: int, sms: int, t
         return min(large, key=lambda rows: (waves(rows), -rows))
     enough = [rows for rows in candidates if rows >= min(_FEWEST_ROWS, candidates[-1])]
     return min(n_rows, min(enough, key=lambda rows: (waves(rows), rows)))
+
+
+@dataclass(frozen=True)
+class LogitsBuffer:
+    """What a head's logits take, of a weight (V, H).
+
+    Args:
+        rows: that were scored when this was noted.
+        hidden: H.
+        row_bytes: of one row's logits.
+        sms: processors of the GPU.
+        trained: whether the weight is.
+    """
+
+    rows: int
+    hidden: int
+    row_bytes: int
+    sms: int
+    trained: bool
+
+    def chunk(self, rows: int, budget: int) -> int:
+        """Bytes of a chunk's logits where so many rows are scored."""
+        step = plan_rows(rows, self.hidden, self.row_bytes, budget, self.sms, self.trained)
+        return min(step, rows) * self.row_bytes
+
+    def most(self, rows: int, budget: int) -> int:
+        """Bytes of the logits that are there at once at most: of all rows where a backward may find them kept."""
+        whole = rows * self.row_bytes
+        return max(self.chunk(rows, budget), whole if self.trained and whole <= budget else 0)
 
 
 def add_product(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:

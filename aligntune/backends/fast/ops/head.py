@@ -46,6 +46,7 @@ from aligntune.backends.fast.ops._logits_pass import (
 )
 from aligntune.backends.fast.ops._projection import (
     MEMORY_BUDGET,
+    LogitsBuffer,
     Precision,
     Projection,
     Rows,
@@ -389,6 +390,16 @@ def keeps_logits(
     rows = targets.numel() if kept is None else kept.numel()
     row_bytes = logits_row_bytes(weight.shape[0], precision_of(hidden, weight, fp32_logits=fp32_logits))
     return rows * row_bytes <= (MEMORY_BUDGET if memory_budget is None else memory_budget)
+
+
+def logits_buffer(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, kept: torch.Tensor | None = None,
+    fp32_logits: bool = False, **_: Any,
+) -> LogitsBuffer:
+    """What the logits of a head of these arguments take, by rows and budget."""
+    row_bytes = logits_row_bytes(weight.shape[0], precision_of(hidden, weight, fp32_logits=fp32_logits))
+    rows = targets.numel() if kept is None else kept.numel()
+    return LogitsBuffer(rows, weight.shape[1], row_bytes, num_sms(hidden), weight.requires_grad)
 
 
 class _TokenLogProbs(torch.autograd.Function):
