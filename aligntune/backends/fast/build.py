@@ -157,17 +157,17 @@ def recompute_layers(
         budget = None if budget_gib is None else int(budget_gib * GIB)
         plan = LossPassPlan if isinstance(trainer, FlatLogProbs) else MemoryPlan
         trainer.memory = plan(  # type: ignore[attr-defined]
-            recompute, budget, gradients, _fixed_bytes(model), args.gradient_accumulation_steps > 1)
+            recompute, budget, gradients, _head_bytes(model), args.gradient_accumulation_steps > 1)
         return "activations: recomputed as memory asks"
     where = ", their inputs in host memory" if recompute.offload else ""
     return f"activations: recomputed in every layer{where}"
 
 
-def _fixed_bytes(model: Module) -> int:
-    """Bytes that the gradient of a head that trains takes, whatever the batch: its sum in fp32 beside half of it."""
+def _head_bytes(model: Module) -> tuple[int, int]:
+    """Of a head that trains: the fp32 sum of its weight's gradient, half of it in the gradient's place, and that."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     weight = getattr(head, "weight", None)
-    return 4 * weight.numel() if weight is not None and weight.requires_grad else 0
+    return (4 * weight.numel(), weight.nbytes) if weight is not None and weight.requires_grad else (0, 0)
 
 
 def _unplanned_because(trainer: Trainer, model: Module, wanted: bool | str | None) -> str | None:

@@ -3,9 +3,9 @@
 Bytes at the peak of a step, with T its tokens and k the layers that keep their activations, above what stands between
 steps (weights, optimizer state), are the most of
 
-    held + T forward + logits + T k layer               when the forward ends
+    held + T forward + logits + dW + T k layer                         when the forward ends
     T forward + one whole layer + max(held + T k layer, gradients)     while layers that kept theirs go back
-    gradients + T backward                              while the others do, what was kept being free again
+    gradients + T backward                              at the end of the way back, what was kept being free again
 
 The first step recomputes every layer and measures `forward`, `backward` and what one `layer` keeps; what stands is read
 when the second begins, when the optimizer has made its state, and raised where more stands later. Each batch is planned
@@ -13,7 +13,7 @@ by its own length: a long one recomputes more layers than a short one.
 
 * `held` are gradients that are there when a forward begins: those of earlier micro-batches of the step.
 * Logits are the head's chunk, by `logits_budget`, which does not grow with the tokens.
-* Of what trains with the head (its gradient and the fp32 sum of it) a shorter batch takes as much as a longer one.
+* dW is the fp32 sum of the gradient of a head that trains, as large for a short batch as for a long one.
 * Part of `backward` is a tile of an MLP (`tiles`), which a shorter batch takes as a whole and a longer one shares. A
   layer that kept its activations goes back through its MLP as a whole.
 * Layers are taken to be alike: of two in the middle the one that keeps more is measured.
@@ -40,6 +40,8 @@ SPARE = 0.06
 """Share of the memory that is planned with and stays free: blocks of the allocator that fit nothing."""
 
 
+WORKSPACES = 1 << 26
+"""Bytes that no step measured: cuBLAS's on the stream that captures (32 MiB on Hopper), and what little is constant."""
 GROWTH = 1 << 28
 """Bytes that may come to what stands between steps without being planned with: graphs' inputs, workspaces."""
 
@@ -75,12 +77,12 @@ class Costs:
     Args:
         base: what stands between steps.
         gradients: of what trains.
-        forward: a token's when the forward ends, every layer recomputed, without the logits.
+        forward: a token's when the forward ends, every layer recomputed, without logits and dW.
         backward: a token's on the way back, every layer recomputed, without the gradients.
         layer: a token's that one layer keeps for its backward.
         layers: of the model.
         held: gradients that stand when a forward begins.
-        fixed: what `forward` and `backward` may hold, at most, that does not grow with the tokens.
+        head_sum: dW of the head where it trains, `head_gradient` what remains of it.
         head: what the head's logits take; None of a model without a head.
         shape: what `tiles.tile_bytes` wants to know of a layer; None where none is tiled.
     """
@@ -93,13 +95,10 @@ class Costs:
     layers: int
     tokens: int = 0
     held: int = 0
-    fixed: int = 0
+    head_sum: int = 0
+    head_gradient: int = 0
     head: LogitsBuffer | None = None
     shape: dict[str, Any] | None = None
-
-    def _constant(self, tokens: int) -> float:
-        """What a shorter batch than the measured one may take beside its share of it."""
-        return self.fixed * max(0.0, 1 - tokens / self.tokens) if self.tokens else 0.0
 
     def recomputed(self, tokens: int) -> float:
         """Bytes that layers take that are recomputed on the way back."""
@@ -108,7 +107,8 @@ class Costs:
             tile = tile_bytes(self.tokens, **self.shape)
             own = tile_bytes(tokens, **self.shape)
             linear = max(linear, tokens * max(0.0, self.backward - tile / self.tokens) + own)
-        return linear + self._constant(tokens)
+        # What of dW is in `backward`, nobody has measured.
+        return linear + self.head_sum * max(0.0, 1 - tokens / self.tokens) if self.tokens else linear
 
     def whole(self, tokens: int) -> float:
         """Bytes that the backward of a layer that kept its activations takes beside them."""
@@ -122,13 +122,13 @@ class Costs:
 
     def of(self, tokens: int, kept: int) -> float:
         """Bytes at the peak of a step of `tokens`, `kept` layers keeping their activations."""
-        forward, activations = tokens * self.forward + self._constant(tokens), tokens * kept * self.layer
-        found = [self.held + forward + self.logits(tokens, kept) + activations]
+        forward, activations = tokens * self.forward, tokens * kept * self.layer
+        ends = self.held + forward + self.logits(tokens, kept) + self.head_sum + activations
+        found = [ends, self.gradients + self.recomputed(tokens)]
         if kept:
-            found.append(forward + self.whole(tokens) + max(self.held + activations, self.gradients))
-        if kept < self.layers or not self.layers:
-            found.append(self.gradients + self.recomputed(tokens))
-        return self.base + max(found)
+            standing = self.held or self.head_gradient
+            found.append(forward + self.whole(tokens) + max(standing + activations, self.gradients))
+        return self.base + WORKSPACES + max(found)
 
     def kept(self, tokens: int, budget: float) -> int:
         """The most layers that can keep their activations within `budget` bytes."""
@@ -143,14 +143,14 @@ class MemoryPlan:
         recompute: the model's layers.
         budget: bytes that the steps may take at their peak; None is what this process can have of the GPU.
         gradients: bytes of the gradients of what trains.
-        fixed: bytes that the gradient of a head that trains takes, whatever the batch.
+        head: bytes of the fp32 sum of the gradient of a head that trains, and of the gradient.
         accumulates: whether several micro-batches make a step.
     """
 
     recompute: Recompute
     budget: int | None
     gradients: int
-    fixed: int = 0
+    head: tuple[int, int] = (0, 0)
     accumulates: bool = False
     costs: Costs | None = None
     most: int = 0
@@ -206,10 +206,10 @@ class MemoryPlan:
         forward = peak if layers.forward_peak is None else layers.forward_peak
         logits = 0 if layers.head is None else layers.head.chunk(layers.head.rows, logits_budget(True))
         return functools.partial(
-            Costs, gradients=self.gradients, forward=max(0, forward - before - logits) / tokens,
+            Costs, gradients=self.gradients, forward=max(0, forward - before - logits - self.head[0]) / tokens,
             backward=max(0, peak - before - self.gradients) / tokens, layer=(layers.measured or 0) / tokens,
             layers=len(layers.layers), tokens=tokens, held=self.gradients if self.accumulates else 0,
-            fixed=self.fixed, head=layers.head, shape=layers.shape)
+            head_sum=self.head[0], head_gradient=self.head[1], head=layers.head, shape=layers.shape)
 
     def _raise(self, standing: int) -> None:
         """Plan with what stands now, where that is much more than what did: an optimizer's state that came late."""
