@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import random
 from dataclasses import dataclass
@@ -40,10 +41,11 @@ def train(
 ) -> Any:
     """A run of `model()`, or of `source`, a model or the folder of one."""
     trainer = create_sft_trainer(
-        source or model(), data, backend="fast", tokenizer_name=load_tokenizer("builtin:tiny"), use_peft=True,
-        lora_dropout=0.0, max_steps=steps, learning_rate=3e-3, output_dir=str(tmp_path), overwrite=True,
-        logging_steps=1, progress=False, lr_scheduler="constant",
-        **{"gradient_checkpointing": False, "batch_size": 4, "lora_r": 8} | options,
+        source or model(), data, backend="fast", tokenizer_name=load_tokenizer("builtin:tiny"),
+        max_steps=steps, output_dir=str(tmp_path), overwrite=True, logging_steps=1, progress=False,
+        lr_scheduler="constant",
+        **{"gradient_checkpointing": False, "batch_size": 4, "learning_rate": 3e-3}
+        | ({"use_peft": True, "lora_r": 8, "lora_dropout": 0.0} if options.get("use_peft", True) else {}) | options,
     )  # fmt: skip
     with torch.no_grad():
         torch.manual_seed(5)
@@ -185,6 +187,35 @@ def test_layers_are_recomputed_as_a_budget_asks(tmp_path):
         assert tight.most == layers - kept, (free, tight)
         assert tight.peak < budget
         assert tight.losses == pytest.approx(free.losses, rel=1e-2, abs=5e-3)  # of 10 at first
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_budget_holds_where_all_weights_train(accumulation, tmp_path):
+    """Gradients as large as a layer's activations: made on the way back, or there beside the second micro-batch."""
+    data = rows((400,), count=128)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_hidden_layers=6,
+                         num_attention_heads=16, num_key_value_heads=4, pad_token_id=0)
+    source = LlamaForCausalLM(config).to(torch.bfloat16)
+
+    def run(name: str, **options: Any) -> tuple[Any, int, int]:
+        before = standing()
+        trainer = train(tmp_path / name, data, source=copy.deepcopy(source).cuda(), steps=4, batch_size=16,
+                        use_peft=False, learning_rate=1e-4, gradient_accumulation_steps=accumulation,
+                        gradient_checkpointing="auto", precision="bf16", **options)
+        assert trainer.trainer.graphed is None
+        return trainer.trainer.memory, torch.cuda.max_memory_allocated(), before
+
+    free, _, stood = run("free")
+    costs = free.costs
+    assert free.most == 0 and costs.gradients > 100 << 20 and (costs.held > 0) == (accumulation > 1)
+    takes = [costs.of(costs.tokens, kept) for kept in range(7)]
+    kept = next(kept for kept in range(1, 6) if takes[kept] < takes[kept + 1])
+    budget = (takes[kept] + takes[kept + 1]) / 2
+    del free
+    tight, peak, now = run("tight", memory_budget_gib=(budget + standing() - stood) / 2**30)
+    assert tight.most == 6 - kept, (costs, tight.costs)
+    assert budget - (takes[kept + 1] - takes[kept]) - (128 << 20) < peak - (now - stood) < budget
 
 
 def test_under_auto_no_graph_recomputes_what_fits(tmp_path):
