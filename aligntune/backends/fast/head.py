@@ -33,11 +33,10 @@ from aligntune.backends.fast.memory import logits_budget
 from aligntune.backends.fast.ops.head import (
     keeps_logits,
     linear_cross_entropy,
-    logits_buffer,
     token_log_probs,
     token_loss,
 )
-from aligntune.backends.fast.recompute import recompute_of, recomputes
+from aligntune.backends.fast.recompute import note_logits, recompute_of, recomputes
 from aligntune.errors import ConfigError
 
 KEY = "_aligntune_head"
@@ -364,11 +363,9 @@ def _kept(rows: _ScoredRows | None, given: torch.Tensor | None, device: torch.de
     return None if kept is None else kept.to(device)
 
 
-def _budget(model: nn.Module, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **common: Any) -> int:
-    """Bytes that logits may take; where a plan of recompute measures, what they do take is noted."""
+def _budget(model: nn.Module) -> int:
+    """Bytes that logits may take."""
     ours = recompute_of(model)
-    if ours is not None and ours.measured is not None and ours.forward_peak is None and torch.is_grad_enabled():
-        ours.head = logits_buffer(hidden, weight, targets, **common)
     return logits_budget(recomputes(model) if ours is None else ours.on)
 
 
@@ -413,10 +410,10 @@ def _fused(
     common: dict[str, Any] = {
         "bias": bias, "softcap": options.softcap, "logit_scale": options.logit_scale,
         "temperature": options.temperature, "outputs": options.outputs, "fp32_logits": options.fp32,
-        "kept": _kept(rows, kept, weight.device),
+        "kept": _kept(rows, kept, weight.device), "memory_budget": _budget(model),
     }  # fmt: skip
     inputs = hidden.to(weight.device), weight, targets.to(weight.device)
-    common["memory_budget"] = _budget(model, *inputs, **common)
+    note_logits(model, *inputs, **common)
     if loss_over is not None and torch.is_grad_enabled():
         promise(model, "loss head", hidden, weight, bias)
         scored = linear_cross_entropy(*inputs, num_items_in_batch=loss_over, **common)
@@ -466,9 +463,10 @@ def _plain(
     weight, bias = lm_head.weight, lm_head.bias
     promise(model, "loss head", hidden, weight, bias)
     inputs, places = (hidden.to(weight.device), weight, targets.to(weight.device)), _kept(rows, kept, weight.device)
+    note_logits(model, *inputs, kept=places)
     scored = linear_cross_entropy(
         *inputs, bias=bias, softcap=options.softcap, logit_scale=options.logit_scale, kept=places,
-        num_items_in_batch=num_items_in_batch, memory_budget=_budget(model, *inputs, kept=places))
+        num_items_in_batch=num_items_in_batch, memory_budget=_budget(model))
     parts: dict[str, Any] = {
         "loss": scored.loss,
         "past_key_values": backbone.past_key_values,

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from aligntune.backends.fast import tiles
 from aligntune.backends.fast.host_buffers import HostBuffers, Waiting, capturing
-from aligntune.backends.fast.ops.head import LogitsBuffer
+from aligntune.backends.fast.ops.head import LogitsBuffer, logits_buffer
 from aligntune.errors import ConfigError, unknown
 
 KEY = "_aligntune_recompute"
@@ -299,6 +299,13 @@ def recompute_asked(args: Any) -> str | None:
         setattr(args, name, True)
     args.recompute = ways.pop()
     return args.recompute
+
+
+def note_logits(model: nn.Module, *inputs: torch.Tensor, **common: Any) -> None:
+    """In a step that is measured: what the logits of a head of these arguments take (`ops.head.logits_buffer`)."""
+    ours = recompute_of(model)
+    if ours is not None and ours.measured is not None and ours.forward_peak is None and torch.is_grad_enabled():
+        ours.head = logits_buffer(*inputs, **common)
 
 
 def recompute_of(model: nn.Module) -> Recompute | None:
