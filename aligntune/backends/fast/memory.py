@@ -38,8 +38,6 @@ from aligntune.backends.fast.tiles import tile_bytes
 GIB = 1 << 30
 SPARE = 0.06
 """Share of the memory that is planned with and stays free: blocks of the allocator that fit nothing."""
-
-
 WORKSPACES = 1 << 26
 """Bytes that no step measured: cuBLAS's on the stream that captures (32 MiB on Hopper), and what little is constant."""
 GROWTH = 1 << 28
@@ -229,7 +227,7 @@ class MemoryPlan:
 
     def training_begins(self) -> None:
         """Steps are numbered anew; one that an earlier training measured was its first, and its only one."""
-        self._began = None if self._first is None else -1
+        self._began, self._number = None if self._first is None else -1, None
 
     def reach(self) -> float:
         """Bytes that steps may take at their peak, with what stands."""

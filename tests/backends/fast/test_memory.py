@@ -189,6 +189,10 @@ def test_what_stands_later_is_planned_with(gpu: dict[str, int]) -> None:
     gpu["allocated"] = 1000 * MIB
     with planned.step(1000, number=4):
         assert planned.costs.base == 1600 * MIB
+    planned.training_begins()
+    gpu["allocated"] = 2500 * MIB
+    with planned.step(1000, number=4):
+        assert planned.costs.base == 2500 * MIB
 
 
 def test_tokens_of_longer_padded_rows_take_more_where_attention_holds_scores(gpu: dict[str, int]) -> None:
