@@ -101,8 +101,8 @@ class Watched:
         pass
 
     @contextlib.contextmanager
-    def step(self, tokens: int, *, number: int) -> Iterator[None]:
-        assert torch.is_grad_enabled()
+    def step(self, tokens: int, *, number: int, length: int) -> Iterator[None]:
+        assert torch.is_grad_enabled() and length == 0
         yield
         assert any(p.grad is not None for p in self.trainer.model.parameters()), "it ends after the backward"
         self.passes.append((tokens, number))
@@ -148,7 +148,7 @@ def test_the_plan_is_in_force_in_the_loss_pass(tmp_path: Any, gpu: dict[str, Any
     assert recompute is not None and "recomputed in every layer" in built.attestation()["layout"]
     monkeypatch.setattr(recompute, "measure", False)
     layer = 10 * MIB
-    trainer.memory = LossPassPlan(recompute, None, 0, costs=Costs(0, 0, 0.0, 0.0, layer / 40, layers=3))
+    trainer.memory = LossPassPlan(recompute, None, 0, costs=Costs(GIB, 0, 0.0, 0.0, layer / 40, layers=3))
     trainer.memory.budget = int(trainer.memory.costs.of(40, 2)) + layer // 2
     seen: list[tuple[int, bool, list[bool]]] = []
     score = trainer._get_per_token_logps_and_entropies
