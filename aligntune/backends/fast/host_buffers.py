@@ -185,4 +185,4 @@ class Waiting:
 
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured."""
-    return device.type == "cuda" and torch.cuda.is_current_streamcapturing()
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
