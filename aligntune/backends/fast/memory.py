@@ -1,21 +1,26 @@
 """How many layers a step recomputes: the fewest with which it fits, by what the first step was measured to take.
 
-Bytes at the peak of a step, with T its tokens and k the layers that keep their activations, above what stands between
-steps (weights, optimizer state), are the most of
+Bytes at the peak of a step, with T its tokens, n layers and k of them that keep their activations, above what stands
+between steps (weights, optimizer state), are the most of
 
-    held + T forward + logits + dW + T k layer                         when the forward ends
-    T forward + one whole layer + max(held + T k layer, gradients)     while layers that kept theirs go back
-    gradients + T backward                              at the end of the way back, what was kept being free again
+    held + T head + logits + dW + T k layer                         when the forward ends
+    held + T standing + T passing + T k layer                       in the last layer that keeps its own
+    T standing + one whole layer + made + T k layer                 when the first layer goes back, or, of k that keep
+    T standing + one whole layer + made + k/n gradients             theirs, the last
+    gradients + T backward                                          at the end of the way back
 
-The first step recomputes every layer and measures `forward`, `backward` and what one `layer` keeps; what stands is read
+The first step recomputes every layer and measures a token's bytes: `head` with the head, `standing` when the way back
+begins, `backward` on it, what one `layer` keeps, and takes beside it in `passing`. What stands between steps is read
 when the second begins, when the optimizer has made its state, and raised where more stands later. Each batch is planned
 by its own length: a long one recomputes more layers than a short one.
 
-* `held` are gradients that are there when a forward begins: those of earlier micro-batches of the step.
+* `held` are gradients that are there when a forward begins: those of earlier micro-batches of the step. `made` are
+  these, or the head's where there are none.
 * Logits are the head's chunk, by `logits_budget`, which does not grow with the tokens.
 * dW is the fp32 sum of the gradient of a head that trains, as large for a short batch as for a long one.
 * Part of `backward` is a tile of an MLP (`tiles`), which a shorter batch takes as a whole and a longer one shares. A
-  layer that kept its activations goes back through its MLP as a whole.
+  layer that kept its activations goes back through its MLP as a whole; one that is not known in parts is taken to need
+  as much again as it kept.
 * Layers are taken to be alike: of two in the middle the one that keeps more is measured.
 """
 
@@ -76,8 +81,10 @@ class Costs:
         base: what stands between steps.
         gradients: of what trains.
         forward: a token's when the forward ends, every layer recomputed, without logits and dW.
+        standing: a token's when the way back begins, every layer recomputed, without gradients of what trains.
         backward: a token's on the way back, every layer recomputed, without the gradients.
         layer: a token's that one layer keeps for its backward.
+        passing: a token's that one layer takes beside that while it is computed.
         layers: of the model.
         held: gradients that stand when a forward begins.
         head_sum: dW of the head where it trains, `head_gradient` what remains of it.
@@ -88,8 +95,10 @@ class Costs:
     base: int
     gradients: int
     forward: float
+    standing: float
     backward: float
     layer: float
+    passing: float
     layers: int
     tokens: int = 0
     held: int = 0
@@ -111,8 +120,19 @@ class Costs:
     def whole(self, tokens: int) -> float:
         """Bytes that the backward of a layer that kept its activations takes beside them."""
         if self.shape is None:
-            return 0
+            return tokens * self.layer
         return tokens * (self.shape["width"] + 3 * self.shape["hidden"]) * self.shape["element_size"]
+
+    def first_back(self, tokens: int) -> float:
+        """Bytes, without gradients that are there already, when the first of layers that are recomputed goes back.
+
+        As one that kept its activations, and its output made again; no more than the peak that was measured, which
+        came when some gradients had been made at least.
+        """
+        output = 0 if self.shape is None else tokens * self.shape["hidden"] * self.shape["element_size"]
+        as_kept = tokens * (self.standing + self.layer) + self.whole(tokens) + output
+        more = self.gradients - self.head_gradient
+        return min(as_kept, self.recomputed(tokens) + more * (tokens / self.tokens if self.tokens else 1))
 
     def logits(self, tokens: int, kept: int) -> int:
         """Bytes of the head's logits, all of the tokens being scored."""
@@ -120,12 +140,15 @@ class Costs:
 
     def of(self, tokens: int, kept: int) -> float:
         """Bytes at the peak of a step of `tokens`, `kept` layers keeping their activations."""
-        forward, activations = tokens * self.forward, tokens * kept * self.layer
-        ends = self.held + forward + self.logits(tokens, kept) + self.head_sum + activations
-        found = [ends, self.gradients + self.recomputed(tokens)]
+        standing, activations = tokens * self.standing, tokens * kept * self.layer
+        made = self.held or self.head_gradient
+        found = [self.held + tokens * self.forward + self.logits(tokens, kept) + self.head_sum + activations,
+                 made + self.first_back(tokens),
+                 self.gradients + self.recomputed(tokens)]
         if kept:
-            standing = self.held or self.head_gradient
-            found.append(forward + self.whole(tokens) + max(standing + activations, self.gradients))
+            later = 0 if self.held else kept / self.layers * (self.gradients - self.head_gradient)
+            found += [self.held + standing + tokens * self.passing + activations,
+                      standing + self.whole(tokens) + made + max(activations, later)]
         return self.base + WORKSPACES + max(found)
 
     def kept(self, tokens: int, budget: float) -> int:
@@ -202,12 +225,21 @@ class MemoryPlan:
         """What the step that ends took, of so many bytes that stood before: costs by what stands between steps."""
         layers, peak = self.recompute, torch.cuda.max_memory_allocated()
         forward = peak if layers.forward_peak is None else layers.forward_peak
+        standing = (forward if layers.standing is None else layers.standing) - self.head[1]
         logits = 0 if layers.head is None else layers.head.chunk(layers.head.rows, logits_budget(True))
+        ends = forward - logits - self.head[0]
+        if layers.before_head is not None and forward <= layers.before_head[0]:
+            ends = min(ends, max(standing, layers.before_head[1]))  # the peak was a layer's, not the head's
+
+        def of_a_token(stood: int) -> float:
+            return max(0, stood - before) / tokens
+
         return functools.partial(
-            Costs, gradients=self.gradients, forward=max(0, forward - before - logits - self.head[0]) / tokens,
-            backward=max(0, peak - before - self.gradients) / tokens, layer=(layers.measured or 0) / tokens,
-            layers=len(layers.layers), tokens=tokens, held=self.gradients if self.accumulates else 0,
-            head_sum=self.head[0], head_gradient=self.head[1], head=layers.head, shape=layers.shape)
+            Costs, gradients=self.gradients, forward=of_a_token(ends), standing=of_a_token(standing),
+            backward=of_a_token(peak - self.gradients), layer=(layers.measured or 0) / tokens,
+            passing=layers.passing / tokens, layers=len(layers.layers), tokens=tokens,
+            held=self.gradients if self.accumulates else 0, head_sum=self.head[0], head_gradient=self.head[1],
+            head=layers.head, shape=layers.shape)
 
     def _raise(self, standing: int) -> None:
         """Plan with what stands now, where that is much more than what did: an optimizer's state that came late."""

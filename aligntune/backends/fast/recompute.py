@@ -36,8 +36,10 @@ class Recompute:
 
     The first ones, because the backward comes to them last, when what the others kept is free again.
 
-    `measure`: the next forward with gradients writes down what a layer keeps (`measured`), and its backward the most
-    that was allocated before it came to a layer (`forward_peak`). `head`: the logits of that forward.
+    `measure`: the next forward with gradients writes down what a layer keeps (`measured`) and takes beside it while it
+    is computed (`passing`, at most), the head's logits (`head`), the peak before them and what stood, with the gradient
+    of the head's input (`before_head`), and its backward the peak so far (`forward_peak`) and what stood when it came
+    to a layer (`standing`). All in bytes that are allocated on the GPU.
     """
 
     layers: list[nn.Module]
@@ -47,8 +49,11 @@ class Recompute:
     last_out: Waiting | None = None
     measured: int | None = None
     measure: bool = False
+    passing: int = 0
     forward_peak: int | None = None
+    standing: int | None = None
     head: LogitsBuffer | None = None
+    before_head: tuple[int, int] | None = None
     shape: dict[str, Any] | None = None
 
     def choose(self, first: int | None) -> None:
@@ -86,11 +91,11 @@ class Recompute:
         first = (len(self.layers) - 1) // 2
         last = min(first + 1, len(self.layers) - 1)
         if number == first:
-            self.measured = self.forward_peak = self.head = None
+            self.measured = self.forward_peak = self.standing = self.head = self.before_head = None
         if first <= number <= last:
-            kept = kept_bytes(function, args)
+            kept, passing = kept_bytes(function, args)
             if self.measured is None or kept > self.measured:
-                self.measured, self.shape = kept, tile_shape(function, args)
+                self.measured, self.passing, self.shape = kept, passing, tile_shape(function, args)
             self.measure = number < last
 
     @staticmethod
@@ -112,23 +117,25 @@ def tile_shape(function: Callable[..., Any], args: tuple[Any, ...]) -> dict[str,
             "unpacks": function.unpacks}
 
 
-def kept_bytes(function: Callable[..., Any], args: tuple[Any, ...]) -> int:
-    """Bytes on the GPU that a layer would keep for its backward; runs it once more, random state restored.
+def kept_bytes(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[int, int]:
+    """Bytes on the GPU that a layer would keep for its backward, and takes beside them at most while it is computed.
 
-    Without its output, which is the next layer's input and kept there.
+    Runs it once more, random state restored. Its output, which is the next layer's input and kept there, is in neither.
+    The second goes by the peak so far, which may be of before.
     """
     device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
     if device.type != "cuda":
-        return 0
+        return 0, 0
     args = tuple(arg.detach().requires_grad_(arg.is_floating_point()) if isinstance(arg, torch.Tensor) else arg
                  for arg in args)
     with torch.random.fork_rng([device], device_type="cuda"):
         before = torch.cuda.memory_allocated(device)
         result = function(*args)
         kept = torch.cuda.memory_allocated(device) - before
+        passing = torch.cuda.max_memory_allocated(device) - before - kept
         output = result[0] if isinstance(result, tuple) else result
         del result
-    return kept - output.nbytes
+    return kept - output.nbytes, passing
 
 
 class _Layer(torch.autograd.Function):
@@ -165,6 +172,7 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         if ctx.owner.forward_peak is None and ctx.owner.measured is not None:
             ctx.owner.forward_peak = torch.cuda.max_memory_allocated()
+            ctx.owner.standing = torch.cuda.memory_allocated()
         saved = ctx.saved_tensors
         tensors, parameters = list(saved[: ctx.tensors]), saved[ctx.tensors :]
         if ctx.waiting is not None:
@@ -306,6 +314,7 @@ def note_logits(model: nn.Module, *inputs: torch.Tensor, **common: Any) -> None:
     ours = recompute_of(model)
     if ours is not None and ours.measured is not None and ours.forward_peak is None and torch.is_grad_enabled():
         ours.head = logits_buffer(*inputs, **common)
+        ours.before_head = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated() + inputs[0].nbytes
 
 
 def recompute_of(model: nn.Module) -> Recompute | None:

@@ -271,7 +271,8 @@ def test_what_is_left_of_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = MemoryPlan(SimpleNamespace(layers=[None] * 4), 20 * GIB, gradients=0)  # type: ignore[arg-type]
     memory = GraphMemory(plan)
     assert memory.waits
-    plan.costs = Costs(2 * GIB, GIB, forward=GIB / 100, backward=GIB / 100, layer=GIB / 1000, layers=4)
+    plan.costs = Costs(2 * GIB, GIB, forward=GIB / 100, standing=0, backward=GIB / 100, layer=GIB / 1000, passing=0,
+                       layers=4)
     assert not memory.waits and memory.left() == 18 * GIB
     took = plan.costs.of(500, 4) - 2 * GIB
     assert memory.takes(500) == took == pytest.approx(7 * GIB + WORKSPACES) and memory.suffices(500)

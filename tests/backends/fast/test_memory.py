@@ -20,8 +20,9 @@ MIB = 1 << 20
 
 
 def costs(**changed: Any) -> Costs:
-    return Costs(**{"base": 2 * GIB, "gradients": 100 * MIB, "forward": 0.1 * MIB, "backward": 0.08 * MIB,
-                    "layer": 0.05 * MIB, "layers": 16, "tokens": 8000} | changed)
+    return Costs(**{"base": 2 * GIB, "gradients": 100 * MIB, "forward": 0.1 * MIB, "standing": 0.02 * MIB,
+                    "backward": 0.08 * MIB, "layer": 0.05 * MIB, "passing": 0.01 * MIB, "layers": 16,
+                    "tokens": 8000} | changed)
 
 
 HEAD = LogitsBuffer(rows=8000, hidden=2048, row_bytes=MIB // 4, sms=132, trained=False)  # a chunk: 1,024 rows
@@ -53,10 +54,30 @@ def test_the_peak_is_where_the_forward_ends_or_on_the_way_back() -> None:
     assert above(costs(), tokens, 0) == ends > 100 * MIB + back
     assert above(costs(), tokens, 3) == ends + kept
     large = costs(gradients=4 * GIB)
-    assert above(large, tokens, 0) == 4 * GIB + back
-    assert above(large, tokens, 3) == 4 * GIB + ends > ends + kept
+    assert above(large, tokens, 0) == 4 * GIB + back == above(large, tokens, 3)
+    # When the last of those that keep theirs has gone back, 8 of 16 layers' gradients are there; or the first goes.
+    assert above(costs(gradients=32 * GIB, backward=0), tokens, 8) == 32 * GIB
+    first = costs(standing=0.09 * MIB, gradients=4 * GIB, backward=0)
+    assert above(first, tokens, 8) == pytest.approx(tokens * (0.09 + 0.05 + 8 * 0.05) * MIB)
+    last = dataclasses.replace(first, gradients=16 * GIB, layers=8)
+    assert above(last, tokens, 8) == pytest.approx(16 * GIB + tokens * (0.09 + 0.05) * MIB)
     held = costs(gradients=4 * GIB, held=4 * GIB)
-    assert above(held, tokens, 0) == 4 * GIB + ends and above(held, tokens, 3) == 4 * GIB + ends + kept
+    assert above(held, tokens, 0) == pytest.approx(4 * GIB + tokens * (0.02 + 2 * 0.05) * MIB)
+    assert above(held, tokens, 3) == 4 * GIB + ends + kept
+    wide = costs(passing=0.5 * MIB)
+    assert above(wide, tokens, 3) == pytest.approx(tokens * (0.02 + 0.5) * MIB + kept)
+    assert above(wide, tokens, 0) == ends
+
+
+def test_the_first_layer_goes_back_beside_gradients_that_stand() -> None:
+    """As one that kept its activations, its output made again; or no more than the peak that was measured."""
+    known = costs(held=100 * MIB, shape=SHAPE, forward=0, backward=0.3 * MIB)
+    as_kept = 8000 * (0.07 * MIB + (8192 + 3 * 2048 + 2048) * 2)
+    assert known.first_back(8000) == pytest.approx(as_kept)
+    assert above(known, 8000, 0) == pytest.approx(100 * MIB + 8000 * 0.3 * MIB)
+    less = dataclasses.replace(known, backward=0.08 * MIB)
+    assert less.first_back(8000) == pytest.approx(8000 * 0.08 * MIB + 100 * MIB) and less.first_back(8000) < as_kept
+    assert above(less, 8000, 0) == 100 * MIB + less.first_back(8000)
 
 
 def test_logits_take_a_chunk_however_long_the_batch_is() -> None:
@@ -79,8 +100,8 @@ def test_the_gradient_of_a_head_takes_as_much_of_a_shorter_batch() -> None:
         assert above(head, tokens, 0) == max(4 * GIB + tokens * 0.1 * MIB, 2 * GIB + head.recomputed(tokens))
     assert head.recomputed(2000) == pytest.approx(2000 * 0.08 * MIB + 3 * GIB)
     assert head.recomputed(8000) == pytest.approx(8000 * 0.08 * MIB)
-    whole = costs(head_gradient=2 * GIB, gradients=2 * GIB, shape=SHAPE | {"width": 1 << 15})
-    assert above(whole, 8000, 16) == pytest.approx(8000 * (0.1 + 16 * 0.05) * MIB + 2 * GIB + whole.whole(8000))
+    whole = costs(head_gradient=2 * GIB, gradients=2 * GIB, shape=SHAPE | {"width": 1 << 16})
+    assert above(whole, 8000, 16) == pytest.approx(8000 * (0.02 + 16 * 0.05) * MIB + 2 * GIB + whole.whole(8000))
     held = dataclasses.replace(whole, held=3 * GIB)
     assert above(held, 8000, 16) == above(whole, 8000, 16) + GIB  # the head's is one of them
 
@@ -104,9 +125,12 @@ def test_a_shorter_batch_pays_its_tile_and_a_longer_one_what_was_measured() -> N
 
 
 def test_a_kept_layer_goes_back_as_a_whole() -> None:
-    planned = costs(forward=0.001 * MIB, backward=0.001 * MIB, layer=0.1 * MIB, tokens=8192, shape=SHAPE)
+    planned = costs(standing=0.001 * MIB, forward=0.001 * MIB, backward=0.001 * MIB, layer=0.1 * MIB, tokens=8192,
+                    shape=SHAPE)
     whole = 8192 * (8192 + 3 * 2048) * 2
     assert above(planned, 8192, 1) == pytest.approx(8192 * 0.101 * MIB + whole)
+    unknown = dataclasses.replace(planned, shape=None)  # takes as much again as it kept
+    assert above(unknown, 8192, 1) == pytest.approx(8192 * 0.201 * MIB)
     budget = planned.of(8192, 3)
     assert planned.kept(8192, budget) == 3 and planned.kept(8192, budget - 1) == 2
     assert planned.kept(8192, planned.of(8192, 0)) == 0  # room for none is not less than none
@@ -151,6 +175,7 @@ def measure(planned: MemoryPlan, gpu: dict[str, int], *, layer: int = 50 * MIB, 
     with planned.step(1000, number=0, most=most):
         assert flags(planned) == [True] * 10 and planned.recompute.measure
         planned.recompute.measure, planned.recompute.measured = False, layer
+        planned.recompute.standing = gpu["allocated"] + 100 * MIB
         gpu["peak"] = max(gpu["peak"], gpu["allocated"] + 320 * MIB)
     gpu["allocated"] += 200 * MIB
 
@@ -166,8 +191,32 @@ def test_what_the_forward_took_is_told_from_the_way_back(accumulates: bool, gpu:
         assert planned.costs is not None
         assert planned.costs.forward * 1000 == pytest.approx((290 - 256 - 9) * MIB)
         assert planned.costs.backward * 1000 == pytest.approx(300 * MIB)
+        assert planned.costs.standing * 1000 == pytest.approx(100 * MIB - 7)
         assert planned.costs.held == (20 * MIB if accumulates else 0) and planned.costs.head is HEAD
         assert (planned.costs.head_sum, planned.costs.head_gradient) == (9 * MIB, 7)
+
+
+@pytest.mark.parametrize(("peak_before", "stood_before", "forward"), [
+    (1200, 1090, 290 - 256),  # the head made the peak
+    (1290, 1020, 20),  # a layer did: then what stood at the head,
+    (1290, 1000, 15),  # or stands after it,
+    (1290, 1900, 290 - 256),  # and never more than the peak
+])
+def test_what_the_head_took_is_told_from_a_layer(
+    peak_before: int, stood_before: int, forward: int, gpu: dict[str, int]
+) -> None:
+    planned = plan(None)
+    planned.recompute.forward_peak, planned.recompute.head = 1290 * MIB, HEAD
+    planned.recompute.before_head = peak_before * MIB, stood_before * MIB
+    planned.recompute.passing = 30 * MIB
+    with planned.step(1000, number=0):
+        planned.recompute.measure, planned.recompute.measured = False, 50 * MIB
+        planned.recompute.standing = 1015 * MIB
+        gpu["peak"] = 1320 * MIB
+    with planned.step(1000, number=1):
+        assert planned.costs is not None
+        assert planned.costs.forward * 1000 == pytest.approx(forward * MIB)
+        assert planned.costs.passing * 1000 == pytest.approx(30 * MIB)
 
 
 def test_what_stands_later_is_planned_with(gpu: dict[str, int]) -> None:

@@ -48,7 +48,7 @@ def planned_after_a_step(gpu: dict[str, Any], budget: int | None = None) -> Loss
     """A first pass of 1,000 tokens takes 300 MiB, 50 of them a layer's, after a rollout that peaked far above it."""
     plan = LossPassPlan(Recompute([Layer() for _ in range(10)]), budget, 0)
     with plan.step(1000, number=0):
-        plan.recompute.measure, plan.recompute.measured = False, 50 * MIB
+        plan.recompute.measure, plan.recompute.measured, plan.recompute.standing = False, 50 * MIB, gpu["allocated"]
         gpu["peak"] = max(gpu["peak"], gpu["allocated"] + 300 * MIB)
     return plan
 
@@ -148,8 +148,9 @@ def test_the_plan_is_in_force_in_the_loss_pass(tmp_path: Any, gpu: dict[str, Any
     assert recompute is not None and "recomputed in every layer" in built.attestation()["layout"]
     monkeypatch.setattr(recompute, "measure", False)
     layer = 10 * MIB
-    trainer.memory = LossPassPlan(recompute, None, 0, costs=Costs(GIB, 0, 0.0, 0.0, layer / 40, layers=3))
-    trainer.memory.budget = int(trainer.memory.costs.of(40, 2)) + layer // 2
+    trainer.memory = LossPassPlan(recompute, None, 0, costs=Costs(
+        GIB, 0, forward=0.0, standing=0.0, backward=0.0, layer=layer / 40, passing=0.0, layers=3))
+    trainer.memory.budget = int(trainer.memory.costs.of(40, 1)) + layer // 2
     seen: list[tuple[int, bool, list[bool]]] = []
     score = trainer._get_per_token_logps_and_entropies
 
@@ -205,10 +206,11 @@ def test_layers_are_recomputed_as_a_budget_asks(algorithm: str, tmp_path: Any, m
     most, costs = max(tokens), plan.costs
     found["free"] = [entry["loss"] for entry in free.trainer.state.log_history if "loss" in entry]
     del free, plan
-    for kept in (0, 2):
-        takes = [costs.of(most, count) for count in (kept, kept + 1)]
-        assert takes[0] < takes[1], costs
-        budget = sum(takes) / 2
+    takes = [costs.of(most, count) for count in range(layers + 1)]
+    apart = [kept for kept in range(layers) if takes[kept + 1] - takes[kept] > most * costs.layer / 2]
+    assert len(apart) >= 2, costs
+    for kept in (apart[0], apart[-1]):
+        budget = (takes[kept] + takes[kept + 1]) / 2
         tight = train(f"tight-{kept}", budget / GIB)
         # The base is measured anew: what an earlier trainer left is not in it.
         assert abs(tight.trainer.memory.costs.base - costs.base) < most * costs.layer / 4
