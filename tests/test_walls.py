@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from types import ModuleType
 
 import pytest
 
@@ -81,6 +82,34 @@ def test_no_blanket_except_no_exec_no_stub(module: Module) -> None:
     found += [f"line {number}: {match.group()}" for number, line in enumerate(module.text.splitlines(), 1)
               if (match := re.search(r"\b(TODO|FIXME|XXX|placeholder)\b", line))]
     assert not found
+
+
+def absent(module: Module) -> list[str]:
+    """Names of `torch.a.b...` that torch has not: of what only runs on a GPU no other test here would tell."""
+    import torch
+
+    found = []
+    for node in ast.walk(module.tree):
+        names = ast.unparse(node).split(".") if isinstance(node, ast.Attribute) else []
+        held: object = torch if names[:1] == ["torch"] else None
+        for name in names[1:]:
+            if not isinstance(held, ModuleType):
+                break
+            if not hasattr(held, name):
+                found.append(f"line {node.lineno}: {'.'.join(names)}")
+                break
+            held = getattr(held, name)
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.name)
+def test_torch_has_what_is_asked_of_it(module: Module) -> None:
+    assert not absent(module)
+
+
+def test_a_name_that_torch_has_not_is_seen() -> None:
+    bad = "import torch\ntorch.cuda.is_current_stream_capturing()\nx = torch.cuda.is_current_streamcapturing\n"
+    assert absent(Module("x.py", bad, ast.parse(bad))) == ["line 3: torch.cuda.is_current_streamcapturing"]
 
 
 def raised(function: ast.AST) -> set[str]:

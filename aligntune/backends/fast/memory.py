@@ -3,16 +3,16 @@
 Bytes at the peak of a step, with T its tokens, n layers and k of them that keep their activations, above what stands
 between steps (weights, optimizer state), are the most of
 
-    held + T head + logits + dW + T k layer                         when the forward ends
+    held + T forward + logits + dW + T k layer                      when the forward ends
     held + T standing + T passing + T k layer                       in the last layer that keeps its own
     T standing + one whole layer + made + T k layer                 when the first layer goes back, or, of k that keep
     T standing + one whole layer + made + k/n gradients             theirs, the last
     gradients + T backward                                          at the end of the way back
 
-The first step recomputes every layer and measures a token's bytes: `head` with the head, `standing` when the way back
-begins, `backward` on it, what one `layer` keeps, and takes beside it in `passing`. What stands between steps is read
-when the second begins, when the optimizer has made its state, and raised where more stands later. Each batch is planned
-by its own length: a long one recomputes more layers than a short one.
+The first step recomputes every layer and measures a token's bytes: `forward` when the forward ends, `standing` when the
+way back begins, `backward` on it, what one `layer` keeps, and `passing`, what that layer takes beside it in its
+forward. What stands between steps is read when the second begins, when the optimizer has made its state, and raised
+where more stands later. Each batch is planned by its own length: a long one recomputes more layers than a short one.
 
 * `held` are gradients that are there when a forward begins: those of earlier micro-batches of the step. `made` are
   these, or the head's where there are none.
