@@ -90,8 +90,9 @@ def absent(module: Module) -> list[str]:
 
     found = []
     for node in ast.walk(module.tree):
-        names = ast.unparse(node).split(".") if isinstance(node, ast.Attribute) else []
-        held: object = torch if names[:1] == ["torch"] else None
+        said = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+        names = said.split(".") if re.fullmatch(r"torch[\w.]+", said) else []
+        held: object = torch
         for name in names[1:]:
             if not isinstance(held, ModuleType):
                 break
